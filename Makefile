@@ -1,0 +1,55 @@
+# `make quickstart` and `make test` on a machine with nothing but Python 3.11, pip and make.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# The TPU compiler runs on any Linux x86-64: programs for TPUs are compiled ahead of time in tests.
+LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu)
+
+.PHONY: setup setup-torch quickstart test lint format golden wheel-test ci clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[dev,plot]' $(LIBTPU)
+	touch $@
+
+# torch and transformers are oracles of some tests only; tests that need them are skipped without.
+setup-torch: setup
+	$(PIP) --editable '.[torch]'
+
+quickstart: setup
+	$(BIN)/a3 quickstart --workdir=runs/quickstart
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m tests.sizes
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Golden files: the resolved configs with their parameter trees. Read the diff before committing it.
+golden: setup
+	$(BIN)/python -m tests.renew_golden
+
+# The wheel by itself, away from the source tree, with no extra but plotting.
+wheel-test: setup
+	rm -rf build/wheel && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt "$$(ls build/wheel/*.whl)[plot]"
+	cd build/wheel && venv/bin/a3 quickstart --smoke --workdir=smoke
+
+ci: setup-torch lint
+	CI=true $(BIN)/python -m pytest -q -n 2 --durations=15
+	$(MAKE) wheel-test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,0 +1,72 @@
+"""`a3 COMMAND`: a short root. Each command's body lives in its room and imports what it needs late."""
+
+import argparse
+import os
+import sys
+
+from a3_jax import __version__
+from a3_jax.checkpoints.command import add_convert
+from a3_jax.decoding.commands import add_generate, add_score
+from a3_jax.errors import EXIT_BAD_INPUT, InputError, nearest
+from a3_jax.quickstart.command import add_quickstart
+from a3_jax.training.command import add_train
+
+EXAMPLES = """examples:
+  a3 quickstart                                     the whole path in minutes on a laptop
+  a3 convert Llama-3.2-1B llama-a3                  a Hugging Face directory to an A3 checkpoint
+  a3 train --config=configs/tiny.py --workdir=runs/tiny
+  echo '{"text": "the [[2]] sat ."}' | a3 generate runs/tiny - -
+  a3 COMMAND --help                                 options and examples of one command
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one `InputError`, with the nearest flag or command."""
+
+    def error(self, message):
+        raise InputError(message, file=self.prog)
+
+
+def _parser():
+    parser = _Parser(
+        prog="a3",
+        description="Any-order, any-subset autoregressive language models in JAX (A3, arXiv 2601.13228).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"a3_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (add_quickstart, add_convert, add_train, add_generate, add_score):
+        add(commands)
+    return parser, commands
+
+
+def _parse(arguments):
+    parser, commands = _parser()
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown and not getattr(known, "takes_config_flags", False):
+        flags = [flag for action in commands.choices[known.command]._actions for flag in action.option_strings]
+        raise InputError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}", file="a3")
+    known.config_flags = unknown
+    return known
+
+
+def main(arguments=None) -> int:
+    """Runs one command; the exit status (`a3_jax.errors`)."""
+    try:
+        parsed = _parse(sys.argv[1:] if arguments is None else arguments)
+        return parsed.run(parsed)
+    except InputError as error:
+        print(f"a3: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("a3: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone (`a3 score ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

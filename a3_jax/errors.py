@@ -1,0 +1,39 @@
+"""What can go wrong, and the exit status that says so."""
+
+import difflib
+
+EXIT_OK = 0
+EXIT_FAILED = 1  # the run itself failed
+EXIT_BAD_INPUT = 2  # bad input or usage: one line on standard error
+EXIT_DOES_NOT_FIT = 3  # preflight: the run won't fit the chips
+EXIT_PREEMPTED = 75  # preempted, or a peer was lost: start again
+EXIT_HUNG = 76  # no step ended in time: start again
+EXIT_STORAGE = 77  # saving failed: start again
+EXIT_NO_PROGRESS = 78  # several restarts without a new step
+EXIT_NUMERICS = 79  # the loss is no number any more
+
+
+class InputError(Exception):
+    """Something the user gave can't be used.
+
+    Attributes:
+      message: what is wrong, with the offending value.
+      file, line, field: where, as far as it is known (`line` counts from 1).
+    """
+
+    def __init__(self, message, *, file=None, line=None, field=None):
+        super().__init__(message)
+        self.message, self.file, self.line, self.field = message, file, line, field
+
+    def __str__(self):
+        place = "" if self.file is None else str(self.file)
+        if self.line is not None:
+            place += f":{self.line}" if place else f"line {self.line}"
+        parts = [place, "" if self.field is None else str(self.field), self.message]
+        return " ".join(": ".join(part for part in parts if part).split())
+
+
+def nearest(name, choices) -> str:
+    """`; did you mean 'x'?` for the choice that looks most like `name`, or an empty string."""
+    match = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,353 @@
+"""The two-stream decoder of A3 (arXiv 2601.13228), on one set of weights.
+
+Content rows start from token embeddings, query rows from one learned vector. Both go through the
+same blocks; keys and values come from the content rows only. What a row sees is an interval of
+those keys (`ordering.intervals`), so the model knows nothing of orders, groups or documents:
+
+    content rows  tokens, positions, start, limit --+-- q --> attention --> mlp --> content hidden
+                                                    +-- k, v --^
+    query rows    vector, positions, start, limit ----- q --> attention --> mlp --> query hidden
+
+With rank = position the content stream is the pretrained left-to-right model, logit for logit.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from a3_jax.model.attention import attention
+from a3_jax.model.config import ModelConfig
+from a3_jax.model.layers import gated_mlp, rms_norm, rotary_angles, rotary_frequencies, rotate
+from a3_jax.model.sharding import axes_shardings, constrain
+
+NO_WINDOW = 2**30
+OUTPUTS = ("query", "content", "both")
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@struct.dataclass
+class Rows:
+    """The rows of one stream.
+
+    Attributes:
+      positions: [B, T] int32, original position in the document; rotary angles follow it.
+      start, limit: [B, T] int32, the interval of content keys (or cache slots) that a row sees.
+      tokens: [B, T] int32 for content rows; None for query rows, which start from the learned vector.
+    """
+
+    positions: Any
+    start: Any
+    limit: Any
+    tokens: Any = None
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of committed tokens: append-only, a slot is a commit.
+
+    Attributes:
+      key, value: [L, B, S, K, H].
+      length: [B] int32, slots in use. Setting it back forgets the slots behind it.
+    """
+
+    key: Any
+    value: Any
+    length: Any
+
+
+@struct.dataclass
+class Outputs:
+    """Hidden states after the final norm, [B, T, D], None where not asked for, and the new cache."""
+
+    query: Any = None
+    content: Any = None
+    cache: Cache | None = None
+
+
+@struct.dataclass
+class LayerRecord:
+    """What differs from layer to layer besides weights, [L] each; the layer scan slices it.
+
+    Attributes:
+      index: int32, the layer's place in the cache.
+      window: int32, how many keys back a content row sees left to right, itself included.
+      rotary_table: int32, row of `frequency_tables`; a table of zeros means no rotation.
+    """
+
+    index: Any
+    window: Any
+    rotary_table: Any
+
+
+def layer_records(config: ModelConfig) -> LayerRecord:
+    layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+    return LayerRecord(
+        index=layers, window=jnp.full_like(layers, NO_WINDOW), rotary_table=jnp.zeros_like(layers)
+    )
+
+
+def frequency_tables(config: ModelConfig):
+    """[tables, H / 2] float32, radians per position."""
+    return rotary_frequencies(config.head_size, config.rope_theta, config.rope_scaling)[None]
+
+
+@struct.dataclass
+class Geometry:
+    """Where the rows of both sets stand, content rows first: the same for all layers.
+
+    Attributes:
+      start, limit: [B, R] int32, R = content rows + query rows.
+      cos, sin: [tables, B, R, H / 2] float32.
+      slots: [B, T] int32, where the cache keeps each content row; None without a cache.
+    """
+
+    start: Any
+    limit: Any
+    cos: Any
+    sin: Any
+    slots: Any = None
+
+
+class Block(nn.Module):
+    """One pre-norm layer over both row sets at once: each projection is one matrix product.
+
+    Attributes:
+      content_rows: how many of the rows are content rows; they come first.
+      first_output: the rows before it give keys and values only. 0, or `content_rows` in the last
+        layer when just the query output is wanted.
+    """
+
+    config: ModelConfig
+    dtype: Any
+    precision: Any
+    content_rows: int
+    first_output: int = 0
+
+    def weight(self, name, axes, shape, fan_in):
+        initializer = nn.initializers.normal(fan_in**-0.5)
+        value = self.param(name, nn.with_logical_partitioning(initializer, axes), shape)
+        return value.astype(self.dtype)
+
+    def scale(self, name):
+        initializer = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        return self.param(name, initializer, (self.config.d_model,)).astype(self.dtype)
+
+    @nn.compact
+    def __call__(self, carry, record: LayerRecord, geometry: Geometry):
+        c = self.config
+        x_BRD, cache = carry
+        with jax.named_scope("attention"):
+            normed = rms_norm(x_BRD, self.scale("attn_norm"), c.norm_eps)
+            attended, cache = self.attend(normed, cache, record, geometry)
+            x_BRD = x_BRD[:, self.first_output :] + attended
+        with jax.named_scope("mlp"):
+            normed = rms_norm(x_BRD, self.scale("mlp_norm"), c.norm_eps)
+            residual = normed if c.residual == "release" else x_BRD
+            x_BRD = residual + gated_mlp(
+                normed,
+                self.weight("gate", ("embed", "mlp"), (c.d_model, c.mlp_size), c.d_model),
+                self.weight("up", ("embed", "mlp"), (c.d_model, c.mlp_size), c.d_model),
+                self.weight("down", ("mlp", "embed"), (c.mlp_size, c.d_model), c.mlp_size),
+                precision=self.precision,
+            )
+        return (constrain(x_BRD, ("batch", "length", "embed_act")), cache), None
+
+    def attend(self, x_BRD, cache, record, geometry):
+        """Attention with output projection: [B, R, D] to [B, R - first_output, D], and the new cache."""
+        c, first = self.config, self.first_output
+        project = functools.partial(jnp.einsum, "BTD,DNH->BTNH", precision=self.precision)
+        kv_shape = (c.d_model, c.num_kv_heads, c.head_size)
+        content = x_BRD[:, : self.content_rows]
+        q = project(x_BRD[:, first:], self.weight(
+            "q", ("embed", "heads", "head_size"), (c.d_model, c.num_heads, c.head_size), c.d_model))  # fmt: skip
+        k = project(content, self.weight("k", ("embed", "kv_heads", "head_size"), kv_shape, c.d_model))
+        v = project(content, self.weight("v", ("embed", "kv_heads", "head_size"), kv_shape, c.d_model))
+
+        cos, sin = geometry.cos[record.rotary_table], geometry.sin[record.rotary_table]
+        q = rotate(q, cos[:, first:], sin[:, first:])
+        k = rotate(k, cos[:, : self.content_rows], sin[:, : self.content_rows])
+        if cache is not None:
+            k, v, cache = _append(cache, k, v, record.index, geometry.slots)
+
+        start = _windowed(geometry, record.window, self.content_rows)
+        out = attention(
+            q, k, v, start[:, first:], geometry.limit[:, first:],
+            scale=c.head_size**-0.5, precision=self.precision,
+        )  # fmt: skip
+        out_weight = self.weight("o", ("heads", "head_size", "embed"), (c.num_heads, c.head_size, c.d_model),
+                                 c.num_heads * c.head_size)  # fmt: skip
+        return jnp.einsum("BTNH,NHD->BTD", out, out_weight, precision=self.precision), cache
+
+
+class TwoStream(nn.Module):
+    """The decoder: `apply({"params": p}, content, query, outputs=..., cache=...)` gives `Outputs`.
+
+    Attributes:
+      dtype: of activations and matrix products; parameters are cast to it.
+      precision: of matrix products; `jax.lax.Precision.HIGHEST` for float32 proper on accelerators.
+      remat: "none", "dots" (keep matrix products) or "block" (keep each block's input) for the
+        backward pass.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    precision: Any = None
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, content: Rows, query: Rows | None = None, outputs: str = "query", cache: Cache | None = None):
+        """Runs content and query rows through the layers.
+
+        Args:
+          content: rows with tokens, [B, T]. Without a cache, `start` and `limit` of all rows index these
+            rows, so they must be sorted (`ordering.intervals.sort_order`). With a cache they are appended to
+            it, but those that see nothing (padding), and `start` and `limit` index its slots.
+          query: rows without tokens, [B, Tq], or None.
+          outputs: "query", "content" or "both"; work that feeds none of them is not done.
+          cache: keys and values of earlier calls, or None.
+
+        Returns:
+          `Outputs`.
+        """
+        if outputs not in OUTPUTS or (query is None and outputs != "content"):
+            raise ValueError(f"outputs={outputs!r} with {'no ' if query is None else ''}query rows")
+        c, batch, rows = self.config, content.tokens.shape[0], content.tokens.shape[1]
+        embed = self.param("embed", _partitioned(0.02, ("vocab", "embed")), (c.vocab_size, c.d_model))
+        vector = self.param("query_embed", _partitioned(c.query_init_scale, ("norm",)), (c.d_model,))
+        if not c.tie_embeddings:
+            self.param("head", _partitioned(c.d_model**-0.5, ("embed", "vocab")), (c.d_model, c.vocab_size))
+
+        x_BRD = embed[content.tokens].astype(self.dtype)
+        if outputs == "content":
+            query = None
+        if query is not None:
+            vectors = jnp.broadcast_to(vector.astype(self.dtype), (batch, query.positions.shape[1], c.d_model))
+            x_BRD = jnp.concatenate([x_BRD, vectors], axis=1)
+        x_BRD = constrain(x_BRD, ("batch", "length", "embed_act"))
+        geometry = _geometry(c, content, query, cache)
+        first_output = rows if outputs == "query" else 0
+        x_BRD, new_cache = self._layers(x_BRD, cache, geometry, rows, first_output)
+
+        scale = self.param("final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (c.d_model,))
+        hidden = rms_norm(x_BRD, scale.astype(self.dtype), c.norm_eps)
+        return Outputs(
+            query=None if query is None else hidden[:, rows - first_output :],
+            content=None if first_output else hidden[:, :rows],
+            cache=_advanced(new_cache, content),
+        )
+
+    def _layers(self, x_BRD, cache, geometry, content_rows, first_output):
+        """All blocks but the last in one scan; the last alone, as less of it may be wanted."""
+        records = layer_records(self.config)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        arguments = dict(config=self.config, dtype=self.dtype, precision=self.precision, content_rows=content_rows)
+        carry = (x_BRD, cache)
+        if self.config.num_layers > 1:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=self.config.num_layers - 1,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            first_layers = jax.tree.map(lambda x: x[:-1], records)
+            carry, _ = scanned(**arguments, name="layers")(carry, first_layers, geometry)
+        last_layer = block(**arguments, first_output=first_output, name="last_layer")
+        carry, _ = last_layer(carry, jax.tree.map(lambda x: x[-1], records), geometry)
+        return carry
+
+
+def logits(params, config: ModelConfig, hidden, precision=None):
+    """Scores over the vocabulary, float32 [..., V], of hidden states [..., D] after the final norm."""
+    if config.tie_embeddings:
+        equation, weight = "...D,VD->...V", params["embed"]
+    else:
+        equation, weight = "...D,DV->...V", params["head"]
+    weight = weight.astype(hidden.dtype)
+    return jnp.einsum(equation, hidden, weight, precision=precision, preferred_element_type=jnp.float32)
+
+
+def init_params(config: ModelConfig, key, dtype=jnp.float32):
+    """A freshly drawn parameter tree (nested dicts of arrays of `dtype`)."""
+    params = nn.unbox(jax.jit(functools.partial(_init, config))(key))
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def abstract_params(config: ModelConfig, dtype=jnp.float32):
+    """The tree of `init_params` as `jax.ShapeDtypeStruct`s: nothing is computed."""
+    boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
+
+
+def logical_axes(config: ModelConfig):
+    """The tree of `init_params` with each array's axis names as a `PartitionSpec`."""
+    boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    return nn.get_partition_spec(boxed)
+
+
+def param_shardings(mesh, config: ModelConfig):
+    """The tree of `init_params` as `NamedSharding`s on a mesh."""
+    return axes_shardings(mesh, logical_axes(config), abstract_params(config))
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+    """An empty cache for `slots` commits an example."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_size)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
+
+
+def _init(config, key):
+    one = jnp.zeros((1, 1), jnp.int32)
+    rows = Rows(positions=one, start=one, limit=one)
+    return TwoStream(config).init(key, rows.replace(tokens=one), rows)["params"]
+
+
+def _partitioned(scale, axes):
+    return nn.with_logical_partitioning(nn.initializers.normal(scale), axes)
+
+
+def _geometry(config, content, query, cache) -> Geometry:
+    sets = [content] if query is None else [content, query]
+    positions, start, limit = (
+        jnp.concatenate([getattr(rows, field) for rows in sets], axis=1) for field in ("positions", "start", "limit")
+    )
+    tables = [rotary_angles(positions, frequencies) for frequencies in frequency_tables(config)]
+    cos, sin = (jnp.stack(parts) for parts in zip(*tables, strict=True))
+    slots = None
+    if cache is not None:
+        real = content.limit > content.start
+        after_last = cache.key.shape[2]  # out of range: dropped by the scatter
+        slots = jnp.where(real, cache.length[:, None] + jnp.cumsum(real, axis=1) - 1, after_last)
+    return Geometry(start=start, limit=limit, cos=cos, sin=sin, slots=slots)
+
+
+def _windowed(geometry, window, content_rows):
+    """`start` under a sliding window; a query row's own token, not among its keys, counts as seen."""
+    seen = window - (jnp.arange(geometry.limit.shape[1]) >= content_rows)
+    return jnp.maximum(geometry.start, geometry.limit - seen)
+
+
+def _append(cache, k_BTKH, v_BTKH, layer, slots):
+    """The layer's keys and values [B, S, K, H] with the new rows among them, and the whole cache."""
+    batch = jnp.arange(k_BTKH.shape[0])[:, None]
+    key = cache.key.at[layer, batch, slots].set(k_BTKH.astype(cache.key.dtype), mode="drop")
+    value = cache.value.at[layer, batch, slots].set(v_BTKH.astype(cache.value.dtype), mode="drop")
+    return key[layer].astype(k_BTKH.dtype), value[layer].astype(v_BTKH.dtype), cache.replace(key=key, value=value)
+
+
+def _advanced(cache, content):
+    if cache is None:
+        return None
+    added = jnp.sum(content.limit > content.start, axis=1, dtype=jnp.int32)
+    return cache.replace(length=cache.length + added)

@@ -1,0 +1,114 @@
+"""Sorted, every mask is an interval.
+
+A row of packed documents is permuted once, by a stable sort on (is padding, segment, content
+rank). After that, each row of either stream sees exactly the content keys `start <= k < limit`.
+
+    token            a  b  c  d  |  e  f        two documents (segments 1 and 2)
+    content rank     1  0  1  2  |  1  0
+    sorted           b  a  c  d  |  f  e
+    start            0  0  0  0  |  4  4        where its document begins
+    content limit    1  3  3  4  |  5  6        end of its own group   (rank <= own)
+    query limit      0  1  1  3  |  4  5        start of its own group (rank <  own)
+
+This module alone holds the rank rule. It runs on NumPy arrays on the host and on traced
+`jax.numpy` arrays inside the jitted step, and needs no [T, S] array in either place.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Bounds(NamedTuple):
+    """Intervals of visible content keys, int32, [..., T] each. Padding has `start == limit == 0`."""
+
+    start: Any
+    content_limit: Any
+    query_limit: Any
+
+
+def sort_order(content_ranks, segment_ids):
+    """The permutation that sorts rows for `bounds`.
+
+    Args:
+      content_ranks: [..., T] int, lower = earlier; any values, compared within a segment only.
+      segment_ids: [..., T] int, packed document, 0 = padding.
+
+    Returns:
+      [..., T] int32: `take_rows(order, x)` lists x document by document, group by group, in the
+      given order inside a group; padding last.
+    """
+    xp = _numpy_of(content_ranks, segment_ids)
+    segment_ids = xp.asarray(segment_ids)
+    order = xp.lexsort((xp.asarray(content_ranks), segment_ids, segment_ids == 0), axis=-1)
+    return order.astype(xp.int32)
+
+
+def take_rows(order, *arrays):
+    """Each array's rows ([..., T] or [..., T, D]) in the given order ([..., T]).
+
+    One array in, one array out; several in, a tuple out.
+    """
+    xp = _numpy_of(order, *arrays)
+
+    def take(array):
+        index = order.reshape(order.shape + (1,) * (array.ndim - order.ndim))
+        return xp.take_along_axis(array, index, axis=order.ndim - 1)
+
+    return take(arrays[0]) if len(arrays) == 1 else tuple(take(array) for array in arrays)
+
+
+def unsort(order, array):
+    """The inverse of `take_rows`: rows ([..., T] or [..., T, D]) back to where they came from."""
+    xp = _numpy_of(order, array)
+    return take_rows(xp.argsort(order, axis=-1), array)
+
+
+def bounds(content_ranks, query_ranks, segment_ids) -> Bounds:
+    """What each row may see, of rows sorted by `sort_order(content_ranks, segment_ids)`.
+
+    A content row of rank r sees the content keys of its document with rank <= r; a query row of
+    rank r those with rank < r (A3, arXiv 2601.13228, section 3). The two streams may follow
+    different ranks: keys are sorted by content rank, so any query threshold is a prefix too.
+
+    Args:
+      content_ranks: [..., T] int, sorted within each document.
+      query_ranks: [..., T] int, the same array in ordinary training.
+      segment_ids: [..., T] int, ascending, then padding (0).
+
+    Returns:
+      `Bounds` of int32 [..., T] arrays.
+    """
+    xp = _numpy_of(content_ranks, query_ranks, segment_ids)
+    content_ranks, query_ranks, segment_ids = xp.broadcast_arrays(content_ranks, query_ranks, segment_ids)
+    length = segment_ids.shape[-1]
+    is_padding = segment_ids == 0
+    segments = xp.where(is_padding, xp.iinfo(segment_ids.dtype).max, segment_ids)
+
+    def count(comes_before):
+        """[..., T]: how many keys (a prefix of them) come before each row, by bisection."""
+        low = xp.zeros(segments.shape, xp.int32)
+        high = xp.full(segments.shape, length, xp.int32)
+        for _ in range(length.bit_length()):
+            middle = (low + high) // 2
+            key = xp.minimum(middle, length - 1)
+            key_segments = xp.take_along_axis(segments, key, axis=-1)
+            key_ranks = xp.take_along_axis(content_ranks, key, axis=-1)
+            before = (low < high) & (
+                (key_segments < segments) | ((key_segments == segments) & comes_before(key_ranks))
+            )
+            low, high = xp.where(before, middle + 1, low), xp.where(before, high, middle)
+        return xp.where(is_padding, 0, low).astype(xp.int32)
+
+    return Bounds(
+        start=count(lambda key_ranks: xp.zeros(key_ranks.shape, bool)),
+        content_limit=count(lambda key_ranks: key_ranks <= content_ranks),
+        query_limit=count(lambda key_ranks: key_ranks < query_ranks),
+    )
+
+
+def _numpy_of(*arrays):
+    """`jax.numpy` if any array is JAX's (traced or not), else NumPy."""
+    return jnp if any(isinstance(array, jax.Array) for array in arrays) else np

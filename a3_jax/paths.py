@@ -1,0 +1,75 @@
+"""Local and bucket paths (`gs://...`), through etils: the one place that opens files by name."""
+
+import json
+import os
+import uuid
+
+from etils import epath
+
+from a3_jax.errors import InputError
+
+
+def as_path(path) -> epath.Path:
+    return epath.Path(path)
+
+
+def read_text(path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+      InputError: absent, a directory, unreadable, or not UTF-8.
+    """
+    path = as_path(path)
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text (byte {error.start})", file=path) from error
+    except OSError as error:
+        raise InputError(_reason(path, error), file=path) from error
+
+
+def read_json(path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+      InputError: unreadable, not JSON, or JSON of another kind.
+    """
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON: {error.msg}", file=path, line=error.lineno) from error
+    if not isinstance(value, dict):
+        raise InputError(f"expected a JSON object, got {type(value).__name__}", file=path)
+    return value
+
+
+def write_text(path, text: str) -> None:
+    """Writes a file whole or not at all: a temporary sibling, then a rename.
+
+    Raises:
+      InputError: `path` exists as a directory, or its directory can't be written.
+    """
+    path = as_path(path)
+    if path.is_dir():
+        raise InputError("is a directory, a file is to be written there", file=path)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(text.encode("utf-8"))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(_reason(path, error), file=path) from error
+
+
+def write_json(path, value) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _reason(path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a directory, expected a file"
+    return os.strerror(error.errno) if error.errno else str(error)

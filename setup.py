@@ -1,0 +1,54 @@
+"""Packaging of a3_jax. Lower bounds here; versions known to work together in constraints.txt."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "a3_jax/__init__.py").read_text()).group(1)
+
+setup(
+    name="a3_jax",
+    version=VERSION,
+    description="Any-order, any-subset autoregressive language models (A3) in JAX, for TPUs",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.12",
+    packages=find_packages(include=["a3_jax", "a3_jax.*"]),
+    package_data={"a3_jax": ["**/*.html.j2", "**/*.json"]},
+    entry_points={"console_scripts": ["a3 = a3_jax.cli:main"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "clu>=0.0.12",
+        "etils[epath]>=1.12",
+        "flax>=0.12",
+        "jax>=0.10",
+        "jinja2>=3.1",
+        "ml-collections>=1.0",
+        "ml_dtypes>=0.5",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "rich>=13.7",
+        "safetensors>=0.5",
+        "seqio>=0.0.20",
+        "tensorboard>=2.18",  # clu's metric writers import it and don't ask for it
+        "tensorflow>=2.18",
+        "tokenizers>=0.21",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "eval": ["lm-eval>=0.4.9", "rouge-score>=0.1.2"],
+        "plot": ["matplotlib>=3.9"],
+        "dev": ["hypothesis>=6.100", "pyarrow>=18", "pyright>=1.1.390", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "torch": ["torch>=2.6", "transformers>=5.0"],  # oracles in the tests
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

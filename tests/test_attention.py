@@ -1,0 +1,106 @@
+"""Attention over intervals: dense and chunked against softmax written out in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from a3_jax.model import attention as module
+from a3_jax.model.attention import attention, chunked_attention, dense_attention
+
+
+def loop_attention(query, key, value, start, limit, scale, softcap=None):
+    """Row by row and head by head, in float64."""
+    query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
+    group = query.shape[2] // key.shape[2]
+    out = np.zeros(query.shape)
+    for b, t, n in np.ndindex(query.shape[:3]):
+        visible = slice(int(start[b, t]), int(limit[b, t]))
+        if visible.start >= visible.stop:
+            continue
+        scores = scale * key[b, visible, n // group] @ query[b, t, n]
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ value[b, visible, n // group]
+    return out
+
+
+def example(rng, batch=2, rows=19, keys=23, heads=4, kv_heads=2, size=8):
+    query, key, value = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in [(batch, rows, heads, size), (batch, keys, kv_heads, size), (batch, keys, kv_heads, size)]
+    )
+    start = rng.integers(0, keys, (batch, rows)).astype(np.int32)
+    limit = np.minimum(keys, start + rng.integers(0, keys, (batch, rows))).astype(np.int32)
+    return query, key, value, start, limit
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("implementation", [dense_attention, chunked_attention])
+def test_equals_the_loop(implementation, softcap, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 8)  # several blocks, the last one ragged
+    arrays = example(np.random.default_rng(0))
+    out = implementation(*arrays, scale=0.3, logit_softcap=softcap)
+    np.testing.assert_allclose(out, loop_attention(*arrays, scale=0.3, softcap=softcap), atol=2e-6)
+
+
+def test_chunked_gradients_equal_dense(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 8)
+    query, key, value, start, limit = example(np.random.default_rng(1))
+    weight = np.random.default_rng(2).normal(size=query.shape)
+
+    def total(implementation, q, k, v):
+        return jnp.sum(weight * implementation(q, k, v, start, limit, scale=0.3))
+
+    for dense, chunked in zip(
+        jax.grad(lambda *a: total(dense_attention, *a), argnums=(0, 1, 2))(query, key, value),
+        jax.grad(lambda *a: total(chunked_attention, *a), argnums=(0, 1, 2))(query, key, value),
+        strict=True,
+    ):
+        np.testing.assert_allclose(chunked, dense, atol=5e-6)
+        assert np.abs(dense).max() > 0.01
+
+
+@pytest.mark.parametrize("implementation", [dense_attention, chunked_attention])
+def test_a_row_that_sees_nothing_is_zero_and_passes_no_gradient(implementation):
+    """Exactly zero, and finite gradients, even where the masked scores are huge."""
+    query, key, value, start, limit = example(np.random.default_rng(3))
+    limit = np.where(np.arange(limit.shape[1]) % 2 == 0, start, limit)
+    empty = start >= limit
+    query = query * 1e4
+
+    out = implementation(query, key, value, start, limit, scale=1.0)
+    assert np.all(np.asarray(out)[empty] == 0)
+    gradient = jax.grad(lambda q: jnp.sum(implementation(q, key, value, start, limit, scale=1.0)))(query)
+    assert np.all(np.isfinite(gradient)) and np.all(np.asarray(gradient)[empty] == 0)
+
+
+def test_memory_grows_linearly_with_length():
+    """No intermediate of T x S elements: the largest value of the traced program is a block's scores."""
+
+    def largest(length):
+        shapes = [(1, length, 2, 4), (1, length, 1, 4), (1, length, 1, 4), (1, length), (1, length)]
+        kinds = [jnp.float32] * 3 + [jnp.int32] * 2
+        arguments = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, kinds)]
+        step = jax.grad(lambda *a: jnp.sum(attention(*a, scale=1.0)), argnums=(0, 1, 2))
+        return max(_sizes(jax.make_jaxpr(step)(*arguments).jaxpr))
+
+    assert largest(8192) <= 2.2 * largest(4096)
+
+
+def _sizes(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.size for v in eqn.outvars if hasattr(v.aval, "size"))
+        for parameter in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _sizes(inner)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    query, key, value, start, limit = example(np.random.default_rng(4))
+    with pytest.raises(ValueError, match=r"start has shape \(2, 18\), expected \[B, T\] = \(2, 19\)"):
+        attention(query, key, value, start[:, 1:], limit, scale=1.0)
+    with pytest.raises(ValueError, match="does not fit key"):
+        attention(query, key[:, :, :, :4], value[:, :, :, :4], start, limit, scale=1.0)
