@@ -21,7 +21,7 @@ _HOMES = {
     "convert": "a3_jax.checkpoints.conversion",
     "open_checkpoint": "a3_jax.checkpoints.conversion",
     "train": "a3_jax.training.run",
-    "generate": "a3_jax.decoding.loop",
+    "generate": "a3_jax.decoding.generation",
     "score": "a3_jax.decoding.scoring",
     "InputError": "a3_jax.errors",
 }

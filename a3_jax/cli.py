@@ -47,7 +47,7 @@ def _parse(arguments):
     known, unknown = parser.parse_known_args(arguments)
     if unknown and not getattr(known, "takes_config_flags", False):
         flags = [flag for action in commands.choices[known.command]._actions for flag in action.option_strings]
-        raise InputError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}", file="a3")
+        raise InputError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}", file=known.command)
     known.config_flags = unknown
     return known
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3_jax.model.config import ModelConfig
-from a3_jax.model.two_stream import Rows, TwoStream, init_params, logits
+from a3_jax.model.two_stream import Rows, TwoStream, abstract_params, logits
 from a3_jax.ordering import intervals
 
 CONFIG = ModelConfig(
@@ -17,12 +17,14 @@ CONFIG = ModelConfig(
 
 @functools.cache
 def params(config=CONFIG, seed=0):
-    """Weights well away from their initial values: norms and the query vector are random too."""
-    drawn = init_params(config, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(drawn)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, [leaf + extra for leaf, extra in zip(leaves, noise, strict=True)])
+    """Random weights by NumPy: norms and the query vector are away from their initial values too."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        fan_in = leaf.shape[-2] if leaf.ndim > 1 else 4
+        return jnp.asarray(rng.normal(size=leaf.shape) * fan_in**-0.5 + (leaf.ndim == 1), leaf.dtype)
+
+    return jax.tree.map(draw, abstract_params(config))
 
 
 def packed_row(rng, lengths, padding=0, group_size=2):

@@ -12,6 +12,7 @@ With rank = position the content stream is the pretrained left-to-right model, l
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from a3_jax.model.layers import gated_mlp, rms_norm, rotary_angles, rotary_frequ
 from a3_jax.model.sharding import axes_shardings, constrain
 
 NO_WINDOW = 2**30
+_DRAW_BLOCK = 4096
 OUTPUTS = ("query", "content", "both")
 REMAT_POLICIES = {
     "none": None,
@@ -132,8 +134,7 @@ class Block(nn.Module):
     first_output: int = 0
 
     def weight(self, name, axes, shape, fan_in):
-        initializer = nn.initializers.normal(fan_in**-0.5)
-        value = self.param(name, nn.with_logical_partitioning(initializer, axes), shape)
+        value = self.param(name, _partitioned(fan_in**-0.5, axes), shape)
         return value.astype(self.dtype)
 
     def scale(self, name):
@@ -314,7 +315,15 @@ def _init(config, key):
 
 
 def _partitioned(scale, axes):
-    return nn.with_logical_partitioning(nn.initializers.normal(scale), axes)
+    return nn.with_logical_partitioning(functools.partial(_normal, scale), axes)
+
+
+def _normal(scale, key, shape, dtype=jnp.float32):
+    """N(0, scale^2), drawn block by block: XLA compiles a small random draw three times faster on CPU."""
+    size = math.prod(shape)
+    blocks = jnp.arange(-(-size // _DRAW_BLOCK))
+    drawn = jax.lax.map(lambda block: jax.random.normal(jax.random.fold_in(key, block), (_DRAW_BLOCK,)), blocks)
+    return (scale * drawn.reshape(-1)[:size]).reshape(shape).astype(dtype)
 
 
 def _geometry(config, content, query, cache) -> Geometry:

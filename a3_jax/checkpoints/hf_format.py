@@ -1,0 +1,249 @@
+"""A Hugging Face model directory as parameters, and parameters as such a directory."""
+
+import base64
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from a3_jax.checkpoints import families
+from a3_jax.checkpoints.a3_format import Meta
+from a3_jax.checkpoints.families import QUERY_LEAF, QUERY_TENSOR, Tensor
+from a3_jax.checkpoints.hf_config import CONFIG_FILE, config_from_hf, config_to_hf
+from a3_jax.checkpoints.safetensors_io import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    StoredTensor,
+    TensorSpec,
+    list_tensors,
+    write_tensors,
+)
+from a3_jax.errors import InputError
+from a3_jax.model.config import ModelConfig
+from a3_jax.paths import as_path, read_json, write_json
+from a3_jax.tokenizer import Tokenizer
+
+FLOATS = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
+_KEPT_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_MAX_KEPT_BYTES = 1 << 25  # a file; the largest tokenizers have 20 MB
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face directory that was checked, not read: names, shapes and dtypes fit the config."""
+
+    directory: Any
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    stored: dict[str, StoredTensor]
+
+    def source(self) -> dict[str, Any]:
+        """What `Meta.source` keeps, so that the way back gives the same names, dtypes and files."""
+        return {
+            "config": self.hf_config,
+            "tensors": {name: tensor.dtype.name for name, tensor in self.stored.items()},
+            "files": _read_kept_files(self.directory),
+        }
+
+
+def open_hf(directory) -> HFModel:
+    """Checks a Hugging Face directory against its config.
+
+    Raises:
+      InputError: what is missing, damaged, contradicting or not supported, by file and tensor.
+    """
+    directory = as_path(directory)
+    hf_config = read_json(directory / CONFIG_FILE)
+    config = config_from_hf(hf_config, directory / CONFIG_FILE)
+    stored = list_tensors(directory)
+    families.check_names(stored, config, directory)
+    parameters = {
+        name: tensor for name, tensor in stored.items() if not families.is_buffer(name, config.family)
+    }
+    table = _table_with_tied_head(config)
+    for name, tensor in parameters.items():
+        _check_tensor(tensor, table[name].shape)
+    return HFModel(directory, config, hf_config, parameters)
+
+
+def read_params(model: HFModel, dtype=None, seed: int = 0, place=lambda path, leaf: leaf):
+    """The parameter tree of a Hugging Face directory, read leaf by leaf.
+
+    A model without query vector gets one that is drawn from `seed`, with a warning.
+
+    Args:
+      dtype: of all leaves; None: the source's, the widest of those that one leaf is made of.
+      place: called with (path, NumPy array) of each leaf, gives what the tree shall hold.
+    """
+    tied = families.tied_head(model.config)
+    if tied is not None and tied.name in model.stored:
+        _check_tied(model.stored[tied.name], model.stored[next(iter(families.tensor_table(model.config)))])
+    leaves: dict[tuple[str, ...], list[Tensor]] = {}
+    for tensor in families.tensor_table(model.config).values():
+        leaves.setdefault(tensor.leaf, []).append(tensor)
+    tree: dict[str, Any] = {}
+    for path, tensors in leaves.items():
+        if path == QUERY_LEAF and QUERY_TENSOR not in model.stored:
+            leaf = _drawn_query(model, seed, dtype)
+        else:
+            leaf = _read_leaf(tensors, model.stored, dtype)
+        parent = tree
+        for key in path[:-1]:
+            parent = parent.setdefault(key, {})
+        parent[path[-1]] = place(path, leaf)
+    return tree
+
+
+def write_hf(
+    directory, params, meta: Meta, tokenizer: Tokenizer | None, dtype=None, max_shard_bytes=MAX_SHARD_BYTES
+) -> None:
+    """Fills a directory that transformers opens: safetensors, config, tokenizer, the source's other files.
+
+    Args:
+      directory: is made; the caller makes the whole of it atomic.
+      params: the parameter tree.
+      meta: with a `source`, its names, dtypes and architecture are kept; else Llama's in float32.
+      dtype: of all tensors instead.
+    """
+    directory = as_path(directory)
+    directory.mkdir(parents=True)
+    source = meta.source or {"config": config_to_hf(meta.model), "tensors": {}, "files": {}}
+    table = _table_to_write(meta.model, source["tensors"])
+    # A query vector that the source lacked is written as the embedding, the first of the table.
+    new = source["tensors"].get(next(iter(table)), "float32")
+    specs = {
+        name: TensorSpec(np.dtype(dtype or jnp.dtype(source["tensors"].get(name, new))), tensor.shape)
+        for name, tensor in table.items()
+    }
+
+    def read(name):
+        tensor = table[name]
+        leaf = params
+        for key in tensor.leaf:
+            leaf = leaf[key]
+        array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+        return cast(tensor.to_stored(array), specs[name].dtype, name)
+
+    write_tensors(directory, specs, read, max_shard_bytes)
+    write_json(directory / CONFIG_FILE, _config_to_write(source["config"], dtype))
+    _write_kept_files(directory, source["files"])
+    if tokenizer is not None:
+        _write_kept_files(directory, tokenizer.files())
+
+
+def cast(array: np.ndarray, dtype, name: str, file=None) -> np.ndarray:
+    """An array in another float type.
+
+    Raises:
+      InputError: a finite number that the type can't hold.
+    """
+    if dtype is None or array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    # Only float16 has a smaller range than the others.
+    if dtype == np.float16 and np.any(np.isinf(result) & np.isfinite(array)):
+        raise InputError("a value is too large for float16", file=file, field=name)
+    return result
+
+
+def _table_with_tied_head(config: ModelConfig) -> dict[str, Tensor]:
+    table, tied = families.tensor_table(config), families.tied_head(config)
+    return {**table, tied.name: tied} if tied else table
+
+
+def _table_to_write(config: ModelConfig, source_tensors) -> dict[str, Tensor]:
+    """The model's tensors, and the tied head where the source repeated it."""
+    table = _table_with_tied_head(config)
+    tied = families.tied_head(config)
+    if tied is not None and tied.name not in source_tensors:
+        del table[tied.name]
+    return table
+
+
+def _config_to_write(hf_config, dtype) -> dict[str, Any]:
+    if dtype is None:
+        return hf_config
+    field = "dtype" if "dtype" in hf_config else "torch_dtype"  # transformers 5, 4
+    return {**hf_config, field: np.dtype(dtype).name}
+
+
+def _check_tensor(tensor: StoredTensor, shape) -> None:
+    if tensor.shape != shape:
+        raise InputError(
+            f"shape {list(tensor.shape)}, the config asks for {list(shape)}",
+            file=tensor.file,
+            field=tensor.name,
+        )
+    if tensor.dtype not in FLOATS:
+        raise InputError(
+            f"{tensor.dtype.name} is no parameter dtype; known: {', '.join(dtype.name for dtype in FLOATS)}",
+            file=tensor.file,
+            field=tensor.name,
+        )
+
+
+def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
+    if not np.array_equal(head.read(), embedding.read()):
+        raise InputError(
+            "differs from the embedding, but the config has tie_word_embeddings",
+            file=head.file,
+            field=head.name,
+        )
+
+
+def _read_leaf(tensors: list[Tensor], stored, dtype) -> np.ndarray:
+    """One leaf from the tensors that it is made of: one, or one a layer."""
+    parts = [stored[tensor.name] for tensor in tensors]
+    dtype = dtype or jnp.result_type(*(part.dtype for part in parts))
+    if tensors[0].layer is None:
+        array = np.ascontiguousarray(tensors[0].to_leaf(parts[0].read()))
+        return cast(array, dtype, parts[0].name, parts[0].file)
+    layer_shape = [tensors[0].split[axis] for axis in tensors[0].order]
+    leaf = np.empty((len(tensors), *layer_shape), dtype)
+    for tensor, part in zip(tensors, parts, strict=True):
+        leaf[tensor.layer] = cast(tensor.to_leaf(part.read()), dtype, part.name, part.file)
+    return leaf
+
+
+def _drawn_query(model: HFModel, seed: int, dtype) -> np.ndarray:
+    """A query vector as the source would store it, so that every way of reading gives the same one."""
+    logger.warning(
+        "%s: has no %s; the query vector is drawn from seed %d", model.directory, QUERY_TENSOR, seed
+    )
+    config = model.config
+    vector = config.query_init_scale * jax.random.normal(jax.random.key(seed), (config.d_model,), jnp.float32)
+    embedding = model.stored[next(iter(families.tensor_table(config)))]
+    stored = np.asarray(vector).astype(embedding.dtype)
+    return stored if dtype is None else stored.astype(dtype)
+
+
+def _read_kept_files(directory) -> dict[str, Any]:
+    """Files that go along unread, by name: text as a string, others as {"base64": ...}."""
+    files = {}
+    for path in sorted({path for pattern in _KEPT_FILES for path in as_path(directory).glob(pattern)}):
+        if path.name in (CONFIG_FILE, INDEX_FILE) or not path.is_file():
+            continue
+        if path.stat().length > _MAX_KEPT_BYTES:
+            logger.warning("%s: larger than %d bytes, not kept", path, _MAX_KEPT_BYTES)
+            continue
+        data = path.read_bytes()
+        try:
+            files[path.name] = data.decode("utf-8")
+        except UnicodeDecodeError:
+            files[path.name] = {"base64": base64.b64encode(data).decode("ascii")}
+    return files
+
+
+def _write_kept_files(directory, files) -> None:
+    for name, content in files.items():
+        if as_path(name).name != name or name in (CONFIG_FILE, INDEX_FILE):
+            raise InputError(f"{name!r} is no name for a file to keep", field="source.files")
+        data = content.encode("utf-8") if isinstance(content, str) else base64.b64decode(content["base64"])
+        (directory / name).write_bytes(data)

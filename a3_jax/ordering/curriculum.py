@@ -1,0 +1,237 @@
+"""The curriculum as data: stages, each with its orders, its steps and its learning-rate schedule.
+
+paper     l2r -> contiguous groups of 2 -> of 4 -> random groups of 4    (arXiv 2601.13228)
+release   the six strategies of the authors' code, each a run of its own
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from a3_jax.errors import InputError, nearest
+from a3_jax.ordering.ranks import TRAINING_ORDERS
+
+OBJECTIVES = ("any_order", "ar")
+SCHEDULES = ("linear", "cosine", "constant")
+
+PAPER_STEPS = 954  # a stage: four stages of 256 x 2048 tokens a step come to 2.0e9 tokens
+RELEASE_STEPS = 800
+RELEASE_WARMUP_STEPS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """One component of a stage's mixture of orders.
+
+    Attributes:
+      order: "l2r" (one token a group), "contiguous" or "random".
+      group_sizes: drawn uniformly, one for an example; (1,) for l2r, else (4,) if left empty.
+      weight: relative share of the examples.
+    """
+
+    order: str = "l2r"
+    group_sizes: tuple[int, ...] = ()
+    weight: float = 1.0
+
+    def __post_init__(self):
+        _check_choice("order", self.order, TRAINING_ORDERS)
+        if not _is_list(self.group_sizes):
+            raise InputError(f"must be a list of numbers, got {self.group_sizes!r}", field="group_sizes")
+        sizes = tuple(self.group_sizes) or ((1,) if self.order == "l2r" else (4,))
+        for size in sizes:
+            _check_whole("group_sizes", size, least=1)
+        if self.order == "l2r" and sizes != (1,):
+            raise InputError("l2r has one token a group; use order='contiguous'", field="group_sizes")
+        if not _is_number(self.weight) or not 0 < self.weight < float("inf"):
+            raise InputError(f"must be a positive number, got {self.weight!r}", field="weight")
+        object.__setattr__(self, "group_sizes", sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of training under one mixture of orders.
+
+    Attributes:
+      name: unique within a run; checkpoints and metrics carry it.
+      steps: optimiser steps.
+      objective: "any_order" (query stream), or "ar" (next token from the content stream; `orders`
+        is not read).
+      orders: the mixture each example draws from.
+      learning_rate, warmup_steps, schedule: None = the run's.
+      restart_schedule: the schedule spans this stage alone, warm-up included.
+      reset_optimizer: fresh moments at the start of the stage.
+      one_order_per_batch: all examples of a step share one draw.
+    """
+
+    name: str
+    steps: int
+    objective: str = "any_order"
+    orders: tuple[Order, ...] = dataclasses.field(default_factory=lambda: (Order("l2r"),))
+    learning_rate: float | None = None
+    warmup_steps: int | None = None
+    schedule: str | None = None
+    restart_schedule: bool = False
+    reset_optimizer: bool = False
+    one_order_per_batch: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"must be a text, got {self.name!r}", field="name")
+        _check_whole("steps", self.steps, least=1)
+        _check_choice("objective", self.objective, OBJECTIVES)
+        if not _is_list(self.orders) or not self.orders:
+            raise InputError(f"must be a list of at least one order, got {self.orders!r}", field="orders")
+        if self.learning_rate is not None and not (_is_number(self.learning_rate) and self.learning_rate > 0):
+            raise InputError(f"must be a positive number, got {self.learning_rate!r}", field="learning_rate")
+        if self.warmup_steps is not None:
+            _check_whole("warmup_steps", self.warmup_steps, least=0)
+        if self.schedule is not None:
+            _check_choice("schedule", self.schedule, SCHEDULES)
+        for name in ("restart_schedule", "reset_optimizer", "one_order_per_batch"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"must be True or False, got {getattr(self, name)!r}", field=name)
+
+
+def paper_stages(steps: int | Sequence[int] = PAPER_STEPS) -> tuple[Stage, ...]:
+    """The paper's progressive adaptation, groups growing from one token to four, then any order.
+
+    Args:
+      steps: of each of the four stages, or one number for all (2.0e9 tokens in all at the paper's
+        batch of 256 x 2048, split evenly).
+    """
+    return _named_stages(
+        {
+            "l2r": (Order("l2r"),),
+            "contiguous2": (Order("contiguous", (2,)),),
+            "contiguous4": (Order("contiguous", (4,)),),
+            "random4": (Order("random", (4,)),),
+        },
+        steps,
+    )
+
+
+def release_stages(steps: int | Sequence[int] = RELEASE_STEPS) -> tuple[Stage, ...]:
+    """The six strategies of the authors' release, in its order, each trained as a run of its own.
+
+    Every stage warms up, decays linearly to zero and starts with a fresh optimiser; one order is
+    drawn for a whole batch. The release has one truncated document in a row: use `packing=False`.
+
+    Args:
+      steps: of each of the six stages, or one number for all.
+    """
+    return _named_stages(
+        {
+            "l2r": (Order("l2r"),),
+            "contiguous2": (Order("contiguous", (2,)),),
+            "contiguous4": (Order("contiguous", (4,)),),
+            "random4": (Order("random", (4,)),),
+            "random8": (Order("random", (8,)),),
+            "mixed8": (Order("random", (8,)), Order("contiguous", (8,))),
+        },
+        steps,
+        warmup_steps=RELEASE_WARMUP_STEPS,
+        schedule="linear",
+        restart_schedule=True,
+        reset_optimizer=True,
+        one_order_per_batch=True,
+    )
+
+
+PRESETS = {"paper": paper_stages, "release": release_stages}
+
+
+def stages_from_config(stages: Sequence[Mapping]) -> tuple[Stage, ...]:
+    """Stages from a list of mappings with `Stage`'s fields (`orders`: mappings with `Order`'s).
+
+    Raises:
+      InputError: no stage, an unknown or misspelt field, a bad value, a name used twice.
+    """
+    if not _is_list(stages) or not stages:
+        raise InputError(f"must be a list of at least one stage, got {stages!r}", field="stages")
+    built = tuple(_stage(fields, f"stages[{index}]") for index, fields in enumerate(stages))
+    names = [stage.name for stage in built]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two stages are called {name!r}", field="stages")
+    return built
+
+
+def total_steps(stages: Sequence[Stage]) -> int:
+    return sum(stage.steps for stage in stages)
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, Stage, int]:
+    """The stage of a step, counted from 0 over all stages.
+
+    Returns:
+      (index of the stage, stage, its first step).
+    """
+    first = 0
+    for index, stage in enumerate(stages):
+        if first <= step < first + stage.steps:
+            return index, stage, first
+        first += stage.steps
+    raise ValueError(f"step {step} is outside the {first} steps of the curriculum")
+
+
+def _named_stages(orders: Mapping[str, tuple[Order, ...]], steps, **fields) -> tuple[Stage, ...]:
+    each = [steps] * len(orders) if isinstance(steps, int) else list(steps)
+    if len(each) != len(orders):
+        raise InputError(f"expected {len(orders)} numbers ({', '.join(orders)}), got {each}", field="steps")
+    return tuple(
+        Stage(name, steps=count, orders=mixture, **fields)
+        for (name, mixture), count in zip(orders.items(), each, strict=True)
+    )
+
+
+def _stage(fields, place: str) -> Stage:
+    if isinstance(fields, Stage):
+        return fields
+    fields = _as_dict(fields, place)
+    if _is_list(fields.get("orders")):
+        fields["orders"] = tuple(
+            order if isinstance(order, Order) else _build(Order, order, f"{place}.orders[{index}]")
+            for index, order in enumerate(fields["orders"])
+        )
+    return _build(Stage, fields, place)
+
+
+def _build(cls, fields, place: str):
+    """A `cls` of these fields, with errors that name the field in full."""
+    fields = _as_dict(fields, place)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in known:
+            raise InputError(f"no such field{nearest(name, known)}", field=f"{place}.{name}")
+    for name, field in known.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in fields:
+            raise InputError("is missing", field=f"{place}.{name}")
+    try:
+        return cls(**fields)
+    except InputError as error:
+        raise InputError(error.message, field=f"{place}.{error.field}") from error
+
+
+def _as_dict(fields, place: str) -> dict:
+    if not hasattr(fields, "keys"):  # `ConfigDict` is no `Mapping`
+        raise InputError(f"must be a mapping of fields, got {fields!r}", field=place)
+    return dict(fields)
+
+
+def _check_choice(field: str, value, choices: Sequence[str]) -> None:
+    if value not in choices:
+        message = f"must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
+        raise InputError(message, field=field)
+
+
+def _check_whole(field: str, value, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"must be a whole number of at least {least}, got {value!r}", field=field)
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

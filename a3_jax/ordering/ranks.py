@@ -1,0 +1,160 @@
+"""Group ranks: which tokens come when. NumPy on the host, no loop over tokens.
+
+A rank is per document, 0 for its earliest group, without gaps; tokens of equal rank are one group,
+predicted in parallel. For a document of seven tokens and groups of three:
+
+    position        0  1  2  3  4  5  6
+    l2r             0  1  2  3  4  5  6
+    contiguous(3)   0  0  0  1  1  1  2
+    random(3)       1  0  2  0  1  1  0     a random permutation, cut into groups
+
+In training, `draw` is a function of (seed, running number of the example over all epochs): an
+example has the same order on every host and after every restart, and a new one each epoch.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from a3_jax.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from a3_jax.ordering.curriculum import Stage
+
+ORDERS = ("l2r", "random")  # of generation and scoring
+TRAINING_ORDERS = ("l2r", "contiguous", "random")
+CONTEXTS = ("flat", "l2r")
+
+_WORD = (1 << 64) - 1
+_FRACTION = 2.0**-53  # of the top 53 bits of a word: a number in [0, 1)
+
+
+def l2r(length: int) -> np.ndarray:
+    """[T] int32: one token a group, in reading order."""
+    return np.arange(length, dtype=np.int32)
+
+
+def contiguous(length: int, size: int) -> np.ndarray:
+    """[T] int32: neighbours in groups of `size` (the last may be smaller), in reading order."""
+    return l2r(length) // np.int32(size)
+
+
+def random(length: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """[T] int32: a uniformly random permutation, cut into groups of `size` (the last may be smaller)."""
+    bits = rng.bit_generator.random_raw(length)
+    return _shuffle_segments(np.ones(length, np.int32), bits) // np.int32(size)
+
+
+def order_ranks(order: str, length: int, group_size: int, rng: np.random.Generator) -> np.ndarray:
+    """[T] int32: the ranks that `order` and `group_size` mean when generating or scoring.
+
+    Args:
+      order: "l2r" (contiguous groups where `group_size` > 1) or "random".
+      length: number of tokens to rank: all of a text, or its blanks alone.
+      group_size: tokens a group.
+      rng: read by "random" only.
+
+    Raises:
+      InputError: an unknown order, or a group size below 1.
+    """
+    if order not in ORDERS:
+        known = ", ".join(ORDERS)
+        raise InputError(f"must be one of {known}, got {order!r}{nearest(order, ORDERS)}", field="order")
+    if group_size < 1:
+        raise InputError(f"must be at least 1, got {group_size}", field="group_size")
+    return random(length, group_size, rng) if order == "random" else contiguous(length, group_size)
+
+
+def context_first(ranks, given, mode: str = "flat") -> np.ndarray:
+    """Ranks with the given tokens first and the rest after them, without gaps.
+
+        ranks   0  0  1  2  2        given   1  0  0  1  0
+        flat    0  1  2  0  3        one group of all given tokens
+        l2r     0  2  3  1  4        given tokens one by one, in reading order
+
+    Args:
+      ranks: [T] int, of which only the order among tokens that are not given matters.
+      given: [T] bool.
+      mode: "flat" or "l2r".
+
+    Returns:
+      [T] int32.
+
+    Raises:
+      InputError: an unknown mode.
+    """
+    if mode not in CONTEXTS:
+        known = ", ".join(CONTEXTS)
+        raise InputError(f"must be one of {known}, got {mode!r}{nearest(mode, CONTEXTS)}", field="context")
+    ranks, given = np.asarray(ranks), np.asarray(given, bool)
+    count = int(given.sum())
+    result = np.zeros(ranks.shape, np.int32)
+    if mode == "l2r":
+        result[given] = l2r(count)
+    groups_before = count if mode == "l2r" else min(count, 1)
+    result[~given] = groups_before + np.unique(ranks[~given], return_inverse=True)[1]
+    return result
+
+
+def draw(stage: "Stage", positions, segment_ids, seed: int, index: int) -> np.ndarray:
+    """The ranks of one packed row in training.
+
+    The row draws one of the stage's orders (by weight) and one of its group sizes (uniformly); each
+    document is then ranked by itself. Rows drawn with the same index share one permutation of their
+    slots, of which a shorter row uses the part it has.
+
+    Args:
+      stage: only `objective` and `orders` are read; objective "ar" is always left to right.
+      positions: [T] int, 0.. within each document.
+      segment_ids: [T] int, packed document, 0 = padding.
+      seed: of the run.
+      index: running number of the example over all epochs.
+
+    Returns:
+      [T] int32, in the order given; 0 at padding.
+    """
+    positions, segment_ids = np.asarray(positions), np.asarray(segment_ids)
+    if stage.objective == "ar":
+        return _without_padding(positions, segment_ids)
+    key = np.array([seed & _WORD, index & _WORD], np.uint64)
+    bits = np.random.Philox(key=key).random_raw(2 + positions.size)
+    order = _pick_weighted(stage.orders, bits[0])
+    size = order.group_sizes[int(bits[1] % len(order.group_sizes))]
+    ranks = _shuffle_segments(segment_ids, bits[2:]) if order.order == "random" else positions
+    return _without_padding(ranks // size, segment_ids)
+
+
+def _pick_weighted(orders, word):
+    """The order in whose share of the summed weights a random 64-bit word falls."""
+    shares = np.cumsum([order.weight for order in orders])
+    point = int(word >> np.uint64(11)) * _FRACTION * shares[-1]
+    return orders[min(int(np.searchsorted(shares, point, side="right")), len(orders) - 1)]
+
+
+def _shuffle_segments(segment_ids, bits) -> np.ndarray:
+    """[T] int32: each slot's place in a random permutation of its own segment.
+
+    One sort of 64-bit words (segment, random bits, slot): no two are equal, so every sorting
+    algorithm gives the same answer, and the slot is read back from the sorted word.
+    """
+    length = segment_ids.size
+    if length == 0:
+        return np.zeros(0, np.int32)
+    slot_bits = length.bit_length()
+    segment_bits = int(segment_ids.max()).bit_length()
+    random_bits = 64 - segment_bits - slot_bits
+    words = (bits >> np.uint64(64 - random_bits)) << np.uint64(slot_bits)
+    if segment_bits:
+        words |= segment_ids.astype(np.uint64) << np.uint64(64 - segment_bits)
+    words |= np.arange(length, dtype=np.uint64)
+    words.sort()
+    slots = (words & np.uint64((1 << slot_bits) - 1)).astype(np.intp)
+    sizes = np.bincount(segment_ids)
+    first_place = np.cumsum(sizes) - sizes
+    places = np.empty(length, np.int32)
+    places[slots] = np.arange(length, dtype=np.int32)
+    return places - first_place.astype(np.int32)[segment_ids]
+
+
+def _without_padding(ranks, segment_ids) -> np.ndarray:
+    return np.where(segment_ids == 0, 0, ranks).astype(np.int32)
