@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["a3_jax", "a3_jax.*"]),
     package_data={"a3_jax": ["**/*.html.j2", "**/*.json"]},
-    entry_points={"console_scripts": ["a3 = a3_jax.cli:main"]},
+    entry_points={"console_scripts": ["a3 = a3_jax.cli:console"]},
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
@@ -32,7 +32,6 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "rich>=13.7",
-        "safetensors>=0.5",
         "seqio>=0.0.20",
         "tensorboard>=2.18",  # clu's metric writers import it and don't ask for it
         "tensorflow>=2.18",
@@ -43,11 +42,10 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "eval": ["lm-eval>=0.4.9", "rouge-score>=0.1.2"],
         "plot": ["matplotlib>=3.9"],
-        "dev": ["hypothesis>=6.100", "pyarrow>=18", "pyright>=1.1.390", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "dev": ["hypothesis>=6.100", "pyarrow>=18", "pyright>=1.1.390", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", "safetensors>=0.5"],
         "torch": ["torch>=2.6", "transformers>=5.0"],  # oracles in the tests
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

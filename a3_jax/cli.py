@@ -1,7 +1,11 @@
 """`a3 COMMAND`: a short root. Each command's body lives in its room and imports what it needs late."""
 
 import argparse
+import glob
+import importlib.util
+import logging
 import os
+import re
 import sys
 
 from a3_jax import __version__
@@ -24,7 +28,10 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaint is one `InputError`, with the nearest flag or command."""
 
     def error(self, message):
-        raise InputError(message, file=self.prog)
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            message += nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        raise InputError(message, file=self.prog.removeprefix("a3").strip() or None)
 
 
 def _parser():
@@ -68,5 +75,23 @@ def main(arguments=None) -> int:
         return 0
 
 
+def console() -> int:
+    """`main` in a process of its own: warnings as plain lines, and quiet where libtpu finds no TPU."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("a3: %(levelname)s: %(message)s"))
+    logger = logging.getLogger("a3_jax")
+    logger.addHandler(handler)
+    logger.propagate = False
+    if importlib.util.find_spec("libtpu") and not _accelerators():
+        # libtpu is there for its compiler; asked for devices it fills the terminal with complaints.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return main()
+
+
+def _accelerators() -> list[str]:
+    """Device files of TPUs and GPUs."""
+    return [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd") for path in glob.glob(f"/dev/{pattern}")]
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

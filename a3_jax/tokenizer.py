@@ -34,8 +34,7 @@ class Tokenizer:
     Attributes:
       vocab_size: largest id + 1, added tokens included.
       bos_id, eos_id: int, or None where the tokenizer has none.
-      adds_bos: whether it puts BOS first by itself, as `add_bos_token` of its config says, else its
-        post-processor does; what `bos="auto"` follows.
+      adds_bos: whether its own post-processor puts BOS first; what `bos="auto"` follows.
     """
 
     def __init__(self, files: dict[str, str], place=None):
@@ -46,13 +45,10 @@ class Tokenizer:
         first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
         configs = [_config(self._files, name, place) for name in _SPECIAL_TOKEN_FILES]
         self.bos_id = self._special_id(*_named(configs, "bos_token"), *_BOS_NAMES)
-        if self.bos_id is None and first:
-            self.bos_id = first[0]
         self.eos_id = self._special_id(*_named(configs, "eos_token"), *_EOS_NAMES)
-        told = configs[0].get("add_bos_token")
-        self.adds_bos = self.bos_id is not None and (
-            told if isinstance(told, bool) else first == [self.bos_id]
-        )
+        if self.bos_id is None and first != [self.eos_id]:  # some add EOS alone
+            self.bos_id = next(iter(first), None)
+        self.adds_bos = bool(first) and first[0] == self.bos_id
 
     def _special_id(self, *names) -> int | None:
         """The id of the first of these names that is in the vocabulary."""

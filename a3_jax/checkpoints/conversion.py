@@ -74,7 +74,13 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
 
 
 def convert(
-    src, dst, to: str = "a3", dtype=None, seed: int = 0, max_shard_bytes: int = MAX_SHARD_BYTES
+    src,
+    dst,
+    to: str = "a3",
+    dtype=None,
+    seed: int = 0,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    query_vector: bool = True,
 ) -> None:
     """Writes a checkpoint in the other format, or the same one in another dtype.
 
@@ -87,6 +93,7 @@ def convert(
       to: "a3" or "hf".
       dtype: "float32", "bfloat16" or "float16"; None: the source's.
       max_shard_bytes: of the safetensors files.
+      query_vector: False writes a Hugging Face directory without it: the plain left-to-right model.
 
     Raises:
       InputError: a source that can't be converted, or a `dst` that is in use.
@@ -100,7 +107,7 @@ def convert(
         save_checkpoint(dst, source.params, source.meta, source.tokenizer)
         return
     with new_directory(dst) as temporary:
-        write_hf(temporary, source.params, source.meta, source.tokenizer, dtype, max_shard_bytes)
+        write_hf(temporary, source.params, source.meta, source.tokenizer, dtype, max_shard_bytes, query_vector)
 
 
 def find_checkpoint(path) -> tuple[Any, bool]:

@@ -101,7 +101,13 @@ def read_params(model: HFModel, dtype=None, seed: int = 0, place=lambda path, le
 
 
 def write_hf(
-    directory, params, meta: Meta, tokenizer: Tokenizer | None, dtype=None, max_shard_bytes=MAX_SHARD_BYTES
+    directory,
+    params,
+    meta: Meta,
+    tokenizer: Tokenizer | None,
+    dtype=None,
+    max_shard_bytes=MAX_SHARD_BYTES,
+    query_vector=True,
 ) -> None:
     """Fills a directory that transformers opens: safetensors, config, tokenizer, the source's other files.
 
@@ -110,6 +116,7 @@ def write_hf(
       params: the parameter tree.
       meta: with a `source`, its names, dtypes and architecture are kept; else Llama's in float32.
       dtype: of all tensors instead.
+      query_vector: False leaves it out: the plain left-to-right model.
     """
     directory = as_path(directory)
     directory.mkdir(parents=True)

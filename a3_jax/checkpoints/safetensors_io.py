@@ -1,4 +1,8 @@
-"""Safetensors files, read and written tensor by tensor: NumPy alone, no torch, bfloat16 included.
+"""Safetensors files, read and written tensor by tensor.
+
+The safetensors library maps local files and writes a shard from memory as a whole; here a file may lie
+in a bucket, no more than one tensor is in memory, and damage is reported by tensor. The tests hold both
+to the same bytes.
 
 A file is `<8 bytes: N, little endian> <N bytes: JSON header> <data>`; the header gives each tensor's
 dtype, shape and byte range in the data. A model is one `model.safetensors`, or several files and
