@@ -13,7 +13,7 @@ With rank = position the content stream is the pretrained left-to-right model, l
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -189,7 +189,7 @@ class Block(nn.Module):
 
 
 class TwoStream(nn.Module):
-    """The decoder: `apply({"params": p}, content, query, outputs=..., cache=...)` gives `Outputs`.
+    """The decoder as a Flax module; `run_rows` runs it with given parameters.
 
     Attributes:
       dtype: of activations and matrix products; parameters are cast to it.
@@ -267,6 +267,13 @@ class TwoStream(nn.Module):
         last_layer = block(**arguments, first_output=first_output, name="last_layer")
         carry, _ = last_layer(carry, jax.tree.map(lambda x: x[-1], records), geometry)
         return carry
+
+
+def run_rows(
+    model: TwoStream, params, content: Rows, query: Rows | None = None, outputs: str = "query", cache: Cache | None = None
+) -> Outputs:
+    """`TwoStream.__call__` with the parameter tree `params`: a pure function of its arguments."""
+    return cast(Outputs, model.apply({"params": params}, content, query, outputs, cache))
 
 
 def logits(params, config: ModelConfig, hidden, precision=None):

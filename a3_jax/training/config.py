@@ -1,0 +1,237 @@
+"""The config of a run: its fields, their defaults, and what a resumed run may change."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from a3_jax.errors import InputError, nearest
+from a3_jax.model.config import PRESETS, ModelConfig
+from a3_jax.model.two_stream import REMAT_POLICIES
+from a3_jax.ordering.curriculum import SCHEDULES, Stage, stages_from_config, total_steps
+
+DTYPES = ("float32", "bfloat16")
+MESH = {"data": 0, "fsdp": -1, "tensor": 1}
+
+# A resumed run may differ in these: where it runs, what it writes and how often.
+FREE_FIELDS = (
+    "mesh", "checkpoint_every", "keep", "eval_every", "eval_batches", "sample_every", "log_every",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A run, whole: with the code and the data it names, this gives the same losses.
+
+    Attributes:
+      seed: of parameters, rows and orders.
+      init_from: checkpoint to begin with (A3 or Hugging Face); empty for random parameters.
+      start_stage: name of the stage to begin at; empty for the first.
+      model: name of a preset, or the fields of a `ModelConfig` (vocabulary and context are the
+        tokenizer's and `seq_len`'s where left out). The model of `init_from` takes its place.
+      data: text or JSONL file, or a pattern of them; empty for the embedded corpus.
+      tokenizer: "bytes", a tokenizer.json or its directory; empty for that of `init_from`, else of the
+        embedded corpus, else (with `data`) bytes.
+      holdout: share (below 1) or number of the documents kept for held-out losses.
+      seq_len: rows of an example.
+      packing: several documents a row; otherwise one, cut to `seq_len`.
+      batch_size: examples a step, over all devices. microbatches: in how many pieces.
+      stages: the curriculum, see `ordering.curriculum.Stage`.
+      learning_rate, warmup_steps, schedule: for stages without their own.
+      weight_decay, b1, b2, eps, clip: AdamW and the largest gradient norm (0 = any).
+      dtype: of the computation; parameters are float32.
+      remat: what the backward pass computes again, see `model.two_stream`.
+      mesh: devices along data, fsdp and tensor; -1 = all that remain, data 0 = the number of slices.
+      checkpoint_every, eval_every, sample_every: steps; 0 = at the end of each stage for the first,
+        never for the others.
+      keep: checkpoints kept. eval_batches: held-out batches an evaluation.
+      log_every: steps between plain progress lines and TensorBoard points.
+    """
+
+    stages: tuple[Stage, ...]
+    seq_len: int
+    batch_size: int
+    learning_rate: float
+    seed: int = 0
+    init_from: str = ""
+    start_stage: str = ""
+    model: str | Mapping[str, Any] = ""
+    data: str = ""
+    tokenizer: str = ""
+    holdout: float = 0.05
+    packing: bool = True
+    microbatches: int = 1
+    warmup_steps: int = 0
+    schedule: str = "linear"
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 1.0
+    dtype: str = "float32"
+    remat: str = "none"
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(MESH))
+    checkpoint_every: int = 0
+    keep: int = 2
+    eval_every: int = 0
+    eval_batches: int = 4
+    sample_every: int = 0
+    log_every: int = 10
+
+    def __post_init__(self):
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise InputError(f"must be at least {least}, got {getattr(self, name)!r}", field=name)
+        for name, choices in (("dtype", DTYPES), ("remat", tuple(REMAT_POLICIES)), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                value = getattr(self, name)
+                raise InputError(
+                    f"must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}", field=name
+                )
+        if self.batch_size % self.microbatches:
+            raise InputError(
+                f"{self.microbatches} does not divide batch_size={self.batch_size}", field="microbatches"
+            )
+        if not self.model and not self.init_from:
+            raise InputError("either a model or init_from is needed", field="model")
+        if isinstance(self.model, str) and self.model and self.model not in PRESETS:
+            raise InputError(f"unknown preset {self.model!r}{nearest(self.model, PRESETS)}", field="model")
+        names = [stage.name for stage in self.stages]
+        if self.start_stage and self.start_stage not in names:
+            raise InputError(
+                f"no such stage: {self.start_stage!r}{nearest(self.start_stage, names)}", field="start_stage"
+            )
+
+    @property
+    def first_step(self) -> int:
+        """Steps that count as done at the start: those of the stages before `start_stage`."""
+        names = [stage.name for stage in self.stages]
+        return sum(stage.steps for stage in self.stages[: names.index(self.start_stage or names[0])])
+
+    @property
+    def total_steps(self) -> int:
+        return total_steps(self.stages)
+
+    @property
+    def compute_dtype(self):
+        return jnp.dtype(self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: `from_config(run.to_dict()) == run`."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "RunConfig":
+        """A `ConfigDict` or dictionary, checked; absent fields take their defaults.
+
+        Raises:
+          InputError: an unknown or missing field, a value of another type or out of range.
+        """
+        fields: dict[str, Any] = _plain(config)
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise InputError(f"no such field{nearest(name, known)}", field=name)
+        for name, field in known.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and name not in fields:
+                raise InputError("is missing", field=name)
+        fields = {name: _typed(name, value, known[name].type) for name, value in fields.items()}
+        fields["stages"] = stages_from_config(fields["stages"])
+        return cls(**fields)
+
+
+def model_config(run: RunConfig, vocab_size: int | None = None) -> ModelConfig:
+    """The model of a run without `init_from`.
+
+    Args:
+      vocab_size: the tokenizer's; None leaves the preset's.
+    """
+    if isinstance(run.model, str):
+        config = PRESETS[run.model]
+        return dataclasses.replace(
+            config,
+            vocab_size=vocab_size or config.vocab_size,
+            max_length=max(config.max_length, run.seq_len),
+        )
+    fields = dict(run.model)
+    if vocab_size is not None:
+        fields["vocab_size"] = vocab_size
+    fields["max_length"] = max(fields.get("max_length", 0), run.seq_len)
+    return ModelConfig.from_dict(fields)
+
+
+def check_unchanged(saved: Mapping[str, Any], run: RunConfig, file) -> None:
+    """A run goes on with the config it began with, but for `FREE_FIELDS` and added steps.
+
+    Steps are added to the last stage, or as stages after it.
+
+    Raises:
+      InputError: with every difference.
+    """
+    old, new = RunConfig.from_config(saved).to_dict(), run.to_dict()
+    old["stages"], new["stages"] = _without_added_steps(old["stages"], new["stages"])
+    changed = []
+    for name in old:
+        if name not in FREE_FIELDS:
+            changed += _differences(name, old[name], new[name])
+    if changed:
+        raise InputError(
+            f"this run began with another config: {'; '.join(changed)} (use another --workdir)", file=file
+        )
+
+
+_LEAST = {
+    "seed": 0, "seq_len": 1, "batch_size": 1, "microbatches": 1, "warmup_steps": 0, "learning_rate": 0,
+    "weight_decay": 0, "holdout": 0, "b1": 0, "b2": 0, "eps": 0, "clip": 0, "checkpoint_every": 0, "keep": 1,
+    "eval_every": 0, "eval_batches": 1, "sample_every": 0, "log_every": 1,
+}  # fmt: skip
+
+
+def _typed(name, value, expected):
+    """The value as its field's type, whole numbers as floats where one is wanted."""
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if expected in (int, float, bool, str):
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+            raise InputError(f"must be {expected.__name__}, got {value!r}", field=name)
+    elif name == "mesh" and not isinstance(value, dict):
+        raise InputError(f"must be a mapping, got {value!r}", field=name)
+    elif name == "model" and not isinstance(value, str | dict):
+        raise InputError(f"must be a name or a mapping, got {value!r}", field=name)
+    return value
+
+
+def _plain(value) -> Any:
+    """ConfigDicts and mappings as dictionaries, tuples as lists, all the way down."""
+    if isinstance(value, Stage):
+        return _plain(dataclasses.asdict(value))
+    if hasattr(value, "items"):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _without_added_steps(old, new):
+    """The saved stages, and the new ones with what was added to them taken away."""
+    new = new[: len(old)]
+    if len(new) == len(old) and new[-1]["steps"] > old[-1]["steps"]:
+        new = new[:-1] + [new[-1] | {"steps": old[-1]["steps"]}]
+    return old, new
+
+
+def _differences(name, old, new) -> list[str]:
+    """`field: old -> new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        missing = "absent"
+        pairs = [
+            (f"{name}.{key}", old.get(key, missing), new.get(key, missing))
+            for key in sorted(old.keys() | new)
+        ]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{name}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
+    return [difference for pair in pairs for difference in _differences(*pair)]

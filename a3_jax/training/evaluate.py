@@ -1,0 +1,44 @@
+"""Held-out losses of both streams, on rows and orders that stay the same for the whole run."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+GROUP_SIZE = 4  # of the contiguous and random orders: the size that the paper's curriculum ends with
+
+# name in eval.jsonl -> (objective, order, group size)
+HELD_OUT = {
+    "l2r": ("any_order", "l2r", 1),
+    "contiguous": ("any_order", "contiguous", GROUP_SIZE),
+    "random": ("any_order", "random", GROUP_SIZE),
+    "ar": ("ar", "l2r", 1),
+}
+
+
+def held_out_losses(
+    losses: Mapping[str, Callable],
+    params: Any,
+    batches: Callable[[str, int], Iterable[Mapping[str, Any]]],
+) -> dict[str, float]:
+    """Nats a predicted token, by name: three orders of the query stream, and the AR stream.
+
+    Args:
+      losses: objective -> compiled (params, batch) -> (sum, weight), see `step.make_loss`.
+      params: parameter tree.
+      batches: (order, group size) -> batches on the device, the same at every call.
+
+    Returns:
+      A loss for each name of `HELD_OUT`: sums over all batches, divided once.
+    """
+    sums = [
+        [losses[objective](params, batch) for batch in batches(order, group_size)]
+        for objective, order, group_size in HELD_OUT.values()
+    ]
+    return {name: _mean(pairs) for name, pairs in zip(HELD_OUT, jax.device_get(sums), strict=True)}
+
+
+def _mean(pairs) -> float:
+    total, weight = np.sum(np.asarray(pairs, np.float64), axis=0)
+    return float(total / weight) if weight else float("nan")

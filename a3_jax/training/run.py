@@ -1,0 +1,284 @@
+"""Opening a run: config, newest checkpoint, model, data, mesh; then the loop."""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from a3_jax.checkpoints.a3_format import (
+    Meta,
+    StepWriter,
+    latest_step,
+    load_checkpoint_tokenizer,
+    load_meta,
+)
+from a3_jax.errors import InputError
+from a3_jax.model.config import ModelConfig
+from a3_jax.model.sharding import batch_sharding, make_mesh
+from a3_jax.model.two_stream import TwoStream
+from a3_jax.paths import as_path, read_json, write_json
+from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
+from a3_jax.training import loop
+from a3_jax.training.config import RunConfig, check_unchanged, model_config
+from a3_jax.training.evaluate import held_out_losses
+from a3_jax.training.metrics import JsonLines, TensorBoard, cut_back
+from a3_jax.training.optimizer import learning_rate, make_optimizer
+from a3_jax.training.progress import ProgressLine
+from a3_jax.training.samples import make_sampler
+from a3_jax.training.state import TrainState, abstract_state, init_state, state_shardings
+from a3_jax.training.step import LOSSES, make_loss, make_reset, make_train_step
+
+JSON_LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run begins or goes on with.
+
+    Attributes:
+      model: the model's config.
+      tokenizer: made the data's token ids; goes into every checkpoint.
+      params: parameters on the mesh; None: drawn, or restored with the rest of the state.
+      source: what a checkpoint remembers of the Hugging Face model it came from.
+    """
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+    params: Any = None
+    source: Mapping[str, Any] | None = None
+
+
+def train(config: Mapping[str, Any], workdir, devices=None):
+    """Trains a run to its end, from its start or from its newest checkpoint.
+
+        WORKDIR/config.json      the resolved run
+        WORKDIR/metrics.jsonl    one object a step; eval.jsonl, samples.jsonl beside it
+        WORKDIR/checkpoints/N    an A3 checkpoint after N steps
+        WORKDIR/tensorboard
+
+    Args:
+      config: `ConfigDict` or dictionary with the fields of `RunConfig`.
+      workdir: directory of this run alone, local or in a bucket.
+      devices: to run on; default all.
+
+    Returns:
+      The path of the last checkpoint.
+
+    Raises:
+      InputError: a config, data, tokenizer or checkpoint that can't be used, or a directory that
+        belongs to a run with another config. Nothing is written then.
+    """
+    run = RunConfig.from_config(config)
+    workdir = as_path(workdir)
+    checkpoints = workdir / "checkpoints"
+    restored = _find_progress(run, workdir)
+    if restored is not None and restored >= run.total_steps:
+        print(f"finished: {restored} of {run.total_steps} steps, {checkpoints / str(restored)}")
+        return checkpoints / str(restored)
+
+    mesh = open_mesh(run, devices)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        start = _open_start(run, mesh) if restored is None else _reopen_start(checkpoints / str(restored))
+        data = _open_data(run, start)
+        first_step = run.first_step if restored is None else restored
+        optimizer = make_optimizer(
+            b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay, clip=run.clip
+        )
+        shardings = state_shardings(start.model, optimizer, mesh)  # the last thing that can be bad input
+        write_json(workdir / "config.json", run.to_dict())
+        writer = stack.enter_context(StepWriter(checkpoints, keep=run.keep))
+        if restored is None:
+            state = init_state(
+                start.model, optimizer, mesh, seed=run.seed, step=first_step, params=start.params
+            )
+        else:
+            state = _restore(writer, restored, abstract_state(start.model, optimizer), shardings)
+
+        logs, samples = _open_logs(run, workdir, first_step, stack)
+        functions = _functions(run, start, data, mesh, optimizer, writer, samples, logs.progress.note)
+        loop.train(
+            state,
+            _batches(run, data, first_step),
+            functions,
+            logs,
+            stages=run.stages,
+            first_step=first_step,
+            fresh=restored is None,
+            intervals=loop.Intervals(run.eval_every, run.sample_every, run.checkpoint_every, run.log_every),
+        )
+    print(f"finished: {run.total_steps} steps, {checkpoints / str(run.total_steps)}")
+    return checkpoints / str(run.total_steps)
+
+
+def open_mesh(run: RunConfig, devices=None) -> jax.sharding.Mesh:
+    """The mesh of a run, over whose data and fsdp axes every microbatch's rows divide.
+
+    Raises:
+      InputError: sizes that don't fit the devices or the batch.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict(run.mesh)
+    if sizes.get("data") == 0:
+        sizes["data"] = 1 + max(getattr(device, "slice_index", 0) or 0 for device in devices)
+    mesh = make_mesh(sizes, devices)
+    rows, parts = run.batch_size // run.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise InputError(
+            f"{run.batch_size} rows in {run.microbatches} microbatches can't be split over {parts} devices",
+            field="batch_size",
+        )
+    return mesh
+
+
+def _find_progress(run, workdir) -> int | None:
+    """The newest step of the run in a directory, None if it is new there."""
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError("is a file, a run's directory is to be there", file=workdir)
+    saved, step = workdir / "config.json", latest_step(workdir / "checkpoints")
+    if saved.exists():
+        check_unchanged(read_json(saved), run, saved)
+    elif step is not None:
+        raise InputError("holds checkpoints, but no config.json of their run", file=workdir)
+    return step
+
+
+def _open_start(run, mesh) -> Start:
+    """A new run: the model of `init_from`, or one whose vocabulary is the tokenizer's."""
+    if not run.init_from:
+        tokenizer = _open_tokenizer(run, None)
+        return Start(model_config(run, tokenizer.vocab_size), tokenizer)
+    from a3_jax.checkpoints.conversion import open_checkpoint
+
+    checkpoint = open_checkpoint(run.init_from, dtype="float32", seed=run.seed, mesh=mesh)
+    tokenizer = _open_tokenizer(run, checkpoint.tokenizer)
+    if run.model and _shape(checkpoint.config) != _shape(model_config(run, checkpoint.config.vocab_size)):
+        print(f"warning: config.model gives way to the model of {run.init_from}", file=sys.stderr)
+    context = checkpoint.config.max_length
+    if run.seq_len > context:
+        raise InputError(
+            f"{run.seq_len} is longer than the context of {run.init_from}: {context}", field="seq_len"
+        )
+    return Start(checkpoint.config, tokenizer, checkpoint.params, checkpoint.meta.source)
+
+
+def _shape(model: ModelConfig):
+    return model.d_model, model.num_layers, model.num_heads, model.num_kv_heads, model.mlp_size
+
+
+def _reopen_start(checkpoint) -> Start:
+    """A run that goes on: everything is in its own checkpoint, `init_from` may be gone."""
+    meta, tokenizer = load_meta(checkpoint), load_checkpoint_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise InputError("has no tokenizer, this run can't go on from it", file=checkpoint)
+    return Start(meta.model, tokenizer, source=meta.source)
+
+
+def _open_tokenizer(run, of_checkpoint) -> Tokenizer:
+    if run.tokenizer:
+        return load_tokenizer(run.tokenizer)
+    if of_checkpoint is not None:
+        return of_checkpoint
+    if run.data:
+        return bytes_tokenizer()
+    from a3_jax.data.embedded import tokenizer_json
+
+    return from_files({"tokenizer.json": tokenizer_json()})
+
+
+def _open_data(run, start):
+    """The run's tables, with no id that the model has no embedding for."""
+    from a3_jax.data.tasks import open_data
+
+    data = open_data(run.data, start.tokenizer, run.seq_len, packing=run.packing, holdout=run.holdout)
+    largest = max(int(table.tokens.max()) for table in (data.train, data.heldout) if table is not None)
+    if largest >= start.model.vocab_size:
+        raise InputError(f"token id {largest} is outside the model's vocabulary of {start.model.vocab_size}",
+                         file=run.data or None, field="data")  # fmt: skip
+    if data.heldout is None and run.eval_every:
+        print("warning: no held-out documents, so no held-out losses", file=sys.stderr)
+    return data
+
+
+def _batches(run, data, first_step) -> Iterator[Mapping[str, Any]]:
+    """This process's rows of each step's batch, from `first_step` on."""
+    from a3_jax.data.batches import stream
+
+    return stream(
+        data.train, run.stages, run.seed, run.batch_size, first_step,
+        host=jax.process_index(), num_hosts=jax.process_count(),
+    )  # fmt: skip
+
+
+def _restore(writer, step, abstract, shardings) -> TrainState:
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    params, rest = writer.restore(step, target.params, {"step": target.step, "opt_state": target.opt_state})
+    return TrainState(step=rest["step"], params=params, opt_state=rest["opt_state"])
+
+
+def _open_logs(run, workdir, first_step, stack):
+    """Where rows go, cut back to the step that the run goes on from; closed with the stack."""
+    opened = []
+    for name in JSON_LINES:
+        cut_back(workdir / name, first_step)
+        opened.append(stack.enter_context(contextlib.closing(JsonLines(workdir / name))))
+    metrics, evaluations, samples = opened
+    tensorboard = stack.enter_context(contextlib.closing(TensorBoard(workdir / "tensorboard")))
+    progress = ProgressLine(first_step, run.total_steps, run.log_every)
+    stack.enter_context(contextlib.closing(progress))
+    return loop.Logs(metrics, evaluations, tensorboard, progress), samples
+
+
+def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop.Functions:
+    """The compiled functions of a run, and those that write."""
+    model = TwoStream(start.model, dtype=run.compute_dtype, remat=run.remat)
+    place = functools.partial(_place, batch_sharding(mesh))
+    table = data.heldout if data.heldout is not None else data.train
+    make_step = functools.partial(make_train_step, model, optimizer, mesh, microbatches=run.microbatches)
+
+    def save(step, stage, state):
+        meta = Meta(start.model, source=start.source, step=step, stage=stage, run_config=run.to_dict())
+        train_state = {"step": state.step, "opt_state": state.opt_state}
+        writer.save(step, state.params, train_state, meta, start.tokenizer)
+
+    return loop.Functions(
+        step={
+            objective: make_step(objective=objective)
+            for objective in sorted({stage.objective for stage in run.stages})
+        },
+        reset_optimizer=make_reset(optimizer, model, mesh),
+        learning_rate=lambda step: learning_rate(
+            run.stages, step,
+            learning_rate=run.learning_rate, warmup_steps=run.warmup_steps, schedule=run.schedule,
+        ),
+        place=place,
+        evaluate=None if data.heldout is None else _evaluation(run, model, data.heldout, place),
+        sample=make_sampler(table, start.model, start.tokenizer, samples, note, run.seed),
+        save=save,
+    )  # fmt: skip
+
+
+def _evaluation(run, model, heldout, place):
+    from a3_jax.data.batches import eval_batch
+
+    def batches(order, group_size):
+        rows = eval_batch(
+            heldout, order, group_size, run.seed, run.batch_size // run.microbatches, run.eval_batches,
+            host=jax.process_index(), num_hosts=jax.process_count(),
+        )  # fmt: skip
+        return map(place, rows)
+
+    losses = {objective: make_loss(model, objective=objective) for objective in LOSSES}
+    return lambda params: held_out_losses(losses, params, batches)
+
+
+def _place(sharding, batch):
+    """This process's rows as part of the global batch [B, T], on its devices."""
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

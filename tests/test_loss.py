@@ -1,0 +1,86 @@
+"""The chunked loss is the dense one: value and gradients, for every chunk size, with rows of weight zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from a3_jax.training.loss import cross_entropy
+
+B, T, D, V = 3, 10, 8, 17
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(B, T, D)).astype(np.float32)
+    head = rng.normal(size=(D, V)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = (rng.random((B, T)) < 0.6).astype(np.float32) * rng.random((B, T)).astype(np.float32)
+    return hidden, head, targets, weights
+
+
+def dense(hidden, head, targets, weights):
+    """NumPy, float64: (sum, weight, gradient of hidden, gradient of head)."""
+    hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
+    logits = hidden @ head
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    one_hot = np.eye(head.shape[1])[targets]
+    losses = -np.log((probabilities * one_hot).sum(-1))
+    d_logits = (probabilities - one_hot) * weights[..., None]
+    return (
+        (losses * weights).sum(),
+        weights.sum(),
+        d_logits @ head.T,
+        np.einsum("btd,btv->dv", hidden, d_logits),
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+def test_equals_the_dense_loss(arrays, chunk):
+    hidden, head, targets, weights = arrays
+
+    def loss(hidden, head):
+        return cross_entropy(lambda h: h @ head, hidden, targets, weights, chunk=chunk)
+
+    (total, weight), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
+    expected = dense(hidden, head, targets, weights)
+    np.testing.assert_allclose([total, weight], expected[:2], rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], expected[2], atol=1e-5)
+    np.testing.assert_allclose(gradients[1], expected[3], atol=1e-5)
+
+
+def test_rows_of_weight_zero_change_nothing(arrays):
+    """Other targets and other hidden states there: the same loss, and no gradient."""
+    hidden, head, targets, weights = arrays
+    unseen = weights == 0
+    other_targets = np.where(unseen, (targets + 5) % V, targets)
+    other_hidden = np.where(unseen[..., None], 1e3, hidden)
+
+    def loss(hidden, targets):
+        return cross_entropy(lambda h: h @ head, hidden, targets, weights, chunk=4)[0]
+
+    assert loss(hidden, targets) == loss(other_hidden, other_targets)
+    gradient = np.asarray(jax.grad(loss)(jnp.asarray(hidden), targets))
+    assert unseen.any() and not gradient[unseen].any()
+    assert (np.abs(gradient[~unseen]).max(-1) > 0).all()
+
+
+def test_nothing_to_predict_is_zero(arrays):
+    hidden, head, targets, weights = arrays
+    total, weight = cross_entropy(lambda h: h @ head, hidden, targets, np.zeros_like(weights))
+    assert (float(total), float(weight)) == (0.0, 0.0)
+
+
+def test_no_array_of_all_logits(arrays):
+    """Neither forward nor backward holds [B, T, V] (or a flat view of it)."""
+    hidden, head, targets, weights = arrays
+
+    def loss(hidden, head):
+        return cross_entropy(lambda h: h @ head, hidden, targets, weights, chunk=2)[0]
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).as_text()
+    assert f"tensor<{B}x2x{V}xf32>" in text
+    for shape in (f"{B}x{T}x{V}x", f"{B * T}x{V}x", f"{T // 2}x{B}x2x{V}x"):
+        assert f"tensor<{shape}f32>" not in text
