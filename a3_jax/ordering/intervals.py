@@ -83,30 +83,39 @@ def bounds(content_ranks, query_ranks, segment_ids) -> Bounds:
     """
     xp = _numpy_of(content_ranks, query_ranks, segment_ids)
     content_ranks, query_ranks, segment_ids = xp.broadcast_arrays(content_ranks, query_ranks, segment_ids)
-    length = segment_ids.shape[-1]
     is_padding = segment_ids == 0
     segments = xp.where(is_padding, xp.iinfo(segment_ids.dtype).max, segment_ids)
+    # Each of the three counts the keys of its document whose rank is below (or at) a threshold.
+    lowest = xp.full_like(content_ranks, xp.iinfo(content_ranks.dtype).min)
+    thresholds = xp.stack([lowest, content_ranks, query_ranks])
+    at_threshold = np.array([False, True, False]).reshape(3, *[1] * content_ranks.ndim)
+    counts = _count_before(xp, segments, content_ranks, thresholds, at_threshold)
+    return Bounds(*xp.where(is_padding, 0, counts).astype(xp.int32))
 
-    def count(comes_before):
-        """[..., T]: how many keys (a prefix of them) come before each row, by bisection."""
-        low = xp.zeros(segments.shape, xp.int32)
-        high = xp.full(segments.shape, length, xp.int32)
-        for _ in range(length.bit_length()):
-            middle = (low + high) // 2
-            key = xp.minimum(middle, length - 1)
-            key_segments = xp.take_along_axis(segments, key, axis=-1)
-            key_ranks = xp.take_along_axis(content_ranks, key, axis=-1)
-            before = (low < high) & (
-                (key_segments < segments) | ((key_segments == segments) & comes_before(key_ranks))
-            )
-            low, high = xp.where(before, middle + 1, low), xp.where(before, high, middle)
-        return xp.where(is_padding, 0, low).astype(xp.int32)
 
-    return Bounds(
-        start=count(lambda key_ranks: xp.zeros(key_ranks.shape, bool)),
-        content_limit=count(lambda key_ranks: key_ranks <= content_ranks),
-        query_limit=count(lambda key_ranks: key_ranks < query_ranks),
-    )
+def _count_before(xp, segments, ranks, thresholds, at_threshold):
+    """How many of the sorted keys (segment, rank) come before (own segment, threshold), by bisection.
+
+    Args:
+      segments, ranks: [..., T].  thresholds: [3, ..., T].  at_threshold: [3, ..., 1] bool, whether a
+        key of just that rank counts.
+
+    Returns:
+      [3, ..., T] int32.
+    """
+    length = segments.shape[-1]
+    low = xp.zeros(thresholds.shape, xp.int32)
+    high = xp.full(thresholds.shape, length, xp.int32)
+    all_segments, all_ranks = (xp.broadcast_to(array, thresholds.shape) for array in (segments, ranks))
+    for _ in range(length.bit_length()):
+        middle = (low + high) // 2
+        key = xp.minimum(middle, length - 1)
+        key_segments = xp.take_along_axis(all_segments, key, axis=-1)
+        key_ranks = xp.take_along_axis(all_ranks, key, axis=-1)
+        below = (key_ranks < thresholds) | (at_threshold & (key_ranks == thresholds))
+        before = (low < high) & ((key_segments < segments) | ((key_segments == segments) & below))
+        low, high = xp.where(before, middle + 1, low), xp.where(before, high, middle)
+    return low
 
 
 def _numpy_of(*arrays):

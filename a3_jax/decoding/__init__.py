@@ -1,0 +1,24 @@
+"""From a checkpoint and blanks to text, and to exact log-probabilities.
+
+`generate` fills blanks in any order, `score` gives the log-probability of any tokens given any
+others; both take the `Checkpoint` of `a3_jax.open_checkpoint`. Behind them:
+
+    options, requests   what the user asks for, checked before the model runs
+    batching            requests of one shape are run together, so that a new length compiles nothing
+    generation, loop    state -> choose candidates -> one forward -> commit, in one `while_loop`
+    strategies          which blanks are offered, and which of them are committed
+    sampling            logits -> token, its own log-probability, how good a candidate it is
+    scoring             one forward for any subset given any other
+"""
+
+import importlib
+
+_HOMES = {"generate": "a3_jax.decoding.generation", "score": "a3_jax.decoding.scoring"}
+
+__all__ = ["generate", "score"]
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'a3_jax.decoding' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,182 @@
+"""`a3 generate` and `a3 score`: flags, files and standard streams around `generation` and `scoring`."""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+from a3_jax.decoding.options import (
+    BOS,
+    COMMITS,
+    CONTEXTS,
+    CRITERIA,
+    DTYPES,
+    MODELS,
+    STRATEGIES,
+    GenerateOptions,
+    ScoreOptions,
+)  # fmt: skip
+from a3_jax.errors import EXIT_FAILED, EXIT_OK, InputError
+
+_GENERATE_EPILOG = """\
+input, one JSON object a line:
+  {"text": "The [[3]] sat on [[8]]."}        [[n]] is a blank of n tokens
+  {"tokens": [5, null, null, 2]}             null is a blank of one token
+  optionally "ranks": one integer a token, read at the blanks (lower = earlier, equal = together);
+  in groupwise decoding they take the place of --order and --group_size
+output, in input order:
+  {"text", "tokens", "logprob", "logprobs", "commit_rank", "forwards", "exact"}
+  Where "exact" is true, `a3 score` of the tokens with ranks = commit_rank gives the same logprob.
+
+example:
+  echo '{"text": "the [[2]] sat ."}' | a3 generate runs/tiny - - --temperature=0.8 --num_samples=3
+"""
+
+_SCORE_EPILOG = """\
+input, one JSON object a line:
+  {"tokens": [5, 7, 2], "ranks": [1, 0, 1]}                                  lower ranks come first
+  {"text": "The cat sat.", "order": "random", "group_size": 4, "seed": 0}    or tokens with an order
+  optionally, in either:
+    "context": C          the first C tokens (after BOS) are given, not scored
+    "scored": [0/1, ...]  which tokens to score; the others keep their place in the order
+    "positions": [...]    places in the document, for tokens with others absent between them
+  Lists have one value a token; BOS counts, if the text gets one.
+output, in input order:
+  {"logprobs": [...], "logprob": sum}, natural logarithm, null where not scored; text also has "tokens"
+
+example:
+  echo '{"text": "the cat sat .", "order": "random", "group_size": 1}' | a3 score runs/tiny - -
+"""
+
+
+def add_generate(subparsers) -> None:
+    """Adds `a3 generate`."""
+    parser = _add_parser(subparsers, "generate", "fill blanks in any order", _GENERATE_EPILOG)
+    _add_shared(parser)
+    defaults = {field.name: field.default for field in dataclasses.fields(GenerateOptions)}
+
+    def option(name, metavar, help_text, kind: Any = str):
+        told = f"{help_text}; default {defaults[name]}"
+        parser.add_argument(f"--{name}", type=kind, default=defaults[name], metavar=metavar, help=told)
+
+    option("strategy", "|".join(STRATEGIES), "fixed groups, or the best blanks of each step first")
+    option("order", "l2r|random", "of groupwise")
+    option("group_size", "N", "of groupwise: tokens a group", int)
+    option("criterion", "|".join(CRITERIA), "of dynamic: which blanks are the best")
+    option("step_size", "N", "of dynamic: tokens committed a step", int)
+    option("commit", "|".join(COMMITS), "chain: a token keeps the rank of its commit; flat: all tokens so "
+           "far are one group, recomputed each step (the authors' release; no exact logprob)")  # fmt: skip
+    option("temperature", "T", "0 takes the likeliest token", float)
+    option("top_k", "K", "draw from the K likeliest tokens, 0 = all", int)
+    option("top_p", "P", "draw from the smallest set that is more likely than P", float)
+    option("seed", "N", "of orders and draws", int)
+    option("num_samples", "K", 'output lines an input, with "sample": 0 to K-1', int)
+    parser.add_argument(
+        "--stop_at_eos", action="store_true",
+        help="end at an EOS that has every blank before it filled and no given token behind it; "
+             "what was generated behind it is dropped",
+    )  # fmt: skip
+    parser.set_defaults(run=run_generate)
+
+
+def add_score(subparsers) -> None:
+    """Adds `a3 score`."""
+    parser = _add_parser(
+        subparsers, "score", "exact log-probabilities under any grouping and order", _SCORE_EPILOG
+    )
+    _add_shared(parser)
+    parser.set_defaults(run=run_score)
+
+
+def run_generate(args) -> int:
+    """`a3 generate`: the exit status."""
+    from a3_jax.decoding.generation import generate_lines
+
+    return _run(args, GenerateOptions, generate_lines)
+
+
+def run_score(args) -> int:
+    """`a3 score`: the exit status."""
+    from a3_jax.decoding.scoring import score_lines
+
+    return _run(args, ScoreOptions, score_lines)
+
+
+def _add_parser(subparsers, name, help_text, epilog):
+    parser = subparsers.add_parser(
+        name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A3 checkpoint or Hugging Face directory")
+    parser.add_argument("input", metavar="INPUT.jsonl", help="- for standard input")
+    parser.add_argument("output", metavar="OUTPUT.jsonl", help="- for standard output")
+    return parser
+
+
+def _add_shared(parser) -> None:
+    def option(name, choices, default, help_text):
+        parser.add_argument(f"--{name}", default=default, metavar="|".join(choices), help=help_text)
+
+    option("model", MODELS, "a3", "ar: the content stream as the plain left-to-right model; default a3")
+    option("context", CONTEXTS, None, "given tokens as one group, or in reading order; default: as the "
+           "checkpoint was trained, else flat")  # fmt: skip
+    option("dtype", DTYPES, None, "default float32 on CPU, bfloat16 on accelerators")
+    option("bos", BOS, "auto", "BOS before text; default auto: if its tokenizer adds one")
+
+
+def _run(args, options_class, compute) -> int:
+    """Checks everything that can be checked, computes, and writes all lines or none."""
+    options = _options(args, options_class)
+    _check_output(args.output)
+    from a3_jax.checkpoints.conversion import open_checkpoint
+    from a3_jax.decoding.requests import read_lines
+
+    lines = read_lines(args.input)
+    checkpoint = open_checkpoint(args.checkpoint)
+    started = time.monotonic()
+    results = compute(checkpoint, lines, options)
+    failed = next((i for i, result in enumerate(results) if not math.isfinite(result["logprob"])), None)
+    if failed is not None:
+        line = lines[failed * len(lines) // len(results)]
+        print(f"a3 {args.command}: {line.file}:{line.number}: the model gives no finite log-probability",
+              file=sys.stderr)  # fmt: skip
+        return EXIT_FAILED
+    _write(args.output, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+    print(f"a3 {args.command}: {len(results)} lines, {time.monotonic() - started:.1f} s", file=sys.stderr)
+    return EXIT_OK
+
+
+def _options(args, options_class):
+    try:
+        return options_class(
+            **{field.name: getattr(args, field.name) for field in dataclasses.fields(options_class)}
+        )
+    except InputError as error:
+        raise InputError(error.message, file=f"a3 {args.command}", field=f"--{error.field}") from error
+
+
+def _check_output(path) -> None:
+    """Refuses, before any work, a path that can't become a file."""
+    if path != "-" and os.path.isdir(path):
+        raise InputError("is a directory, a file is to be written there", file=path)
+    parent = os.path.dirname(path)
+    if os.path.exists(parent) and not os.path.isdir(parent):
+        raise InputError(f"{parent} is no directory", file=path)
+
+
+def _write(path, text) -> None:
+    """To standard output, to a pipe or device, or to a file that appears whole."""
+    if path == "-":
+        sys.stdout.buffer.write(text.encode("utf-8"))  # UTF-8, whatever the locale says
+        sys.stdout.flush()
+    elif os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w", encoding="utf-8") as stream:  # a rename would take the device's place
+            stream.write(text)
+    else:
+        from a3_jax.paths import write_text
+
+        write_text(path, text)

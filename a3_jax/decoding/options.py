@@ -1,0 +1,138 @@
+"""What `a3 generate` and `a3 score` can be told, checked where it is made. Imports nothing heavy."""
+
+import dataclasses
+import math
+
+from a3_jax.errors import InputError, nearest
+
+MODELS = ("a3", "ar")
+STRATEGIES = ("groupwise", "dynamic")
+CRITERIA = ("confidence", "entropy", "margin", "random")
+COMMITS = ("chain", "flat")
+CONTEXTS = ("flat", "l2r")
+DTYPES = ("float32", "bfloat16")
+BOS = ("auto", "yes", "no")
+MAX_SEED = 2**32 - 1
+
+
+def one_of(name: str, value, choices) -> None:
+    """Raises `InputError` with the nearest choice unless `value` is one of `choices`."""
+    if value not in choices:
+        known = ", ".join(choices)
+        raise InputError(f"must be one of {known}, got {value!r}{nearest(value, choices)}", field=name)
+
+
+def whole_number(name: str, value, low: int, high: int | None = None) -> None:
+    """Raises `InputError` unless `value` is an int (no bool) with low <= value <= high."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < low
+        or (high is not None and value > high)
+    ):
+        upper = "" if high is None else f" and at most {high}"
+        raise InputError(f"must be a whole number, at least {low}{upper}, got {value!r}", field=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOptions:
+    """Options of `score`.
+
+    Attributes:
+      model: "a3", or "ar" for the content stream as the plain left-to-right model.
+      context: given tokens as one group ("flat") or in reading order ("l2r"); None: what the
+        checkpoint was trained with, flat if it doesn't say.
+      dtype: of parameters and activations; None: float32 on CPU, bfloat16 on accelerators. Float32
+        implies the highest matmul precision.
+      bos: whether text gets a BOS token; "auto": if its tokenizer adds one.
+    """
+
+    model: str = "a3"
+    context: str | None = None
+    dtype: str | None = None
+    bos: str = "auto"
+
+    def __post_init__(self):
+        one_of("model", self.model, MODELS)
+        one_of("bos", self.bos, BOS)
+        if self.context is not None:
+            one_of("context", self.context, CONTEXTS)
+        if self.dtype is not None:
+            one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(ScoreOptions):
+    """Options of `generate`, over those it shares with `score`.
+
+    Attributes:
+      strategy: "groupwise" (fixed groups, one forward a group) or "dynamic" (each step looks at every
+        blank and commits the best `step_size` by `criterion`).
+      order, group_size: the groups of groupwise, where the input gives no ranks.
+      commit: "chain" (a token keeps the rank of its commit: exact log-probability) or "flat" (all
+        tokens so far are one group, recomputed each step: the authors' release).
+      temperature: 0 is greedy.
+      top_k, top_p: filters on what is drawn from; 0 and 1.0 filter nothing.
+      num_samples: completions an input.
+      stop_at_eos: an EOS placed behind all other given tokens, with every blank before it filled, ends
+        the text; what was generated behind it is dropped.
+    """
+
+    strategy: str = "groupwise"
+    order: str = "l2r"
+    group_size: int = 4
+    criterion: str = "confidence"
+    step_size: int = 1
+    commit: str = "chain"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    num_samples: int = 1
+    stop_at_eos: bool = False
+
+    def __post_init__(self):
+        from a3_jax.ordering.ranks import ORDERS
+
+        super().__post_init__()
+        one_of("strategy", self.strategy, STRATEGIES)
+        one_of("order", self.order, ORDERS)
+        one_of("criterion", self.criterion, CRITERIA)
+        one_of("commit", self.commit, COMMITS)
+        whole_number("group_size", self.group_size, 1)
+        whole_number("step_size", self.step_size, 1)
+        whole_number("top_k", self.top_k, 0)
+        whole_number("seed", self.seed, 0, MAX_SEED)
+        whole_number("num_samples", self.num_samples, 1)
+        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
+            raise InputError(f"must be a number, at least 0, got {self.temperature!r}", field="temperature")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise InputError(f"must be above 0 and at most 1, got {self.top_p!r}", field="top_p")
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self):
+        if self.commit == "flat" and self.context == "l2r":
+            raise InputError(
+                "'l2r' contradicts commit 'flat', which has all tokens in one group", field="context"
+            )
+        if self.model == "ar" and self.commit == "flat":
+            raise InputError(
+                "'flat' contradicts model 'ar', which has every token in its own group", field="commit"
+            )
+        if self.model == "ar" and self.strategy != "groupwise":
+            raise InputError(
+                f"{self.strategy!r} contradicts model 'ar', which fills from the left", field="strategy"
+            )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def make_options(cls, options: dict):
+    """`cls(**options)`; an unknown name is an `InputError` with the nearest known one."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in options:
+        if name not in known:
+            raise InputError(f"unknown option{nearest(name, known)}", field=name)
+    return cls(**options)

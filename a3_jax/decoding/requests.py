@@ -1,0 +1,303 @@
+"""Input lines, read and validated before the model runs.
+
+Every complaint is an `InputError` that names the file, the line, the field and the offending value.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import numpy as np
+
+from a3_jax.decoding.options import GenerateOptions, ScoreOptions, whole_number
+from a3_jax.errors import InputError, nearest
+from a3_jax.ordering.ranks import context_first, order_ranks
+from a3_jax.paths import read_text
+from a3_jax.tokenizer import Tokenizer, encode_blanks
+
+SCORE_FIELDS = ("text", "tokens", "ranks", "order", "group_size", "seed", "context", "scored", "positions")
+GENERATE_FIELDS = ("text", "tokens", "ranks")
+_INT32 = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One JSON object and where it stands: `number` counts from 1, `file` is None for Python callers."""
+
+    item: Any
+    number: int
+    file: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRequest:
+    """What to score: T tokens in the input's order.
+
+    Attributes:
+      tokens, positions, ranks: [T] int32; position = place in the document, lower ranks come earlier.
+      scored: [T] bool.
+      from_text: whether the output repeats the tokens.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    ranks: np.ndarray
+    scored: np.ndarray
+    from_text: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BlankRequest:
+    """What to fill: T tokens in reading order.
+
+    Attributes:
+      number: the input line, of which randomness is a function.
+      tokens: [T] int32, 0 at blanks.
+      blank: [T] bool.
+      ranks: [T] int32, read at blanks only; None where the input has none.
+    """
+
+    number: int
+    tokens: np.ndarray
+    blank: np.ndarray
+    ranks: np.ndarray | None
+
+
+def read_lines(path) -> list[Line]:
+    """The JSON values of a JSONL file, or of standard input for `-`; empty lines are passed over."""
+    if path == "-":
+        file = "<stdin>"
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"not UTF-8 text (byte {error.start})", file=file) from error
+    else:
+        file, text = str(path), read_text(path)
+    lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
+    return [Line(_parsed(line, file, number), number, file) for number, line in lines if line.strip()]
+
+
+def item_lines(items) -> list[Line]:
+    """Python dicts as lines, numbered from 1."""
+    return [Line(item, number) for number, item in enumerate(items, start=1)]
+
+
+def _parsed(text, file, number):
+    def not_a_number(name):
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        return json.loads(text, parse_constant=not_a_number)
+    except RecursionError as error:
+        raise InputError("not JSON: nested too deeply", file=file, line=number) from error
+    except ValueError as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise InputError(f"not JSON: {reason}: {_shown(text)}", file=file, line=number) from error
+
+
+def score_requests(lines, checkpoint, options: ScoreOptions) -> list[ScoreRequest]:
+    """Validates the lines of `score`.
+
+    Raises:
+      InputError: the first thing that is wrong.
+    """
+    context = options.context or default_context(checkpoint)
+    return [_located(line, _score_request, checkpoint, options, context) for line in lines]
+
+
+def blank_requests(lines, checkpoint, options: GenerateOptions) -> list[BlankRequest]:
+    """Validates the lines of `generate`.
+
+    Raises:
+      InputError: the first thing that is wrong.
+    """
+    return [_located(line, _blank_request, checkpoint, options) for line in lines]
+
+
+def default_context(checkpoint) -> str:
+    """How given tokens are ranked where nobody says: as in the stage the checkpoint was trained with."""
+    return getattr(checkpoint.meta, "context", None) or "flat"
+
+
+def _located(line: Line, make, *arguments):
+    """`make(line, ...)`, its complaints told with the line's file and number."""
+    try:
+        return make(line, *arguments)
+    except InputError as error:
+        raise InputError(error.message, file=line.file, line=line.number, field=error.field) from error
+
+
+def _score_request(line, checkpoint, options, context) -> ScoreRequest:
+    item = _object(line.item, SCORE_FIELDS)
+    tokens, source = _tokens(item, checkpoint, Tokenizer.encode, options.bos)
+    tokens, length = _token_ids(tokens, source, checkpoint.config.vocab_size), len(tokens)
+    positions = _positions(item, length, checkpoint.config.max_length)
+    front = 1 if source == "text" and _has_bos(checkpoint.tokenizer, options.bos) else 0
+    given = np.arange(length) < front + _context(item, length - front)
+    scored = _scored(item, length) & ~given
+    order, ranks = _order(item), _ranks(item, length)
+    if options.model == "ar":
+        ranks = positions
+        scored &= positions != positions.min()  # nothing stands left of the first token
+    elif ranks is None:
+        ranks = _ordered(order, positions, given, context)
+    return ScoreRequest(np.asarray(tokens, np.int32), positions, ranks, scored, source == "text")
+
+
+def _blank_request(line, checkpoint, options) -> BlankRequest:
+    item = _object(line.item, GENERATE_FIELDS)
+    tokens, source = _tokens(item, checkpoint, encode_blanks, options.bos)
+    blank = np.array([token is None for token in tokens])
+    if options.model == "ar" and blank[0]:
+        raise InputError(
+            "starts with a blank: model 'ar' needs a token to its left, such as BOS", field=source
+        )
+    filled_up = [0 if token is None else token for token in tokens]
+    ids = _token_ids(filled_up, source, checkpoint.config.vocab_size)
+    return BlankRequest(line.number, np.asarray(ids, np.int32), blank, _ranks(item, len(ids), blank))
+
+
+def _object(item, fields) -> dict:
+    """The item, checked to be an object of known fields with either text or tokens."""
+    if not isinstance(item, dict):
+        raise InputError(f"expected a JSON object, got {_shown(item)}")
+    for field in item:
+        if field not in fields:
+            raise InputError(f"unknown field{nearest(field, fields)}", field=field)
+    if ("text" in item) == ("tokens" in item):
+        both = "both 'text' and 'tokens' are" if "text" in item else "neither 'text' nor 'tokens' is"
+        raise InputError(f"{both} given, one is needed", field="tokens")
+    return item
+
+
+def _tokens(item, checkpoint, encode, bos) -> tuple[list, str]:
+    """The item's tokens, as many as the model's context holds, and the field they come from."""
+    field = "text" if "text" in item else "tokens"
+    if field == "tokens":
+        tokens = _list(item, "tokens")
+    elif not isinstance(item["text"], str):
+        raise InputError(f"expected a string, got {_shown(item['text'])}", field="text")
+    elif checkpoint.tokenizer is None:
+        raise InputError("the checkpoint has no tokenizer: give 'tokens' instead", field="text")
+    else:
+        try:
+            tokens = encode(checkpoint.tokenizer, item["text"], bos)
+        except InputError as error:
+            raise InputError(error.message, field=error.field or "text") from error
+    if not tokens:
+        raise InputError("is empty", field=field)
+    if len(tokens) > checkpoint.config.max_length:
+        raise InputError(
+            f"{len(tokens)} tokens, the model's context is {checkpoint.config.max_length}", field=field
+        )
+    return tokens, field
+
+
+def _has_bos(tokenizer, bos) -> bool:
+    return bos == "yes" or (bos == "auto" and tokenizer.adds_bos)
+
+
+def _list(item, field, length=None) -> list:
+    values = item[field]
+    if isinstance(values, (tuple, np.ndarray)):  # from Python callers
+        values = np.asarray(values).tolist() if isinstance(values, np.ndarray) else list(values)
+    if not isinstance(values, list):
+        raise InputError(f"expected a list, got {_shown(values)}", field=field)
+    if length is not None and len(values) != length:
+        raise InputError(f"{len(values)} values for {length} tokens: {_shown(values)}", field=field)
+    return values
+
+
+def _integers(values, field, low=-_INT32, high=_INT32 - 1) -> list[int]:
+    for index, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise InputError(f"value {index} is {_shown(value)}, expected an integer", field=field)
+        if not low <= value <= high:
+            raise InputError(f"value {index} is {_shown(value)}, expected {low} to {high}", field=field)
+    return values
+
+
+def _token_ids(tokens, field, vocab_size) -> list[int]:
+    for index, token in enumerate(tokens):
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise InputError(f"value {index} is {_shown(token)}, expected a token id", field=field)
+        if not 0 <= token < vocab_size:
+            message = f"token id {_shown(token)} (value {index}) is outside the vocabulary of {vocab_size}"
+            raise InputError(message, field=field)
+    return tokens
+
+
+def _positions(item, length, max_length) -> np.ndarray:
+    """[T] int32: as given, or 0..T-1."""
+    if "positions" not in item:
+        return np.arange(length, dtype=np.int32)
+    values = _integers(_list(item, "positions", length), "positions", 0, max_length - 1)
+    positions = np.asarray(values, np.int32)
+    taken, counts = np.unique(positions, return_counts=True)
+    if counts.max() > 1:
+        raise InputError(f"position {taken[counts.argmax()]} is given more than once", field="positions")
+    return positions
+
+
+def _context(item, length) -> int:
+    """How many tokens, after BOS, are given."""
+    context = item.get("context", 0)
+    whole_number("context", context, 0)
+    if context > length:
+        raise InputError(f"{context} given tokens of {length}", field="context")
+    return context
+
+
+def _scored(item, length) -> np.ndarray:
+    if "scored" not in item:
+        return np.ones(length, bool)
+    values = _list(item, "scored", length)
+    for index, value in enumerate(values):
+        if not isinstance(value, int) or value not in (0, 1):
+            raise InputError(f"value {index} is {_shown(value)}, expected 0 or 1", field="scored")
+    return np.asarray(values, bool)
+
+
+def _ranks(item, length, blank=None) -> np.ndarray | None:
+    """[T] int32, or None where the item has none; with `blank` [T], read there only."""
+    if "ranks" not in item:
+        return None
+    values = _list(item, "ranks", length)
+    if blank is not None:
+        values = [value if read else 0 for value, read in zip(values, blank, strict=True)]
+    return np.asarray(_integers(values, "ranks"), np.int32)
+
+
+def _order(item) -> tuple[str, int, int]:
+    """(order, group_size, seed) of a scored line, by default those of `generate`."""
+    defaults = GenerateOptions()
+    order = item.get("order", defaults.order)
+    group_size, seed = item.get("group_size", defaults.group_size), item.get("seed", defaults.seed)
+    whole_number("group_size", group_size, 1)
+    whole_number("seed", seed, 0)
+    order_ranks(order, 1, 1, np.random.default_rng(0))  # complains about an unknown order
+    return order, group_size, seed
+
+
+def _ordered(order, positions, given, context) -> np.ndarray:
+    """[T] int32: the given tokens first, then the rest in the wanted order, counted in reading order."""
+    name, group_size, seed = order
+    reading = np.argsort(positions, kind="stable")
+    rest = ~given[reading]
+    count = int(rest.sum())
+    ranks = np.zeros(len(positions), np.int32)
+    ranks[rest] = order_ranks(name, count, min(group_size, max(count, 1)), np.random.default_rng(seed))
+    result = np.empty_like(ranks)
+    result[reading] = context_first(ranks, ~rest, context)
+    return result
+
+
+def _shown(value) -> str:
+    """A value for a message: short, on one line."""
+    text = (
+        value
+        if isinstance(value, str) and value[:1] in "{["
+        else json.dumps(value, ensure_ascii=False, default=repr)
+    )
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,163 @@
+"""The log-probability of any tokens given any others, in one forward.
+
+    p(x_A | x_B):  content rows for B and A, query rows for A alone, sorted by rank
+
+Tokens neither given nor scored are simply absent: no row, while positions keep their gap.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from a3_jax.decoding.batching import batches, bucket
+from a3_jax.decoding.loop import two_stream
+from a3_jax.decoding.options import ScoreOptions, make_options
+from a3_jax.decoding.requests import ScoreRequest, item_lines, score_requests
+from a3_jax.decoding.sampling import map_rows
+from a3_jax.model.config import ModelConfig
+from a3_jax.model.two_stream import Rows, logits
+from a3_jax.ordering.intervals import bounds, sort_order, take_rows
+
+
+def score(checkpoint, items, **options) -> list[dict[str, Any]]:
+    """Exact log-probabilities under any grouping and order.
+
+        score(checkpoint, [{"tokens": [5, 7, 2], "ranks": [1, 0, 1]}])
+        score(checkpoint, [{"text": "The cat sat.", "order": "random", "group_size": 2, "context": 1}])
+
+    Args:
+      checkpoint: of `a3_jax.open_checkpoint`.
+      items: dicts with "tokens" or "text", and "ranks" or "order", "group_size", "seed"; also "context",
+        "scored", "positions".
+      options: fields of `ScoreOptions`.
+
+    Returns:
+      For each item {"logprobs", "logprob"} in natural logarithms, lists in the item's token order, None
+      where not scored; items of text also carry "tokens".
+
+    Raises:
+      InputError: a bad item or option, before anything is computed.
+    """
+    return score_lines(checkpoint, item_lines(items), make_options(ScoreOptions, options))
+
+
+def score_lines(checkpoint, lines, options: ScoreOptions) -> list[dict[str, Any]]:
+    """`score` of lines that know where they stand."""
+    requests = score_requests(lines, checkpoint, options)
+    dtype = options.dtype or default_dtype()
+    logprobs_of = left_logprobs if options.model == "ar" else any_order_logprobs
+    results: list[dict[str, Any]] = [{} for _ in requests]
+    for shape, indices, batch_size in batches(requests, _shape_of):
+        batch = _pack([requests[index] for index in indices], shape, batch_size)
+        logprobs = np.asarray(logprobs_of(checkpoint.params, batch, config=checkpoint.config, dtype=dtype))
+        for row, index in enumerate(indices):
+            results[index] = _result(requests[index], logprobs[row])
+    return results
+
+
+def default_dtype() -> str:
+    """float32 on CPU, bfloat16 on accelerators."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _shape_of(request: ScoreRequest) -> tuple[int, int]:
+    """(content rows, query rows), padded."""
+    return bucket(len(request.tokens)), bucket(int(request.scored.sum()))
+
+
+@struct.dataclass
+class Batch:
+    """Padded requests in the input's order.
+
+    Attributes:
+      tokens, positions, ranks: [B, T] int32.
+      segment_ids: [B, T] int32, 1, or 0 at padding.
+      scored: [B, Tq] int32, the columns to score; any column at padding.
+      is_scored: [B, Tq] bool, False at padding.
+    """
+
+    tokens: Any
+    positions: Any
+    ranks: Any
+    segment_ids: Any
+    scored: Any
+    is_scored: Any
+
+
+def _pack(requests, shape, batch_size) -> Batch:
+    rows, scored_rows = shape
+    batch = Batch(
+        *(np.zeros((batch_size, rows), np.int32) for _ in range(4)),
+        scored=np.zeros((batch_size, scored_rows), np.int32),
+        is_scored=np.zeros((batch_size, scored_rows), bool),
+    )
+    for index, request in enumerate(requests):
+        length, columns = len(request.tokens), np.flatnonzero(request.scored)
+        batch.tokens[index, :length] = request.tokens
+        batch.positions[index, :length] = request.positions
+        batch.ranks[index, :length] = request.ranks
+        batch.segment_ids[index, :length] = 1
+        batch.scored[index, : len(columns)] = columns
+        batch.is_scored[index, : len(columns)] = True
+    return batch
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def any_order_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str):
+    """[B, Tq] float32: log p(scored token | tokens of lower rank), from query rows of the scored tokens."""
+    model = two_stream(config, dtype)
+    content, visible, order = _sorted_rows(batch)
+    place = jnp.take_along_axis(jnp.argsort(order, axis=1), batch.scored, axis=1)
+    limit = jnp.where(batch.is_scored, jnp.take_along_axis(visible.query_limit, place, axis=1), 0)
+    query = Rows(
+        positions=jnp.take_along_axis(batch.positions, batch.scored, axis=1),
+        start=jnp.zeros_like(limit),
+        limit=limit,
+    )
+    out: Any = model.apply({"params": params}, content, query, outputs="query")
+    return _target_logprobs(params, batch, out.query, config, model.precision)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def left_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str):
+    """[B, Tq] float32: log p(scored token | tokens to its left), from the content row before it.
+
+    `batch.ranks` are the reading order; the first token of a request is never scored.
+    """
+    model = two_stream(config, dtype)
+    content, _, order = _sorted_rows(batch)
+    place = jnp.take_along_axis(jnp.argsort(order, axis=1), batch.scored, axis=1)
+    out: Any = model.apply({"params": params}, content, None, outputs="content")
+    before = jnp.take_along_axis(out.content, jnp.maximum(place - 1, 0)[..., None], axis=1)
+    return _target_logprobs(params, batch, before, config, model.precision)
+
+
+def _sorted_rows(batch: Batch):
+    """Content rows sorted by rank, their `Bounds`, and the permutation: [B, T] each."""
+    order = sort_order(batch.ranks, batch.segment_ids)
+    tokens, positions, ranks, segments = take_rows(
+        order, batch.tokens, batch.positions, batch.ranks, batch.segment_ids
+    )
+    visible = bounds(ranks, ranks, segments)
+    return Rows(positions, visible.start, visible.content_limit, tokens), visible, order
+
+
+def _target_logprobs(params, batch, hidden_BTD, config, precision):
+    def one_row(hidden_D, target):
+        return jax.nn.log_softmax(logits(params, config, hidden_D, precision))[target]
+
+    targets = jnp.take_along_axis(batch.tokens, batch.scored, axis=1)
+    return map_rows(one_row, (hidden_BTD, targets), config.vocab_size)
+
+
+def _result(request: ScoreRequest, scored_logprobs) -> dict[str, Any]:
+    """One output object; the sum is taken in float64."""
+    values = iter([float(value) for value in scored_logprobs[: int(request.scored.sum())]])
+    logprobs = [next(values) if scored else None for scored in request.scored]
+    result: dict[str, Any] = {"tokens": request.tokens.tolist()} if request.from_text else {}
+    total = sum(value for value in logprobs if value is not None)
+    return result | {"logprobs": logprobs, "logprob": float(total)}

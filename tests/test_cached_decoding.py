@@ -1,0 +1,89 @@
+"""Invariant 6: cached decoding equals decoding without a cache, with the same random bits; and both equal
+a Python loop over the dense float64 model."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from a3_jax.decoding import generate
+from a3_jax.decoding.generation import _program, _start, _Task
+from a3_jax.decoding.loop import decode
+from a3_jax.decoding.options import GenerateOptions
+from a3_jax.decoding.requests import blank_requests, item_lines
+from tests import oracles
+from tests.tiny_checkpoint import blanks, tiny_checkpoint
+
+
+def items(lengths=(4, 9, 13)):
+    rng = np.random.default_rng(5)
+    return [{"tokens": blanks(rng, length)} for length in lengths] + [{"tokens": [None] * 6}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": "random", "group_size": 2, "temperature": 1.0, "top_k": 5},
+        {"strategy": "dynamic", "criterion": "random", "temperature": 0.7, "top_p": 0.9, "context": "l2r"},
+    ],
+    ids=["groupwise", "dynamic"],
+)
+def test_cached_equals_recomputed(options):
+    """One batch through both forwards of the same loop."""
+    checkpoint, options = tiny_checkpoint(), GenerateOptions(**options)
+    requests = blank_requests(item_lines(items()), checkpoint, options)
+    tasks = [_Task(request, 0, options.context or "flat", options) for request in requests]
+    state = _start(tasks, 16, 4, options.seed)
+    program = _program(checkpoint.config, options, None, tasks[0].shape)
+    cached = decode(checkpoint.params, state, program=program)
+    recomputed = decode(checkpoint.params, state, program=dataclasses.replace(program, cached=False))
+    for field in ("tokens", "commit_rank", "forwards", "filled"):
+        np.testing.assert_array_equal(getattr(cached, field), getattr(recomputed, field), err_msg=field)
+    np.testing.assert_allclose(cached.logprob, recomputed.logprob, atol=2e-5)
+    assert np.array_equal(cached.filled, cached.present)
+
+
+def test_greedy_groups_against_a_python_loop():
+    checkpoint = tiny_checkpoint()
+    results = generate(checkpoint, items(), order="random", group_size=2)
+    for item, result in zip(items(), results, strict=True):
+        tokens, logprobs = oracles.greedy_groupwise(
+            checkpoint.params, checkpoint.config, item["tokens"], result["commit_rank"]
+        )
+        assert result["tokens"] == tokens
+        close(result["logprobs"], logprobs)
+        assert result["forwards"] == -(-item["tokens"].count(None) // 2), "K groups cost K forwards"
+
+
+@pytest.mark.parametrize(
+    ("criterion", "step_size", "commit", "score"),
+    [
+        ("confidence", 1, "chain", lambda law: law.max()),
+        ("entropy", 2, "flat", lambda law: (np.exp(law) * law).sum()),
+        ("margin", 2, "chain", lambda law: np.exp(np.sort(law)[-1]) - np.exp(np.sort(law)[-2])),
+    ],
+)
+def test_best_first_against_a_python_loop(criterion, step_size, commit, score):
+    checkpoint = tiny_checkpoint()
+    options = {"strategy": "dynamic", "criterion": criterion, "step_size": step_size, "commit": commit}
+    prompts = items()[:3]  # with no token given, or equal ones only, all candidates tie but for rounding
+    for item, result in zip(prompts, generate(checkpoint, prompts, **options), strict=True):
+        tokens, logprobs, ranks = oracles.greedy_dynamic(
+            checkpoint.params, checkpoint.config, item["tokens"], score, step_size, flat=commit == "flat"
+        )
+        assert result["tokens"] == tokens
+        assert result["commit_rank"] == ranks
+        close(result["logprobs"], logprobs)
+
+
+def test_from_the_left_against_a_python_loop():
+    checkpoint, prompts = tiny_checkpoint(), items()[:3]
+    for item, result in zip(prompts, generate(checkpoint, prompts, model="ar"), strict=True):
+        tokens, logprobs = oracles.greedy_left(checkpoint.params, checkpoint.config, item["tokens"])
+        assert result["tokens"] == tokens
+        close(result["logprobs"], logprobs)
+
+
+def close(logprobs, expected):
+    assert [value is None for value in logprobs] == [value is None for value in expected]
+    np.testing.assert_allclose(np.array(logprobs, float), np.array(expected, float), atol=1e-4)

@@ -1,0 +1,88 @@
+"""Draws and filters: by hand, and by counting against the law they claim."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from a3_jax.decoding.sampling import Sampling, candidate_score, draw, filtered_logprobs
+from a3_jax.decoding.strategies import choose_best
+
+LAW = np.array([0.15, 0.5, 0.05, 0.3])
+
+
+def kept(law, **sampling):
+    logprobs = np.asarray(filtered_logprobs(jnp.log(jnp.asarray(law)), Sampling(1.0, **sampling)))
+    np.testing.assert_allclose(np.exp(logprobs).sum(), 1.0, atol=1e-6)
+    return np.flatnonzero(np.isfinite(logprobs)).tolist()
+
+
+def test_top_k_keeps_the_likeliest():
+    assert kept(LAW, top_k=1) == [1]
+    assert kept(LAW, top_k=2) == [1, 3]
+    assert kept(LAW, top_k=0) == kept(LAW, top_k=9) == [0, 1, 2, 3]
+    assert kept([0.25] * 4, top_k=2) == [0, 1], "of equal tokens the lower ids"
+
+
+def test_top_p_keeps_the_smallest_set_that_exceeds_it():
+    """The token that goes over is kept; a set that only reaches p is not enough."""
+    assert kept(LAW, top_p=0.4) == [1]
+    assert kept(LAW, top_p=0.6) == [1, 3]
+    assert kept(LAW, top_p=0.79) == [1, 3]
+    assert kept(LAW, top_p=0.81) == [0, 1, 3]
+    assert kept(LAW, top_p=1.0) == [0, 1, 2, 3]
+    assert kept([0.5, 0.25, 0.25], top_p=0.5) == [0, 1], "0.5 does not exceed 0.5"
+    assert kept(LAW, top_p=1e-6) == [1], "never nothing"
+
+
+def test_top_p_counts_what_top_k_left():
+    """Of the two tokens that top_k leaves, the likelier has 0.5 / 0.8 = 0.625."""
+    assert kept(LAW, top_k=2, top_p=0.6) == [1]
+    assert kept(LAW, top_k=2, top_p=0.65) == [1, 3]
+
+
+def test_temperature_sharpens_before_the_filters():
+    logits = jnp.log(jnp.asarray(LAW))
+    squared = LAW**2 / (LAW**2).sum()
+    np.testing.assert_allclose(np.exp(filtered_logprobs(logits, Sampling(0.5))), squared, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(filtered_logprobs(logits, Sampling(0.0))), LAW, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.5, top_k=3), Sampling(1.5, top_p=0.7)], ids=str
+)
+def test_draws_follow_the_law(sampling):
+    """40,000 draws; each count within five standard deviations."""
+    count = 40_000
+    logprobs = filtered_logprobs(jnp.log(jnp.asarray(LAW)), sampling)
+    keys = jax.random.split(jax.random.key(0), count)
+    tokens = jax.jit(jax.vmap(lambda key: draw(logprobs, key, sampling)))(keys)
+    seen, law = np.bincount(tokens, minlength=4), np.exp(np.asarray(logprobs))
+    assert (np.abs(seen - count * law) <= 5 * np.sqrt(count * law * (1 - law))).all(), (seen, law * count)
+
+
+def test_greedy_takes_the_likeliest_and_of_equals_the_lowest():
+    logits = jnp.array([0.0, 2.0, 2.0, 1.0])
+    assert int(draw(filtered_logprobs(logits, Sampling(0.0)), jax.random.key(0), Sampling(0.0))) == 1
+
+
+def test_criteria_by_hand():
+    logprobs = jnp.log(jnp.asarray(LAW))
+    key = jax.random.key(0)
+    assert float(candidate_score(logprobs, key, "confidence")) == pytest.approx(np.log(0.5))
+    assert float(candidate_score(logprobs, key, "entropy")) == pytest.approx(
+        (LAW * np.log(LAW)).sum(), rel=1e-5
+    )
+    assert float(candidate_score(logprobs, key, "margin")) == pytest.approx(0.2, abs=1e-6)
+    assert 0 <= float(candidate_score(logprobs, key, "random")) < 1
+    filtered = filtered_logprobs(logprobs, Sampling(1.0, top_k=1))
+    assert float(candidate_score(filtered, key, "entropy")) == 0.0
+    assert float(candidate_score(filtered, key, "margin")) == 1.0
+
+
+def test_ties_go_to_the_lower_position():
+    scores = jnp.array([[0.1, 0.7, 0.7, 0.2], [0.5, 0.5, 0.5, 0.9]])
+    real = jnp.array([[True, True, True, True], [True, True, True, False]])
+    np.testing.assert_array_equal(choose_best(1, scores, real), [[0, 1, 0, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(choose_best(2, scores, real), [[0, 1, 1, 0], [1, 1, 0, 0]])
+    np.testing.assert_array_equal(choose_best(9, scores, real), real)
