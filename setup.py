@@ -42,7 +42,15 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "eval": ["lm-eval>=0.4.9", "rouge-score>=0.1.2"],
         "plot": ["matplotlib>=3.9"],
-        "dev": ["hypothesis>=6.100", "pyarrow>=18", "pyright>=1.1.390", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", "safetensors>=0.5"],
+        "dev": [
+            "hypothesis>=6.100",
+            "pyarrow>=18",
+            "pyright>=1.1.390",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "safetensors>=0.5",
+        ],
         "torch": ["torch>=2.6", "transformers>=5.0"],  # oracles in the tests
     },
     classifiers=[

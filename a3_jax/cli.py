@@ -53,8 +53,12 @@ def _parse(arguments):
     parser, commands = _parser()
     known, unknown = parser.parse_known_args(arguments)
     if unknown and not getattr(known, "takes_config_flags", False):
-        flags = [flag for action in commands.choices[known.command]._actions for flag in action.option_strings]
-        raise InputError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}", file=known.command)
+        flags = [
+            flag for action in commands.choices[known.command]._actions for flag in action.option_strings
+        ]
+        raise InputError(
+            f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}", file=known.command
+        )
     known.config_flags = unknown
     return known
 
@@ -90,7 +94,11 @@ def console() -> int:
 
 def _accelerators() -> list[str]:
     """Device files of TPUs and GPUs."""
-    return [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd") for path in glob.glob(f"/dev/{pattern}")]
+    return [
+        path
+        for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")
+        for path in glob.glob(f"/dev/{pattern}")
+    ]
 
 
 if __name__ == "__main__":

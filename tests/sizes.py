@@ -40,7 +40,9 @@ def lines_of_code(path):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             outside |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     lines = enumerate(text.splitlines(), start=1)
-    return sum(1 for number, line in lines if line.strip() and line.strip()[0] != "#" and number not in outside)
+    return sum(
+        1 for number, line in lines if line.strip() and line.strip()[0] != "#" and number not in outside
+    )
 
 
 def main() -> int:

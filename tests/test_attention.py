@@ -29,7 +29,11 @@ def loop_attention(query, key, value, start, limit, scale, softcap=None):
 def example(rng, batch=2, rows=19, keys=23, heads=4, kv_heads=2, size=8):
     query, key, value = (
         rng.normal(size=shape).astype(np.float32)
-        for shape in [(batch, rows, heads, size), (batch, keys, kv_heads, size), (batch, keys, kv_heads, size)]
+        for shape in [
+            (batch, rows, heads, size),
+            (batch, keys, kv_heads, size),
+            (batch, keys, kv_heads, size),
+        ]
     )
     start = rng.integers(0, keys, (batch, rows)).astype(np.int32)
     limit = np.minimum(keys, start + rng.integers(0, keys, (batch, rows))).astype(np.int32)
@@ -92,7 +96,9 @@ def test_memory_grows_linearly_with_length():
 def _sizes(jaxpr):
     for eqn in jaxpr.eqns:
         yield from (v.aval.size for v in eqn.outvars if hasattr(v.aval, "size"))
-        for parameter in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+        for parameter in jax.tree.leaves(
+            eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+        ):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
                 yield from _sizes(inner)

@@ -51,6 +51,14 @@ def test_tensors_return_bit_for_bit(tmp_path, tied, dtype):
     assert_same_tensors(back, tensors)
 
 
+def test_the_plain_model_can_be_written_without_its_query_vector(tmp_path):
+    """Other models of the same shape keep theirs: the table of tensors is shared."""
+    tensors = write_tiny_llama(tmp_path / "hf")
+    assert_same_tensors(there_and_back(tmp_path, query_vector=False), tensors)
+    convert(tmp_path / "back", tmp_path / "again")
+    assert load_params(tmp_path / "again")["query_embed"].shape == (32,)
+
+
 def test_sharded_in_and_out(tmp_path):
     tensors = write_tiny_llama(tmp_path / "hf", shards=3, dtype="bfloat16", query_embed=True)
     back = there_and_back(tmp_path, max_shard_bytes=20_000)

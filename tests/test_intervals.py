@@ -41,9 +41,7 @@ def test_bounds_are_the_dense_rule(row):
     bounds = intervals.bounds(*sorted_rows)
     content, query = dense_rule(*sorted_rows)
     np.testing.assert_array_equal(as_mask(bounds.start, bounds.content_limit), content)
-    np.testing.assert_array_equal(
-        as_mask(bounds.start, np.maximum(bounds.start, bounds.query_limit)), query
-    )
+    np.testing.assert_array_equal(as_mask(bounds.start, np.maximum(bounds.start, bounds.query_limit)), query)
     padding = sorted_rows[2] == 0
     assert not np.any(bounds.start[padding]) and not np.any(bounds.content_limit[padding])
     assert np.all(np.diff(padding.astype(int)) >= 0), "padding lies last"
@@ -66,9 +64,13 @@ def test_numpy_and_traced_jax_agree_on_a_batch():
     ranks = rng.integers(0, 9, (3, 40)).astype(np.int32)
     segments = rng.integers(0, 4, (3, 40)).astype(np.int32)
     order = intervals.sort_order(ranks, segments)
-    np.testing.assert_array_equal(order, jax.jit(intervals.sort_order)(jnp.asarray(ranks), jnp.asarray(segments)))
+    np.testing.assert_array_equal(
+        order, jax.jit(intervals.sort_order)(jnp.asarray(ranks), jnp.asarray(segments))
+    )
     sorted_rows = intervals.take_rows(order, ranks, ranks, segments)
-    for host, traced in zip(intervals.bounds(*sorted_rows), jax.jit(intervals.bounds)(*map(jnp.asarray, sorted_rows))):
+    for host, traced in zip(
+        intervals.bounds(*sorted_rows), jax.jit(intervals.bounds)(*map(jnp.asarray, sorted_rows))
+    ):
         np.testing.assert_array_equal(host, traced)
         assert traced.dtype == jnp.int32 and host.dtype == np.int32
 

@@ -22,7 +22,8 @@ from tests import tiny
 
 SYMBOLS, LENGTH, BATCH, STEPS = 3, 6, 128, 500
 CONFIG = ModelConfig(
-    vocab_size=SYMBOLS + 1, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, mlp_size=64, max_length=16
+    vocab_size=SYMBOLS + 1, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, mlp_size=64,
+    max_length=16,
 )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def trained_model():
 
 @pytest.mark.slow
 def test_any_order_conditionals_approach_the_chain():
-    """Mean total variation over random subsets: far below that of laws that ignore the right, or everything."""
+    """Mean total variation over random subsets: far below that of a law that ignores the right."""
     transitions, weights = trained_model()
     rng = np.random.default_rng(1)
     tokens = sample_chains(rng, transitions, 200)
@@ -97,7 +98,9 @@ def test_any_order_conditionals_approach_the_chain():
         known = [k for k in range(LENGTH) if ranks[row, k] < ranks[row, position]]
         laws = {
             "model": predicted[row, position],
-            "left only": true_conditional(transitions, tokens[row], [k for k in known if k < position], position),
+            "left only": true_conditional(
+                transitions, tokens[row], [k for k in known if k < position], position
+            ),
             "nothing": true_conditional(transitions, tokens[row], [], position),
         }
         truth = true_conditional(transitions, tokens[row], known, position)

@@ -11,7 +11,8 @@ from a3_jax.model.two_stream import Rows, TwoStream, abstract_params, logits
 from a3_jax.ordering import intervals
 
 CONFIG = ModelConfig(
-    vocab_size=23, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, mlp_size=48, max_length=64,
+    vocab_size=23, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, mlp_size=48,
+    max_length=64,
 )  # fmt: skip
 
 
@@ -28,11 +29,15 @@ def params(config=CONFIG, seed=0):
 
 
 def packed_row(rng, lengths, padding=0, group_size=2):
-    """One unsorted row of documents of the given lengths: tokens, positions, segment_ids, ranks, [T] int32 each."""
+    """An unsorted row of documents of these lengths: tokens, positions, segment_ids, ranks, [T] int32."""
     tokens = rng.integers(0, CONFIG.vocab_size, sum(lengths) + padding)
     positions = np.concatenate([np.arange(length) for length in lengths] + [np.zeros(padding, int)])
-    segments = np.concatenate([np.full(length, i + 1) for i, length in enumerate(lengths)] + [np.zeros(padding, int)])
-    ranks = np.concatenate([rng.permutation(length) // group_size for length in lengths] + [np.zeros(padding, int)])
+    segments = np.concatenate(
+        [np.full(length, i + 1) for i, length in enumerate(lengths)] + [np.zeros(padding, int)]
+    )
+    ranks = np.concatenate(
+        [rng.permutation(length) // group_size for length in lengths] + [np.zeros(padding, int)]
+    )
     return tuple(array.astype(np.int32) for array in (tokens, positions, segments, ranks))
 
 
@@ -53,5 +58,7 @@ def forward(weights, tokens, positions, segment_ids, ranks, config=CONFIG, outpu
 def run(row, outputs="query", weights=None, config=CONFIG):
     """Logits [T, V] (NumPy) of one row, or [B, T, V] of a batch."""
     batch = [jnp.atleast_2d(jnp.asarray(array)) for array in row]
-    out = np.asarray(forward(params(config) if weights is None else weights, *batch, config=config, outputs=outputs))
+    out = np.asarray(
+        forward(params(config) if weights is None else weights, *batch, config=config, outputs=outputs)
+    )
     return out[0] if np.ndim(row[0]) == 1 else out

@@ -107,7 +107,9 @@ def convert(
         save_checkpoint(dst, source.params, source.meta, source.tokenizer)
         return
     with new_directory(dst) as temporary:
-        write_hf(temporary, source.params, source.meta, source.tokenizer, dtype, max_shard_bytes, query_vector)
+        write_hf(
+            temporary, source.params, source.meta, source.tokenizer, dtype, max_shard_bytes, query_vector
+        )
 
 
 def find_checkpoint(path) -> tuple[Any, bool]:

@@ -122,6 +122,8 @@ def write_hf(
     directory.mkdir(parents=True)
     source = meta.source or {"config": config_to_hf(meta.model), "tensors": {}, "files": {}}
     table = _table_to_write(meta.model, source["tensors"])
+    if not query_vector:
+        table = {name: tensor for name, tensor in table.items() if name != QUERY_TENSOR}
     # A query vector that the source lacked is written as the embedding, the first of the table.
     new = source["tensors"].get(next(iter(table)), "float32")
     specs = {

@@ -1,12 +1,13 @@
-"""The embedded corpus: short stories made from templates, so that the whole path runs with no file from outside.
+"""The embedded corpus: short stories made from templates, for runs with no file from outside.
 
 A story is an opening, a middle and an ending. A name, a thing and a place run through it:
 
-    One morning [Anna] found a [kite] near the [mill]. All day [Anna] played with the [kite]. ...
+    One morning [Anna] found a [kite] near the [mill]. Soon the whole [mill] knew [Anna] and the [kite]. ...
 
-Each value comes up first in the opening and again later. Seen from the left alone its first mention
-is a guess among twelve; with the rest of the story it is certain. Its last mention is certain from
-the left. So the same story has blanks that a left-to-right model can fill and blanks that it can't.
+Each value comes up first in the opening and again in the other two sentences. Seen from the left
+alone its first mention is a guess among twelve; with the rest of the story it is certain. Its last
+mention is certain from the left. So the same story has blanks that a left-to-right model can fill
+and blanks that it can't.
 
 Every value is equally frequent, in dozens of templates, and independent of the other two: guessing
 by frequency gains nothing. The held-out stories combine values as no training story does. All of it is
@@ -21,7 +22,8 @@ import random
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jonas", "Kate", "Leo")
 THINGS = ("kite", "drum", "lamp", "boat", "ball", "doll", "hat", "ring", "book", "bell", "flute", "clock")
 PLACES = (
-    "forest", "garden", "harbor", "market", "meadow", "castle", "village", "mill", "bridge", "park", "barn", "orchard",
+    "forest", "garden", "harbor", "market", "meadow", "castle",
+    "village", "mill", "bridge", "park", "barn", "orchard",
 )  # fmt: skip
 VALUES = {"name": NAMES, "thing": THINGS, "place": PLACES}
 
@@ -32,15 +34,15 @@ OPENINGS = (
     "By the {place} lived {name} with a beautiful {thing}.",
 )
 MIDDLES = (
-    "All day {name} played with the {thing}.",
-    "Nobody but {name} could see the {thing}.",
-    "The {thing} was what {name} loved most.",
-    "The {thing} made {name} very happy.",
+    "{name} took the {thing} around the {place} all day.",
+    "Nobody at the {place} but {name} saw the {thing}.",
+    "Soon the whole {place} knew {name} and the {thing}.",
+    "The {thing} made {name} famous all over the {place}.",
 )
 ENDINGS = (
     "At night {name} carried the {thing} to the {place}.",
     "Now the {place} is where {name} keeps the {thing}.",
-    "In the end {name} left the {thing} at the {place}.",
+    "At last {name} left the {thing} at the {place}.",
     "So the {thing} of the {place} belongs to {name}.",
 )
 
@@ -86,7 +88,11 @@ def blanks(kind: str, count: int) -> list[Blank]:
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    by_answer = {(slot, word): [] for word in zip(*VALUES.values(), strict=True) for slot, word in zip(VALUES, word)}
+    # In turn a name, a thing and a place, so that the first blanks have some of each.
+    answers = [
+        answer for row in zip(*VALUES.values(), strict=True) for answer in zip(VALUES, row, strict=True)
+    ]
+    by_answer = {answer: [] for answer in answers}
     for template, values in _written("heldout"):
         slot = min(VALUES, key=lambda slot: len(by_answer[slot, values[slot]]))
         by_answer[slot, values[slot]].append(_blank(template, values, slot, kind))
@@ -110,7 +116,7 @@ def tokenizer_json() -> str:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, vocabulary[BOS])]
     )
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words joined by spaces, none before "."
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # no space before a full stop
     return tokenizer.to_str(pretty=True)
 
 
@@ -125,14 +131,15 @@ def _written(split):
         templates = _templates(rng)
         is_heldout = sum(indices) % HELDOUT_SHARE == 0
         if is_heldout == (split == "heldout"):
-            values = {slot: words[index] for (slot, words), index in zip(VALUES.items(), indices, strict=True)}
+            words = (words[index] for words, index in zip(VALUES.values(), indices, strict=True))
+            values = dict(zip(VALUES, words, strict=True))
             written += [(template, values) for template in templates]
     rng.shuffle(written)
     return tuple(written)
 
 
 def _templates(rng) -> list[str]:
-    """Each opening with another middle and ending: so no opening goes with some values more than with others."""
+    """Each opening once, with another middle and ending each: openings say nothing of the values."""
     middles, endings = (rng.sample(parts, len(parts)) for parts in (MIDDLES, ENDINGS))
     return [" ".join(parts) for parts in zip(OPENINGS, middles, endings, strict=True)]
 

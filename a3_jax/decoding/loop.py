@@ -13,7 +13,6 @@ kind of forward change nothing.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from a3_jax.decoding.sampling import Sampling, candidate_score, draw, filtered_l
 from a3_jax.decoding.state import State, commit, compact, finished
 from a3_jax.decoding.strategies import Strategy, dynamic, groupwise
 from a3_jax.model.config import ModelConfig
-from a3_jax.model.two_stream import Rows, TwoStream, init_cache, logits
+from a3_jax.model.two_stream import Rows, TwoStream, init_cache, logits, run_rows
 from a3_jax.ordering.intervals import bounds, sort_order, take_rows
 
 
@@ -63,12 +62,11 @@ class Program:
 def decode(params, state: State, *, program: Program) -> State:
     """Runs every example of a batch until `state.finished`."""
     model = two_stream(program.config, program.dtype)
-    variables = {"params": params}
     strategy = dynamic(program.step_size) if program.strategy == "dynamic" else groupwise()
 
     def step(state, content_rows):
         with jax.named_scope("step"):
-            forward = _forward(model, variables, program, content_rows)
+            forward = _forward(model, params, program, content_rows)
             return _step(state, params, forward, strategy, program)
 
     if program.recomputes:
@@ -116,37 +114,37 @@ def _judge(params, hidden_BQD, keys, program: Program):
     return map_rows(one_row, (hidden_BQD, keys), program.config.vocab_size)
 
 
-def _forward(model, variables, program: Program, content_rows: int):
+def _forward(model, params, program: Program, content_rows: int):
     """A step's forward: (state, columns [B, Q], real [B, Q], active [B]) -> (hidden [B, Q, D], state)."""
     if program.model == "ar":
-        return functools.partial(_left_forward, model, variables, content_rows)
+        return functools.partial(_left_forward, model, params, content_rows)
     if program.recomputes:
-        return functools.partial(_whole_forward, model, variables, program.commit == "flat")
-    return functools.partial(_fused_forward, model, variables, content_rows)
+        return functools.partial(_whole_forward, model, params, program.commit == "flat")
+    return functools.partial(_fused_forward, model, params, content_rows)
 
 
-def _fused_forward(model, variables, content_rows, state: State, columns, real, active):
+def _fused_forward(model, params, content_rows, state: State, columns, real, active):
     """The tokens not yet stored and the candidates, over the cache: every candidate sees all of them."""
     waiting = state.filled & state.present & ~state.stored & active[:, None]
     content, stored = _new_rows(state, waiting, state.commit_rank, content_rows)
     seen = state.cache.length + jnp.sum(waiting, axis=1, dtype=jnp.int32)
     query = _candidate_rows(state, columns, real, seen)
-    out: Any = model.apply(variables, content, query, outputs="query", cache=state.cache)
+    out = run_rows(model, params, content, query, cache=state.cache)
     return out.query, state.replace(cache=out.cache, stored=stored)
 
 
-def _left_forward(model, variables, content_rows, state: State, columns, real, active):
+def _left_forward(model, params, content_rows, state: State, columns, real, active):
     """The content stream left to right: the row before a blank, the last one given here, predicts it."""
     reading = jnp.broadcast_to(jnp.arange(state.tokens.shape[1], dtype=jnp.int32), state.tokens.shape)
     waiting = ~state.stored & (reading < columns[:, :1]) & real[:, :1] & active[:, None]
     content, stored = _new_rows(state, waiting, reading, content_rows)
     last = jnp.maximum(jnp.sum(waiting, axis=1, dtype=jnp.int32) - 1, 0)
-    out: Any = model.apply(variables, content, None, outputs="content", cache=state.cache)
+    out = run_rows(model, params, content, outputs="content", cache=state.cache)
     hidden_B1D = jnp.take_along_axis(out.content, last[:, None, None], axis=1)
     return hidden_B1D, state.replace(cache=out.cache, stored=stored)
 
 
-def _whole_forward(model, variables, flat, state: State, columns, real, active):
+def _whole_forward(model, params, flat, state: State, columns, real, active):
     """Every filled token again, in the groups of their commits (or all in one group), and the candidates."""
     del active  # the finished examples have no candidates, and nothing is kept
     filled = (state.filled & state.present).astype(jnp.int32)
@@ -156,7 +154,7 @@ def _whole_forward(model, variables, flat, state: State, columns, real, active):
     visible = bounds(ranks, ranks, segments)
     content = Rows(positions=positions, start=visible.start, limit=visible.content_limit, tokens=tokens)
     query = _candidate_rows(state, columns, real, jnp.sum(filled, axis=1, dtype=jnp.int32))
-    out: Any = model.apply(variables, content, query, outputs="query")
+    out = run_rows(model, params, content, query)
     return out.query, state
 
 

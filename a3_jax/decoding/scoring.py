@@ -19,7 +19,7 @@ from a3_jax.decoding.options import ScoreOptions, make_options
 from a3_jax.decoding.requests import ScoreRequest, item_lines, score_requests
 from a3_jax.decoding.sampling import map_rows
 from a3_jax.model.config import ModelConfig
-from a3_jax.model.two_stream import Rows, logits
+from a3_jax.model.two_stream import Rows, logits, run_rows
 from a3_jax.ordering.intervals import bounds, sort_order, take_rows
 
 
@@ -118,7 +118,7 @@ def any_order_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str)
         start=jnp.zeros_like(limit),
         limit=limit,
     )
-    out: Any = model.apply({"params": params}, content, query, outputs="query")
+    out = run_rows(model, params, content, query)
     return _target_logprobs(params, batch, out.query, config, model.precision)
 
 
@@ -131,7 +131,7 @@ def left_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str):
     model = two_stream(config, dtype)
     content, _, order = _sorted_rows(batch)
     place = jnp.take_along_axis(jnp.argsort(order, axis=1), batch.scored, axis=1)
-    out: Any = model.apply({"params": params}, content, None, outputs="content")
+    out = run_rows(model, params, content, outputs="content")
     before = jnp.take_along_axis(out.content, jnp.maximum(place - 1, 0)[..., None], axis=1)
     return _target_logprobs(params, batch, before, config, model.precision)
 

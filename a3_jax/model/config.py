@@ -1,7 +1,8 @@
 """The decoder's shape and switches, for every family, and the published presets."""
 
 import dataclasses
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from a3_jax.errors import InputError, nearest
 
@@ -55,11 +56,15 @@ class ModelConfig:
             if getattr(self, field) < 1:
                 raise InputError(f"must be positive, got {getattr(self, field)}", field=field)
         if self.num_heads % self.num_kv_heads:
-            raise InputError(f"{self.num_kv_heads} does not divide num_heads={self.num_heads}", field="num_kv_heads")
+            raise InputError(
+                f"{self.num_kv_heads} does not divide num_heads={self.num_heads}", field="num_kv_heads"
+            )
         if self.head_size % 2:
             raise InputError(f"rotary positions need an even size, got {self.head_size}", field="head_size")
         if self.residual not in RESIDUALS:
-            raise InputError(f"unknown: {self.residual!r}{nearest(self.residual, RESIDUALS)}", field="residual")
+            raise InputError(
+                f"unknown: {self.residual!r}{nearest(self.residual, RESIDUALS)}", field="residual"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -94,11 +99,13 @@ _LLAMA3_SCALING = RopeScaling(kind="llama3", factor=32.0, original_max_length=81
 PRESETS = {
     "llama-3.2-1b": ModelConfig(
         vocab_size=128256, d_model=2048, num_layers=16, num_heads=32, num_kv_heads=8, head_size=64,
-        mlp_size=8192, max_length=131072, rope_theta=500000.0, rope_scaling=_LLAMA3_SCALING, tie_embeddings=True,
+        mlp_size=8192, max_length=131072, rope_theta=500000.0, rope_scaling=_LLAMA3_SCALING,
+        tie_embeddings=True,
     ),
     "llama-3.2-3b": ModelConfig(
         vocab_size=128256, d_model=3072, num_layers=28, num_heads=24, num_kv_heads=8, head_size=128,
-        mlp_size=8192, max_length=131072, rope_theta=500000.0, rope_scaling=_LLAMA3_SCALING, tie_embeddings=True,
+        mlp_size=8192, max_length=131072, rope_theta=500000.0, rope_scaling=_LLAMA3_SCALING,
+        tie_embeddings=True,
     ),
     "llama-3.1-8b": ModelConfig(
         vocab_size=128256, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_size=128,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Logical axis -> mesh axes. An axis that stands here with () is replicated; one that is absent is an error."""
+    """Logical axis -> mesh axes. () means replicated; an axis that is absent here is an error."""
 
     batch: tuple = ("data", "fsdp")
     length: tuple = ()
@@ -67,7 +67,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     given = math.prod(size for size in shape if size != -1)
     shape = [max(1, len(devices) // given) if size == -1 else size for size in shape]
     if math.prod(shape) != len(devices):
-        raise InputError(f"{dict(zip(MESH_AXES, shape, strict=True))} does not match {len(devices)} devices", field="mesh")
+        raise InputError(
+            f"{dict(zip(MESH_AXES, shape, strict=True))} does not match {len(devices)} devices", field="mesh"
+        )
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
 
 
@@ -89,7 +91,9 @@ def axes_shardings(mesh: Mesh, axes, shapes) -> object:
             parts = math.prod(mesh.shape[axis] for axis in getattr(RULES, name))
             if size % parts:
                 leaf = "/".join(str(key.key) for key in path)
-                raise InputError(f"{leaf}: axis {name} of size {size} can't be split in {parts}", field="mesh")
+                raise InputError(
+                    f"{leaf}: axis {name} of size {size} can't be split in {parts}", field="mesh"
+                )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(

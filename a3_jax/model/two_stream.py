@@ -134,12 +134,10 @@ class Block(nn.Module):
     first_output: int = 0
 
     def weight(self, name, axes, shape, fan_in):
-        value = self.param(name, _partitioned(fan_in**-0.5, axes), shape)
-        return value.astype(self.dtype)
+        return _parameter(self, name, axes, shape, fan_in**-0.5).astype(self.dtype)
 
     def scale(self, name):
-        initializer = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        return self.param(name, initializer, (self.config.d_model,)).astype(self.dtype)
+        return _parameter(self, name, ("norm",), (self.config.d_model,)).astype(self.dtype)
 
     @nn.compact
     def __call__(self, carry, record: LayerRecord, geometry: Geometry):
@@ -165,12 +163,12 @@ class Block(nn.Module):
         """Attention with output projection: [B, R, D] to [B, R - first_output, D], and the new cache."""
         c, first = self.config, self.first_output
         project = functools.partial(jnp.einsum, "BTD,DNH->BTNH", precision=self.precision)
-        kv_shape = (c.d_model, c.num_kv_heads, c.head_size)
+        q_axes, q_shape = ("embed", "heads", "head_size"), (c.d_model, c.num_heads, c.head_size)
+        kv_axes, kv_shape = ("embed", "kv_heads", "head_size"), (c.d_model, c.num_kv_heads, c.head_size)
         content = x_BRD[:, : self.content_rows]
-        q = project(x_BRD[:, first:], self.weight(
-            "q", ("embed", "heads", "head_size"), (c.d_model, c.num_heads, c.head_size), c.d_model))  # fmt: skip
-        k = project(content, self.weight("k", ("embed", "kv_heads", "head_size"), kv_shape, c.d_model))
-        v = project(content, self.weight("v", ("embed", "kv_heads", "head_size"), kv_shape, c.d_model))
+        q = project(x_BRD[:, first:], self.weight("q", q_axes, q_shape, c.d_model))
+        k = project(content, self.weight("k", kv_axes, kv_shape, c.d_model))
+        v = project(content, self.weight("v", kv_axes, kv_shape, c.d_model))
 
         cos, sin = geometry.cos[record.rotary_table], geometry.sin[record.rotary_table]
         q = rotate(q, cos[:, first:], sin[:, first:])
@@ -204,7 +202,9 @@ class TwoStream(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, content: Rows, query: Rows | None = None, outputs: str = "query", cache: Cache | None = None):
+    def __call__(
+        self, content: Rows, query: Rows | None = None, outputs: str = "query", cache: Cache | None = None
+    ):
         """Runs content and query rows through the layers.
 
         Args:
@@ -220,30 +220,34 @@ class TwoStream(nn.Module):
         """
         if outputs not in OUTPUTS or (query is None and outputs != "content"):
             raise ValueError(f"outputs={outputs!r} with {'no ' if query is None else ''}query rows")
-        c, batch, rows = self.config, content.tokens.shape[0], content.tokens.shape[1]
-        embed = self.param("embed", _partitioned(0.02, ("vocab", "embed")), (c.vocab_size, c.d_model))
-        vector = self.param("query_embed", _partitioned(c.query_init_scale, ("norm",)), (c.d_model,))
-        if not c.tie_embeddings:
-            self.param("head", _partitioned(c.d_model**-0.5, ("embed", "vocab")), (c.d_model, c.vocab_size))
-
-        x_BRD = embed[content.tokens].astype(self.dtype)
         if outputs == "content":
             query = None
-        if query is not None:
-            vectors = jnp.broadcast_to(vector.astype(self.dtype), (batch, query.positions.shape[1], c.d_model))
-            x_BRD = jnp.concatenate([x_BRD, vectors], axis=1)
-        x_BRD = constrain(x_BRD, ("batch", "length", "embed_act"))
+        c, rows = self.config, content.tokens.shape[1]
+        x_BRD = self._embedded(content, query)
         geometry = _geometry(c, content, query, cache)
         first_output = rows if outputs == "query" else 0
         x_BRD, new_cache = self._layers(x_BRD, cache, geometry, rows, first_output)
-
-        scale = self.param("final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (c.d_model,))
-        hidden = rms_norm(x_BRD, scale.astype(self.dtype), c.norm_eps)
+        scale = _parameter(self, "final_norm", ("norm",), (c.d_model,)).astype(self.dtype)
+        hidden = rms_norm(x_BRD, scale, c.norm_eps)
         return Outputs(
             query=None if query is None else hidden[:, rows - first_output :],
             content=None if first_output else hidden[:, :rows],
             cache=_advanced(new_cache, content),
         )
+
+    def _embedded(self, content, query):
+        """Embeddings of the content rows, then the vector for each query row, [B, R, D]."""
+        c = self.config
+        embed = _parameter(self, "embed", ("vocab", "embed"), (c.vocab_size, c.d_model), 0.02)
+        vector = _parameter(self, "query_embed", ("norm",), (c.d_model,), c.query_init_scale)
+        if not c.tie_embeddings:  # declared with the rest, read by `logits`
+            _parameter(self, "head", ("embed", "vocab"), (c.d_model, c.vocab_size), c.d_model**-0.5)
+        # Whole rows of the table on every device: a lookup in split rows would regather the activations.
+        x_BRD = constrain(embed.astype(self.dtype), ("vocab", "embed_act"))[content.tokens]
+        if query is not None:
+            vectors = jnp.broadcast_to(vector.astype(self.dtype), (*query.positions.shape, c.d_model))
+            x_BRD = jnp.concatenate([x_BRD, vectors], axis=1)
+        return constrain(x_BRD, ("batch", "length", "embed_act"))
 
     def _layers(self, x_BRD, cache, geometry, content_rows, first_output):
         """All blocks but the last in one scan; the last alone, as less of it may be wanted."""
@@ -251,14 +255,17 @@ class TwoStream(nn.Module):
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        arguments = dict(config=self.config, dtype=self.dtype, precision=self.precision, content_rows=content_rows)
+        arguments = {
+            "config": self.config, "dtype": self.dtype, "precision": self.precision,
+            "content_rows": content_rows,
+        }  # fmt: skip
         carry = (x_BRD, cache)
         if self.config.num_layers > 1:
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=cast(Any, (0, nn.broadcast)),
                 length=self.config.num_layers - 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
@@ -270,7 +277,12 @@ class TwoStream(nn.Module):
 
 
 def run_rows(
-    model: TwoStream, params, content: Rows, query: Rows | None = None, outputs: str = "query", cache: Cache | None = None
+    model: TwoStream,
+    params,
+    content: Rows,
+    query: Rows | None = None,
+    outputs: str = "query",
+    cache: Cache | None = None,
 ) -> Outputs:
     """`TwoStream.__call__` with the parameter tree `params`: a pure function of its arguments."""
     return cast(Outputs, model.apply({"params": params}, content, query, outputs, cache))
@@ -317,26 +329,31 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -
 
 def _init(config, key):
     one = jnp.zeros((1, 1), jnp.int32)
-    rows = Rows(positions=one, start=one, limit=one)
-    return TwoStream(config).init(key, rows.replace(tokens=one), rows)["params"]
+    content, query = (Rows(positions=one, start=one, limit=one, tokens=tokens) for tokens in (one, None))
+    return TwoStream(config).init(key, content, query)["params"]
 
 
-def _partitioned(scale, axes):
-    return nn.with_logical_partitioning(functools.partial(_normal, scale), axes)
+def _parameter(module: nn.Module, name, axes, shape, scale=None) -> jax.Array:
+    """Declares a parameter: its logical axes, its shape, and N(0, scale^2) or ones to begin with."""
+    initializer = nn.initializers.ones if scale is None else functools.partial(_normal, scale)
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(initializer, axes), shape))
 
 
 def _normal(scale, key, shape, dtype=jnp.float32):
     """N(0, scale^2), drawn block by block: XLA compiles a small random draw three times faster on CPU."""
     size = math.prod(shape)
     blocks = jnp.arange(-(-size // _DRAW_BLOCK))
-    drawn = jax.lax.map(lambda block: jax.random.normal(jax.random.fold_in(key, block), (_DRAW_BLOCK,)), blocks)
+    drawn = jax.lax.map(
+        lambda block: jax.random.normal(jax.random.fold_in(key, block), (_DRAW_BLOCK,)), blocks
+    )
     return (scale * drawn.reshape(-1)[:size]).reshape(shape).astype(dtype)
 
 
 def _geometry(config, content, query, cache) -> Geometry:
     sets = [content] if query is None else [content, query]
     positions, start, limit = (
-        jnp.concatenate([getattr(rows, field) for rows in sets], axis=1) for field in ("positions", "start", "limit")
+        jnp.concatenate([getattr(rows, field) for rows in sets], axis=1)
+        for field in ("positions", "start", "limit")
     )
     tables = [rotary_angles(positions, frequencies) for frequencies in frequency_tables(config)]
     cos, sin = (jnp.stack(parts) for parts in zip(*tables, strict=True))
@@ -359,7 +376,11 @@ def _append(cache, k_BTKH, v_BTKH, layer, slots):
     batch = jnp.arange(k_BTKH.shape[0])[:, None]
     key = cache.key.at[layer, batch, slots].set(k_BTKH.astype(cache.key.dtype), mode="drop")
     value = cache.value.at[layer, batch, slots].set(v_BTKH.astype(cache.value.dtype), mode="drop")
-    return key[layer].astype(k_BTKH.dtype), value[layer].astype(v_BTKH.dtype), cache.replace(key=key, value=value)
+    return (
+        key[layer].astype(k_BTKH.dtype),
+        value[layer].astype(v_BTKH.dtype),
+        cache.replace(key=key, value=value),
+    )
 
 
 def _advanced(cache, content):

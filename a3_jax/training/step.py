@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from a3_jax.model.sharding import replicated
-from a3_jax.model.two_stream import Rows, TwoStream, logits
+from a3_jax.model.two_stream import Rows, TwoStream, logits, run_rows
 from a3_jax.ordering.intervals import bounds
 from a3_jax.training.loss import cross_entropy
 from a3_jax.training.state import TrainState, state_shardings
@@ -32,7 +32,7 @@ def any_order_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, j
       (sum in nats, sum of weights), float32 scalars.
     """
     content, query = _rows(batch)
-    outputs: Any = model.apply({"params": params}, content, query, outputs="query")
+    outputs = run_rows(model, params, content, query)
     return cross_entropy(_head(model, params), outputs.query, batch["tokens"], batch["weights"])
 
 
@@ -46,7 +46,7 @@ def ar_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Arra
       (sum in nats, sum of weights), float32 scalars.
     """
     content, _ = _rows(batch)
-    outputs: Any = model.apply({"params": params}, content, None, outputs="content")
+    outputs = run_rows(model, params, content, outputs="content")
     segments = batch["segment_ids"]
     same_document = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] != 0)
     return cross_entropy(
