@@ -56,7 +56,7 @@ def dense_attention(query, key, value, start, limit, *, scale, logit_softcap=Non
 
 
 def chunked_attention(query, key, value, start, limit, *, scale, logit_softcap=None, precision=None):
-    """`attention` a block of rows at a time, recomputed in the backward pass: memory linear in S."""
+    """`attention` a block of rows at a time: scores of [B, N, block, S] alive, recomputed for gradients."""
     rows = query.shape[1]
     blocks = -(-rows // _CHUNK)
 

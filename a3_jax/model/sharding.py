@@ -107,6 +107,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

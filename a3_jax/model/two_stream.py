@@ -90,6 +90,7 @@ class LayerRecord:
 
 
 def layer_records(config: ModelConfig) -> LayerRecord:
+    """The records of all layers, [L] each: no window and the one rotary table, in this family."""
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     return LayerRecord(
         index=layers, window=jnp.full_like(layers, NO_WINDOW), rotary_table=jnp.zeros_like(layers)

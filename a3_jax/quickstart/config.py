@@ -5,9 +5,10 @@ import dataclasses
 from ml_collections import ConfigDict
 
 # Two layers are what filling a blank from the right takes: the first tells from the neighbours what
-# kind of word is missing, the second fetches it from where it comes up again.
+# kind of word is missing, the second fetches it from where it comes up again. Eight heads learn that
+# from every seed tried, four left one kind of word out now and then.
 WORD_MODEL = {
-    "d_model": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_size": 16, "mlp_size": 128,
+    "d_model": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 8, "head_size": 8, "mlp_size": 192,
 }  # fmt: skip
 BYTE_MODEL = {
     "d_model": 96, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_size": 24, "mlp_size": 256,
@@ -25,7 +26,7 @@ class Steps:
     random: int
 
 
-WORD_STEPS = Steps(ar=200, l2r=100, contiguous2=50, contiguous4=50, random=500)
+WORD_STEPS = Steps(ar=200, l2r=100, contiguous2=50, contiguous4=50, random=400)
 BYTE_STEPS = Steps(ar=600, l2r=100, contiguous2=50, contiguous4=50, random=400)
 SMOKE_STEPS = Steps(ar=4, l2r=2, contiguous2=1, contiguous4=1, random=4)
 
