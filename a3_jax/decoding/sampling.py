@@ -58,7 +58,7 @@ def filtered_logprobs(logits_V, sampling: Sampling):
 
 
 def draw(logprobs_V, key, sampling: Sampling):
-    """A token id (int32 scalar) drawn from `filtered_logprobs` [V]; greedy: the likeliest, of equals the lowest."""
+    """A token id (int32 scalar) from `filtered_logprobs` [V]; greedy: the likeliest, lowest on a tie."""
     if sampling.greedy:
         return jnp.argmax(logprobs_V).astype(jnp.int32)
     # The default Gumbel noise of float32 is bounded near 16: rare tokens would never be drawn.
