@@ -38,7 +38,7 @@ format: setup
 
 # Golden files: the resolved configs with their parameter trees. Read the diff before committing it.
 golden: setup
-	$(BIN)/python -m tests.renew_golden
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.golden_configs
 
 # The wheel by itself, away from the source tree, with no extra but plotting.
 wheel-test: setup
