@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   a3 quickstart                                     the whole path in minutes on a laptop
   a3 convert Llama-3.2-1B llama-a3                  a Hugging Face directory to an A3 checkpoint
   a3 train --config=configs/tiny.py --workdir=runs/tiny
-  echo '{"text": "the [[2]] sat ."}' | a3 generate runs/tiny - -
+  echo '{"text": "Long ago [[1]] lost a kite. The kite made Anna famous."}' | a3 generate runs/tiny - -
   a3 COMMAND --help                                 options and examples of one command
 """
 

@@ -33,6 +33,15 @@ class InputError(Exception):
         return " ".join(": ".join(part for part in parts if part).split())
 
 
+MAX_SEED = 2**32 - 1
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed that random keys can't be made from."""
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"must be from 0 to {MAX_SEED}, got {seed}", field="seed")
+
+
 def nearest(name, choices) -> str:
     """`; did you mean 'x'?` for the choice that looks most like `name`, or an empty string."""
     match = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)

@@ -1,5 +1,6 @@
 """Local and bucket paths (`gs://...`), through etils: the one place that opens files by name."""
 
+import contextlib
 import json
 import os
 import uuid
@@ -13,6 +14,11 @@ def as_path(path) -> epath.Path:
     return epath.Path(path)
 
 
+def absolute(path) -> epath.Path:
+    """The path from the root; a bucket's is that already."""
+    return as_path(path if "://" in str(path) else os.path.abspath(path))
+
+
 def read_text(path) -> str:
     """The text of a UTF-8 file.
 
@@ -23,9 +29,16 @@ def read_text(path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 text (byte {error.start})", file=path) from error
+        raise not_utf8(error, path) from error
     except OSError as error:
         raise InputError(_reason(path, error), file=path) from error
+
+
+def not_utf8(error: UnicodeDecodeError, file) -> InputError:
+    """Names the line that holds the first bad byte."""
+    before = error.object[: error.start]
+    column = error.start - (before.rfind(b"\n") + 1) + 1
+    return InputError(f"not UTF-8 text (byte {column} of the line)", file=file, line=before.count(b"\n") + 1)
 
 
 def read_json(path) -> dict:
@@ -44,6 +57,22 @@ def read_json(path) -> dict:
     return value
 
 
+def check_parents(path) -> None:
+    """Refuses a path below something that is no directory, and a name that is too long.
+
+    Raises:
+      InputError: as said.
+    """
+    path = absolute(path)
+    try:
+        existing = next(parent for parent in path.parents if parent.exists())
+        path.exists()
+    except OSError as error:
+        raise InputError(_reason(path, error), file=path) from error
+    if not existing.is_dir():
+        raise InputError(f"{existing} is no directory", file=path)
+
+
 def write_text(path, text: str) -> None:
     """Writes a file whole or not at all: a temporary sibling, then a rename.
 
@@ -53,13 +82,14 @@ def write_text(path, text: str) -> None:
     path = as_path(path)
     if path.is_dir():
         raise InputError("is a directory, a file is to be written there", file=path)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary = path.parent / f".{uuid.uuid4().hex[:12]}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(text.encode("utf-8"))
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the same trouble again
+            temporary.unlink(missing_ok=True)
         raise InputError(_reason(path, error), file=path) from error
 
 

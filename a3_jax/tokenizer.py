@@ -12,7 +12,7 @@ import re
 
 import tokenizers
 
-from a3_jax.errors import InputError
+from a3_jax.errors import InputError, nearest
 from a3_jax.paths import as_path, read_text
 
 BOS_POLICIES = ("auto", "yes", "no")
@@ -129,6 +129,10 @@ def load_tokenizer(source) -> Tokenizer:
     if source == "bytes":
         return bytes_tokenizer()
     path = as_path(source)
+    if not path.exists():
+        raise InputError(
+            f"no such tokenizer: a file, a directory or 'bytes'{nearest(source, ['bytes'])}", file=path
+        )
     if not path.is_dir():
         return Tokenizer({_MAIN_FILE: read_text(path)}, path)
     if not has_tokenizer(path):

@@ -12,9 +12,10 @@ to where they will live: each process reads its own part.
 import contextlib
 import dataclasses
 import importlib.metadata
+import inspect
 import json
-import os
 import platform
+import sys
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from a3_jax.checkpoints.directories import new_directory
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import abstract_params, param_shardings
-from a3_jax.paths import as_path, read_json
+from a3_jax.paths import absolute, as_path, read_json
 from a3_jax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 FORMAT = "a3"
@@ -125,7 +126,7 @@ def load_params(directory, mesh=None, dtype=None):
     Raises:
       InputError: tree, shapes or files that don't fit the model config.
     """
-    directory = _absolute(directory)
+    directory = absolute(directory)
     config = load_meta(directory).model
     wanted = abstract_params(config)
     if mesh is None:
@@ -133,7 +134,8 @@ def load_params(directory, mesh=None, dtype=None):
     else:
         shardings = param_shardings(mesh, config)
     handler = ocp.StandardCheckpointHandler()
-    with _damage_is_bad_input(directory / _PARAMS):
+
+    def restore():
         stored = handler.metadata(directory / _PARAMS).tree
         _check_same_tree(stored, wanted, directory / _PARAMS)
         target = jax.tree.map(
@@ -142,6 +144,8 @@ def load_params(directory, mesh=None, dtype=None):
             shardings,
         )
         return handler.restore(directory / _PARAMS, args=ocp.args.StandardRestore(target))
+
+    return _damage_is_bad_input(directory / _PARAMS, restore)
 
 
 def save_checkpoint(directory, params, meta: Meta, tokenizer: Tokenizer | None = None) -> None:
@@ -156,7 +160,7 @@ def save_checkpoint(directory, params, meta: Meta, tokenizer: Tokenizer | None =
     """
     handler = ocp.CompositeCheckpointHandler(handler_registry=_handlers())
     with new_directory(directory) as temporary, ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(_absolute(temporary), args=_items(params, meta, tokenizer))
+        checkpointer.save(absolute(temporary), args=_items(params, meta, tokenizer))
 
 
 def list_steps(checkpoints_dir) -> list[int]:
@@ -193,7 +197,7 @@ class StepWriter:
           directory: what was left there by an interrupted writer is cleared away.
           keep: how many steps stay; None: all.
         """
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise InputError("exists and is a file, checkpoints are to be written there", file=self.directory)
         if jax.process_index() == 0:
@@ -256,13 +260,15 @@ class StepWriter:
         if not is_a3(place):
             raise InputError("no checkpoint", file=place)
         wanted = {_PARAMS: _without_numpy_scalars(params), _TRAIN: _without_numpy_scalars(train_state)}
-        with _damage_is_bad_input(place):
+
+        def restore():
             for item, tree in wanted.items():
-                _check_same_tree(
-                    ocp.StandardCheckpointHandler().metadata(place / item).tree, tree, place / item
-                )
+                stored = ocp.StandardCheckpointHandler().metadata(place / item).tree
+                _check_same_tree(stored, tree, place / item)
             args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+        restored = _damage_is_bad_input(place, restore)
         return restored[_PARAMS], restored[_TRAIN]
 
     def close(self) -> None:
@@ -277,11 +283,6 @@ class StepWriter:
 
     def __exit__(self, *_):
         self.close()
-
-
-def _absolute(path):
-    """As orbax wants paths; a bucket's are absolute already."""
-    return as_path(path if "://" in str(path) else os.path.abspath(path))
 
 
 class _TextFiles(ocp.CheckpointHandler):
@@ -382,15 +383,25 @@ def _shape(leaf) -> tuple[int, ...]:
     return tuple(leaf.shape) if hasattr(leaf, "shape") else np.shape(leaf)
 
 
-@contextlib.contextmanager
-def _damage_is_bad_input(place):
-    """Turns what orbax raises on damaged or contradicting files into one line that names the place."""
+def _damage_is_bad_input(place, restore):
+    """`restore()`; what orbax raises on damaged or contradicting files becomes one line with the place."""
     try:
-        yield
+        return restore()
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # ValueError, KeyError, FileNotFoundError, JSONDecodeError, ...: no common type
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"can't be restored: {type(error).__name__}: {reason}", file=place) from error
+    except Exception as error:  # ValueError, KeyError, FileNotFoundError, ...: they share no type
+        text = str(error).split("See full TensorStore")[0]
+        reason = f"{type(error).__name__}: {' '.join(text.split())[:200]}"
+    _silence_reads_in_flight()
+    raise InputError(f"can't be restored: {reason}", file=place)
+
+
+def _silence_reads_in_flight() -> None:
+    """Reads of other arrays fail in orbax's own threads; each would print a traceback when collected."""
+    report = sys.unraisablehook
+
+    def report_others(unraisable):
+        if not inspect.iscoroutine(unraisable.object):
+            report(unraisable)
+
+    sys.unraisablehook = report_others

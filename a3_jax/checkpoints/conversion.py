@@ -18,9 +18,9 @@ from a3_jax.checkpoints.a3_format import (
 )
 from a3_jax.checkpoints.directories import check_free, new_directory
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
-from a3_jax.checkpoints.hf_format import FLOATS, cast, open_hf, read_params, write_hf
+from a3_jax.checkpoints.hf_format import FLOATS, cast, open_hf, read_params, with_dtype, write_hf
 from a3_jax.checkpoints.safetensors_io import MAX_SHARD_BYTES, has_tensors
-from a3_jax.errors import InputError, nearest
+from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import param_shardings
 from a3_jax.paths import as_path
@@ -53,12 +53,13 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
     Args:
       path: the directory.
       dtype: of the parameters, a name or NumPy dtype; None: as stored.
-      seed: draws the query vector of a Hugging Face model that has none.
+      seed: draws the query vector of a Hugging Face model that has none, 0 to 2^32 - 1.
       mesh: where the parameters go, by the model's sharding rules; None: the first device.
 
     Raises:
       InputError: no checkpoint, or one that is damaged or not supported.
     """
+    check_seed(seed)
     directory, is_hf = find_checkpoint(path)
     dtype = parse_dtype(dtype)
     if not is_hf:
@@ -91,7 +92,7 @@ def convert(
       src: anything that `open_checkpoint` opens.
       dst: a directory that is absent or empty; it appears whole or not at all.
       to: "a3" or "hf".
-      dtype: "float32", "bfloat16" or "float16"; None: the source's.
+      dtype: "float32", "bfloat16" or "float16", kept on the way back; None: the source's.
       max_shard_bytes: of the safetensors files.
       query_vector: False writes a Hugging Face directory without it: the plain left-to-right model.
 
@@ -100,11 +101,13 @@ def convert(
     """
     if to not in FORMATS:
         raise InputError(f"must be one of {', '.join(FORMATS)}, got {to!r}{nearest(to, FORMATS)}", field="to")
+    check_seed(seed)
     dtype = parse_dtype(dtype)
     check_free(dst)
     source = _read_on_host(src, dtype, seed)
     if to == "a3":
-        save_checkpoint(dst, source.params, source.meta, source.tokenizer)
+        meta = source.meta if dtype is None else with_dtype(source.meta, dtype)
+        save_checkpoint(dst, source.params, meta, source.tokenizer)
         return
     with new_directory(dst) as temporary:
         write_hf(

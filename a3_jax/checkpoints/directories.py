@@ -4,7 +4,7 @@ import contextlib
 import uuid
 
 from a3_jax.errors import InputError
-from a3_jax.paths import as_path
+from a3_jax.paths import absolute, as_path
 
 
 @contextlib.contextmanager
@@ -16,9 +16,9 @@ def new_directory(path):
     Raises:
       InputError: `path` is a file or a directory with something in it, or can't be made.
     """
-    path = as_path(path)
+    path = absolute(path)
     check_free(path)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary = path.parent / f".{uuid.uuid4().hex[:12]}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

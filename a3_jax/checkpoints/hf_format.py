@@ -146,6 +146,15 @@ def write_hf(
         _write_kept_files(directory, tokenizer.files())
 
 
+def with_dtype(meta: Meta, dtype) -> Meta:
+    """What a checkpoint says of itself once all its parameters have another dtype."""
+    if meta.source is None:
+        return meta
+    tensors = dict.fromkeys(meta.source["tensors"], np.dtype(dtype).name)
+    config = _config_to_write(meta.source["config"], dtype)
+    return dataclasses.replace(meta, source={**meta.source, "tensors": tensors, "config": config})
+
+
 def cast(array: np.ndarray, dtype, name: str, file=None) -> np.ndarray:
     """An array in another float type.
 

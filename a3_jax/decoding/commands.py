@@ -163,9 +163,10 @@ def _check_output(path) -> None:
     """Refuses, before any work, a path that can't become a file."""
     if path != "-" and os.path.isdir(path):
         raise InputError("is a directory, a file is to be written there", file=path)
-    parent = os.path.dirname(path)
-    if os.path.exists(parent) and not os.path.isdir(parent):
-        raise InputError(f"{parent} is no directory", file=path)
+    from a3_jax.paths import check_parents
+
+    if path != "-":
+        check_parents(path)
 
 
 def _write(path, text) -> None:
@@ -173,10 +174,10 @@ def _write(path, text) -> None:
     if path == "-":
         sys.stdout.buffer.write(text.encode("utf-8"))  # UTF-8, whatever the locale says
         sys.stdout.flush()
-    elif os.path.exists(path) and not os.path.isfile(path):
+    elif path.startswith(("/dev/", "/proc/")) or (os.path.exists(path) and not os.path.isfile(path)):
         with open(path, "w", encoding="utf-8") as stream:  # a rename would take the device's place
             stream.write(text)
     else:
         from a3_jax.paths import write_text
 
-        write_text(path, text)
+        write_text(os.path.realpath(path), text)  # a link stays one

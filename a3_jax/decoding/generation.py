@@ -89,7 +89,7 @@ def _eos_id(checkpoint, options) -> int | None:
     if not options.stop_at_eos:
         return None
     if checkpoint.tokenizer is None or checkpoint.tokenizer.eos_id is None:
-        raise InputError("the checkpoint's tokenizer names no EOS token", field="stop_at_eos")
+        raise InputError("the checkpoint's tokenizer names no EOS token", field="--stop_at_eos")
     return checkpoint.tokenizer.eos_id
 
 
@@ -129,14 +129,14 @@ def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tup
 
 
 def _program(config, options: GenerateOptions, eos_id, shape) -> Program:
-    _, prefill_rows, content_rows, query_rows = shape
+    columns, prefill_rows, content_rows, query_rows = shape
     return Program(
         config=config,
         dtype=options.dtype or default_dtype(),
         model=options.model,
         strategy=options.strategy,
         criterion=options.criterion,
-        step_size=options.step_size,
+        step_size=min(options.step_size, columns),
         commit=options.commit,
         sampling=Sampling(float(options.temperature), options.top_k, float(options.top_p)),
         eos_id=eos_id,

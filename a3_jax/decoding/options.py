@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from a3_jax.errors import InputError, nearest
+from a3_jax.errors import MAX_SEED, InputError, nearest
 
 MODELS = ("a3", "ar")
 STRATEGIES = ("groupwise", "dynamic")
@@ -12,7 +12,6 @@ COMMITS = ("chain", "flat")
 CONTEXTS = ("flat", "l2r")
 DTYPES = ("float32", "bfloat16")
 BOS = ("auto", "yes", "no")
-MAX_SEED = 2**32 - 1
 
 
 def one_of(name: str, value, choices) -> None:

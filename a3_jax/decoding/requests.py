@@ -13,7 +13,7 @@ import numpy as np
 from a3_jax.decoding.options import GenerateOptions, ScoreOptions, whole_number
 from a3_jax.errors import InputError, nearest
 from a3_jax.ordering.ranks import context_first, order_ranks
-from a3_jax.paths import read_text
+from a3_jax.paths import not_utf8, read_text
 from a3_jax.tokenizer import Tokenizer, encode_blanks
 
 SCORE_FIELDS = ("text", "tokens", "ranks", "order", "group_size", "seed", "context", "scored", "positions")
@@ -71,7 +71,7 @@ def read_lines(path) -> list[Line]:
         try:
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"not UTF-8 text (byte {error.start})", file=file) from error
+            raise not_utf8(error, file) from error
     else:
         file, text = str(path), read_text(path)
     lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string

@@ -7,6 +7,7 @@ from typing import Any
 from a3_jax.errors import InputError, nearest
 
 RESIDUALS = ("standard", "release")
+ROPE_KINDS = ("linear", "llama3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,12 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_length: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ROPE_KINDS:
+            raise InputError(
+                f"unknown kind {self.kind!r}{nearest(self.kind, ROPE_KINDS)}", field="rope_scaling"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +60,9 @@ class ModelConfig:
     def __post_init__(self):
         for field in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_size",
                       "mlp_size", "max_length"):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise InputError(f"must be positive, got {getattr(self, field)}", field=field)
+            size = getattr(self, field)
+            if not isinstance(size, int) or size < 1:
+                raise InputError(f"must be a positive whole number, got {size!r}", field=field)
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"{self.num_kv_heads} does not divide num_heads={self.num_heads}", field="num_kv_heads"

@@ -5,6 +5,7 @@ release   the six strategies of the authors' code, each a run of its own
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from a3_jax.errors import InputError, nearest
@@ -80,7 +81,9 @@ class Stage:
         _check_choice("objective", self.objective, OBJECTIVES)
         if not _is_list(self.orders) or not self.orders:
             raise InputError(f"must be a list of at least one order, got {self.orders!r}", field="orders")
-        if self.learning_rate is not None and not (_is_number(self.learning_rate) and self.learning_rate > 0):
+        if self.learning_rate is not None and not (
+            _is_number(self.learning_rate) and 0 < self.learning_rate < math.inf
+        ):
             raise InputError(f"must be a positive number, got {self.learning_rate!r}", field="learning_rate")
         if self.warmup_steps is not None:
             _check_whole("warmup_steps", self.warmup_steps, least=0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from a3_jax.errors import InputError, nearest
+from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.model.config import PRESETS, ModelConfig
 from a3_jax.model.two_stream import REMAT_POLICIES
 from a3_jax.ordering.curriculum import SCHEDULES, Stage, stages_from_config, total_steps
@@ -80,9 +80,14 @@ class RunConfig:
     log_every: int = 10
 
     def __post_init__(self):
+        check_seed(self.seed)
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise InputError(f"must be at least {least}, got {getattr(self, name)!r}", field=name)
+            value = getattr(self, name)
+            if not (least <= value < float("inf")):
+                raise InputError(f"must be a number, at least {least}, got {value!r}", field=name)
+        for name in ("b1", "b2"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"must be below 1, got {getattr(self, name)!r}", field=name)
         for name, choices in (("dtype", DTYPES), ("remat", tuple(REMAT_POLICIES)), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 value = getattr(self, name)
@@ -170,7 +175,10 @@ def check_unchanged(saved: Mapping[str, Any], run: RunConfig, file) -> None:
     Raises:
       InputError: with every difference.
     """
-    old, new = RunConfig.from_config(saved).to_dict(), run.to_dict()
+    try:
+        old, new = RunConfig.from_config(saved).to_dict(), run.to_dict()
+    except InputError as error:
+        raise InputError(error.message, file=file, field=error.field) from error
     old["stages"], new["stages"] = _without_added_steps(old["stages"], new["stages"])
     changed = []
     for name in old:
@@ -183,7 +191,7 @@ def check_unchanged(saved: Mapping[str, Any], run: RunConfig, file) -> None:
 
 
 _LEAST = {
-    "seed": 0, "seq_len": 1, "batch_size": 1, "microbatches": 1, "warmup_steps": 0, "learning_rate": 0,
+    "seq_len": 1, "batch_size": 1, "microbatches": 1, "warmup_steps": 0, "learning_rate": 0,
     "weight_decay": 0, "holdout": 0, "b1": 0, "b2": 0, "eps": 0, "clip": 0, "checkpoint_every": 0, "keep": 1,
     "eval_every": 0, "eval_batches": 1, "sample_every": 0, "log_every": 1,
 }  # fmt: skip
@@ -195,7 +203,8 @@ def _typed(name, value, expected):
         value = float(value)
     if expected in (int, float, bool, str):
         if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-            raise InputError(f"must be {expected.__name__}, got {value!r}", field=name)
+            shown = value[0] if isinstance(value, list) and len(value) == 1 else value
+            raise InputError(f"must be {expected.__name__}, got {shown!r}", field=name)
     elif name == "mesh" and not isinstance(value, dict):
         raise InputError(f"must be a mapping, got {value!r}", field=name)
     elif name == "model" and not isinstance(value, str | dict):

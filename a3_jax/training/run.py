@@ -20,7 +20,7 @@ from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import batch_sharding, make_mesh
 from a3_jax.model.two_stream import TwoStream
-from a3_jax.paths import as_path, read_json, write_json
+from a3_jax.paths import as_path, check_parents, read_json, write_json
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
 from a3_jax.training import loop
 from a3_jax.training.config import RunConfig, check_unchanged, model_config
@@ -89,6 +89,7 @@ def train(config: Mapping[str, Any], workdir, devices=None):
             b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay, clip=run.clip
         )
         shardings = state_shardings(start.model, optimizer, mesh)  # the last thing that can be bad input
+        _warn(run, start, data)
         write_json(workdir / "config.json", run.to_dict())
         writer = stack.enter_context(StepWriter(checkpoints, keep=run.keep))
         if restored is None:
@@ -136,6 +137,7 @@ def open_mesh(run: RunConfig, devices=None) -> jax.sharding.Mesh:
 
 def _find_progress(run, workdir) -> int | None:
     """The newest step of the run in a directory, None if it is new there."""
+    check_parents(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise InputError("is a file, a run's directory is to be there", file=workdir)
     saved, step = workdir / "config.json", latest_step(workdir / "checkpoints")
@@ -155,8 +157,6 @@ def _open_start(run, mesh) -> Start:
 
     checkpoint = open_checkpoint(run.init_from, dtype="float32", seed=run.seed, mesh=mesh)
     tokenizer = _open_tokenizer(run, checkpoint.tokenizer)
-    if run.model and _shape(checkpoint.config) != _shape(model_config(run, checkpoint.config.vocab_size)):
-        print(f"warning: config.model gives way to the model of {run.init_from}", file=sys.stderr)
     context = checkpoint.config.max_length
     if run.seq_len > context:
         raise InputError(
@@ -165,8 +165,16 @@ def _open_start(run, mesh) -> Start:
     return Start(checkpoint.config, tokenizer, checkpoint.params, checkpoint.meta.source)
 
 
-def _shape(model: ModelConfig):
-    return model.d_model, model.num_layers, model.num_heads, model.num_kv_heads, model.mlp_size
+def _warn(run, start, data) -> None:
+    """What a user may not expect; only once nothing can be refused any more."""
+
+    def shape(model: ModelConfig):
+        return model.d_model, model.num_layers, model.num_heads, model.num_kv_heads, model.mlp_size
+
+    if run.init_from and run.model and shape(start.model) != shape(model_config(run, start.model.vocab_size)):
+        print(f"warning: config.model gives way to the model of {run.init_from}", file=sys.stderr)
+    if data.heldout is None and run.eval_every:
+        print("warning: no held-out documents, so no held-out losses", file=sys.stderr)
 
 
 def _reopen_start(checkpoint) -> Start:
@@ -198,8 +206,6 @@ def _open_data(run, start):
     if largest >= start.model.vocab_size:
         raise InputError(f"token id {largest} is outside the model's vocabulary of {start.model.vocab_size}",
                          file=run.data or None, field="data")  # fmt: skip
-    if data.heldout is None and run.eval_every:
-        print("warning: no held-out documents, so no held-out losses", file=sys.stderr)
     return data
 
 
