@@ -42,7 +42,7 @@ golden: setup
 
 # The wheel by itself, away from the source tree, with no extra but plotting.
 wheel-test: setup
-	rm -rf build/wheel && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	rm -rf build/wheel && $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt "$$(ls build/wheel/*.whl)[plot]"
 	cd build/wheel && venv/bin/a3 quickstart --smoke --workdir=smoke
