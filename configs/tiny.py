@@ -9,8 +9,8 @@ Expect      held-out loss in random groups of 4 falls from about 8 nats a word t
     a3 train --config=configs/tiny.py --workdir=runs/tiny
 """
 
-from a3_jax.quickstart.config import tiny_run
+from a3_jax.quickstart.config import TINY_STEPS, tiny_run
 
 
 def get_config():
-    return tiny_run()
+    return tiny_run(TINY_STEPS)

@@ -27,6 +27,7 @@ class Steps:
 
 
 WORD_STEPS = Steps(ar=200, l2r=100, contiguous2=50, contiguous4=50, random=400)
+TINY_STEPS = Steps(ar=100, l2r=50, contiguous2=25, contiguous4=25, random=200)
 BYTE_STEPS = Steps(ar=600, l2r=100, contiguous2=50, contiguous4=50, random=400)
 SMOKE_STEPS = Steps(ar=4, l2r=2, contiguous2=1, contiguous4=1, random=4)
 
