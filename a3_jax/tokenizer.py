@@ -131,7 +131,7 @@ def load_tokenizer(source) -> Tokenizer:
     path = as_path(source)
     if not path.exists():
         raise InputError(
-            f"no such tokenizer: a file, a directory or 'bytes'{nearest(source, ['bytes'])}", file=path
+            f"no such file or directory, nor is it 'bytes'{nearest(source, ['bytes'])}", file=path
         )
     if not path.is_dir():
         return Tokenizer({_MAIN_FILE: read_text(path)}, path)
