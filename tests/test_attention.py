@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from a3_jax.model import attention as module
+from a3_jax.model import attention_chunked as module
 from a3_jax.model.attention import attention, chunked_attention, dense_attention
 
 
@@ -43,14 +43,16 @@ def example(rng, batch=2, rows=19, keys=23, heads=4, kv_heads=2, size=8):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("implementation", [dense_attention, chunked_attention])
 def test_equals_the_loop(implementation, softcap, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 8)  # several blocks, the last one ragged
+    monkeypatch.setattr(module, "ROWS", 8)
+    monkeypatch.setattr(module, "KEYS", 8)  # several blocks, the last one ragged
     arrays = example(np.random.default_rng(0))
     out = implementation(*arrays, scale=0.3, logit_softcap=softcap)
     np.testing.assert_allclose(out, loop_attention(*arrays, scale=0.3, softcap=softcap), atol=2e-6)
 
 
 def test_chunked_gradients_equal_dense(monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 8)
+    monkeypatch.setattr(module, "ROWS", 8)
+    monkeypatch.setattr(module, "KEYS", 8)
     query, key, value, start, limit = example(np.random.default_rng(1))
     weight = np.random.default_rng(2).normal(size=query.shape)
 

@@ -9,14 +9,28 @@
 construction, so neither a row without context nor padding needs a special case.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-_CHUNK = 256  # rows a block; one block's scores [B, N, _CHUNK, S] are all that is alive at a time
+from a3_jax.model.attention_chunked import chunked_attention
+from a3_jax.model.sharding import axis_parts, partition_spec
+
+_FEW_ROWS = 256  # up to here all scores at once are cheaper than blocks
+_AXES = {
+    "query": ("batch", "length", "heads", "head_size"),
+    "key": ("batch", "length", "kv_heads", "head_size"),
+    "row": ("batch", "length"),
+}
 
 
-def attention(query, key, value, start, limit, *, scale, logit_softcap=None, precision=None):
+def attention(
+    query, key, value, start, limit, *, scale, logit_softcap=None, precision=None, implementation="auto"
+):
     """Softmax attention of each row over its interval of keys, with grouped key/value heads.
+
+    On a mesh (`jax.set_mesh`) every device attends to its own examples with its own heads.
 
     Args:
       query: [B, T, N, H].
@@ -25,18 +39,27 @@ def attention(query, key, value, start, limit, *, scale, logit_softcap=None, pre
       scale: factor on the scores before the softmax.
       logit_softcap: scores become cap * tanh(scores / cap) when given.
       precision: of the matrix products, as in `jax.numpy.einsum`.
+      implementation: a name of `IMPLEMENTATIONS`; "auto" takes splash attention on TPU and blocks in
+        plain JAX elsewhere, or all scores at once for few rows.
 
     Returns:
       [B, T, N, H] in query's dtype; softmax in float32; exactly zero in rows with an empty interval.
 
     Raises:
-      ValueError: shapes that don't fit each other.
+      ValueError: shapes that don't fit each other, or an unknown implementation.
     """
     _check_shapes(query, key, value, start, limit)
-    implementation = dense_attention if query.shape[1] <= _CHUNK else chunked_attention
-    return implementation(
-        query, key, value, start, limit, scale=scale, logit_softcap=logit_softcap, precision=precision
-    )
+    if implementation == "auto":
+        implementation = _chosen(query, key)
+    if implementation not in _FUNCTIONS:
+        raise ValueError(f"implementation={implementation!r}, known: {', '.join(IMPLEMENTATIONS)}")
+
+    def attend(query, key, value, start, limit):
+        return _FUNCTIONS[implementation](
+            query, key, value, start, limit, scale=scale, logit_softcap=logit_softcap, precision=precision
+        )
+
+    return _each_device(attend, query, key)(query, key, value, start, limit)
 
 
 def dense_attention(query, key, value, start, limit, *, scale, logit_softcap=None, precision=None):
@@ -55,24 +78,45 @@ def dense_attention(query, key, value, start, limit, *, scale, logit_softcap=Non
     return out.reshape(query.shape).astype(query.dtype)
 
 
-def chunked_attention(query, key, value, start, limit, *, scale, logit_softcap=None, precision=None):
-    """`attention` a block of rows at a time: scores of [B, N, block, S] alive, recomputed for gradients."""
-    rows = query.shape[1]
-    blocks = -(-rows // _CHUNK)
+def _splash(query, key, value, start, limit, *, scale, logit_softcap, precision):
+    from a3_jax.model import attention_tpu
 
-    def split(array):  # [B, T, ...] -> [blocks, B, _CHUNK, ...]; the rows added see nothing
-        padding = [(0, 0), (0, blocks * _CHUNK - rows)] + [(0, 0)] * (array.ndim - 2)
-        array = jnp.pad(array, padding)
-        return jnp.moveaxis(array.reshape(array.shape[0], blocks, _CHUNK, *array.shape[2:]), 1, 0)
+    del precision  # the kernel's products are in the dtype of its inputs, summed in float32
+    return attention_tpu.splash_attention(
+        query, key, value, start, limit, scale=scale, logit_softcap=logit_softcap
+    )
 
-    @jax.checkpoint
-    def one_block(block):
-        return dense_attention(
-            block[0], key, value, *block[1:], scale=scale, logit_softcap=logit_softcap, precision=precision
-        )
 
-    out = jax.lax.map(one_block, (split(query), split(start), split(limit)))
-    return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], blocks * _CHUNK, *query.shape[2:])[:, :rows]
+_FUNCTIONS: dict[str, Callable] = {
+    "splash": _splash,
+    "chunked": chunked_attention,
+    "dense": dense_attention,
+}
+IMPLEMENTATIONS = ("auto", *_FUNCTIONS)
+
+
+def _chosen(query, key) -> str:
+    """What "auto" means for these shapes, on the devices of the mesh or the default ones."""
+    if query.shape[1] <= _FEW_ROWS:
+        return "dense"
+    from a3_jax.model import attention_tpu
+
+    mesh_device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if mesh_device is None else mesh_device.platform
+    if platform == "tpu" and attention_tpu.available(query.shape, key.shape):
+        return "splash"
+    return "chunked"
+
+
+def _each_device(attend, query, key):
+    """`attend` on each device's examples and heads; as it is without a mesh or where they don't divide."""
+    batch, heads = axis_parts("batch"), axis_parts("heads")
+    if batch * heads == 1 or query.shape[0] % batch or key.shape[2] % heads:
+        return attend
+    of_query, of_key, of_row = (partition_spec(_AXES[name]) for name in ("query", "key", "row"))
+    return jax.shard_map(
+        attend, in_specs=(of_query, of_key, of_key, of_row, of_row), out_specs=of_query, check_vma=False
+    )
 
 
 def _masked_softmax(scores, visible):

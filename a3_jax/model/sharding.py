@@ -106,6 +106,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes that a logical axis lies on."""
+    return getattr(RULES, axis)
+
+
+def axis_parts(axis: str) -> int:
+    """In how many parts the mesh of the context (`jax.set_mesh`) splits a logical axis; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in mesh_axes(axis))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -131,6 +131,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any
     precision: Any
+    attention: str
     content_rows: int
     first_output: int = 0
 
@@ -180,7 +181,7 @@ class Block(nn.Module):
         start = _windowed(geometry, record.window, self.content_rows)
         out = attention(
             q, k, v, start[:, first:], geometry.limit[:, first:],
-            scale=c.head_size**-0.5, precision=self.precision,
+            scale=c.head_size**-0.5, precision=self.precision, implementation=self.attention,
         )  # fmt: skip
         out_weight = self.weight("o", ("heads", "head_size", "embed"), (c.num_heads, c.head_size, c.d_model),
                                  c.num_heads * c.head_size)  # fmt: skip
@@ -195,12 +196,14 @@ class TwoStream(nn.Module):
       precision: of matrix products; `jax.lax.Precision.HIGHEST` for float32 proper on accelerators.
       remat: "none", "dots" (keep matrix products) or "block" (keep each block's input) for the
         backward pass.
+      attention: how attention is computed, see `attention.IMPLEMENTATIONS`.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     precision: Any = None
     remat: str = "none"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -258,7 +261,7 @@ class TwoStream(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         arguments = {
             "config": self.config, "dtype": self.dtype, "precision": self.precision,
-            "content_rows": content_rows,
+            "attention": self.attention, "content_rows": content_rows,
         }  # fmt: skip
         carry = (x_BRD, cache)
         if self.config.num_layers > 1:

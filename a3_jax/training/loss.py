@@ -1,69 +1,189 @@
-"""Cross-entropy fused with the head, a chunk of rows at a time: no [B, T, V] array is ever alive."""
+"""Cross-entropy fused with the head: logits of some rows at a time, and their gradients at once.
 
-from collections.abc import Callable
+    rows     [ chunk | chunk | chunk | rest + padding of weight 0 ]
+    chunk    hidden --head--> logits [rows, V] --> loss sum
+                                    \\--> (softmax - target) weight --> gradient of hidden, of head
+
+A chunk's gradients need nothing that comes later but one factor, the gradient of the sum: they are
+computed while its logits are there, kept, and multiplied in the backward pass. So logits are
+computed once, and no [B, T, V] array is ever alive.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-CHUNK = 128  # rows of each sequence whose logits are alive at once
+from a3_jax.model.sharding import axis_parts, mesh_axes, partition_spec
+
+CHUNK_ROWS = 512  # rows of one device whose logits are alive at once
+_AXES = ("batch", "length", "embed_act")
 
 
 def cross_entropy(
-    head: Callable[[jax.Array], jax.Array],
-    hidden_BTD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    chunk: int = CHUNK,
+    hidden_BTD, head, targets_BT, weights_BT, *, vocab_first, precision=None, chunk_rows=CHUNK_ROWS
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of negative log-likelihoods, and the sum of the weights.
 
     The mean is left to the caller: sums add up over microbatches and hosts, means don't.
 
-        T rows   [ chunk | chunk | chunk | rest + padding of weight 0 ]
-                     head -> logits [B, chunk, V] -> two sums, one chunk after another
-
-    Chunks run along T, so that an example stays on the device that holds it. The backward pass
-    computes a chunk's logits again instead of keeping them.
+    On a mesh (`jax.set_mesh`) every device takes its own examples and its own part of the vocabulary:
+    maxima, sums and the target's logit travel, logits don't. The head is gathered once along `embed`,
+    and its gradient scattered once.
 
     Args:
-      head: hidden states [B, chunk, D] to float32 logits [B, chunk, V].
-      hidden_BTD: final hidden states, any float dtype.
+      hidden_BTD: final hidden states [B, T, D], any float dtype; the head is cast to it.
+      head: [V, D] if `vocab_first` (a tied embedding table), else [D, V].
       targets_BT: int32 token ids in 0..V-1; where the weight is 0 any value will do.
-      weights_BT: float32, 0 for rows that aren't predicted.
-      chunk: rows of each sequence at a time.
+      weights_BT: float32, 0 for rows that aren't predicted. No gradient flows to them.
+      vocab_first: which of the two layouts `head` has.
+      precision: of the matrix products; they accumulate in float32.
+      chunk_rows: rows of a device at a time.
 
     Returns:
       (sum in nats, sum of weights): float32 scalars.
     """
-    length = targets_BT.shape[1]
-    chunk = min(chunk, length)
-    chunks = -(-length // chunk)
-
-    def split(array):
-        padding = [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (array.ndim - 2)
-        padded = jnp.pad(array, padding)
-        return padded.reshape(array.shape[0], chunks, chunk, *array.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def chunk_sum(hidden, targets, weights):
-        return jnp.sum(negative_log_likelihood(head(hidden), targets) * weights)
-
-    def add(total, inputs):
-        return total + chunk_sum(*inputs), None
-
+    weights_BT = weights_BT.astype(jnp.float32)
     with jax.named_scope("loss"):
-        weights_BT = weights_BT.astype(jnp.float32)
-        inputs = (split(hidden_BTD), split(targets_BT), split(weights_BT))
-        total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), inputs)
+        total = _loss_sum(hidden_BTD, head, targets_BT, weights_BT, vocab_first, precision, chunk_rows)
         return total, jnp.sum(weights_BT)
 
 
-def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """`logsumexp(logits) - logits[target]` in nats, float32 [B, T].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _loss_sum(hidden, head, targets, weights, vocab_first, precision, chunk_rows):
+    run = _on_mesh(_value, hidden, vocab_first, precision, chunk_rows, with_gradients=False)
+    return run(hidden, head, targets, weights)
 
-    The target's logit is picked by comparison, not by index: its gradient needs no scatter, and a
-    vocabulary sharded over devices is summed where it lies.
+
+def _forward_rule(hidden, head, targets, weights, vocab_first, precision, chunk_rows):
+    run = _on_mesh(_value_and_gradients, hidden, vocab_first, precision, chunk_rows, with_gradients=True)
+    total, d_hidden, d_head = run(hidden, head, targets, weights)
+    return total, (d_hidden, d_head.astype(head.dtype))
+
+
+def _backward_rule(vocab_first, precision, chunk_rows, gradients, factor):
+    del vocab_first, precision, chunk_rows
+    d_hidden, d_head = gradients
+    return factor.astype(d_hidden.dtype) * d_hidden, factor.astype(d_head.dtype) * d_head, None, None
+
+
+_loss_sum.defvjp(_forward_rule, _backward_rule)
+
+
+def _on_mesh(function, hidden, vocab_first, precision, chunk_rows, *, with_gradients):
+    """`function` over each device's rows and vocabulary; over all of them without a mesh."""
+    function = functools.partial(
+        function, vocab_first=vocab_first, precision=precision, chunk_rows=chunk_rows
+    )
+    axes = {name: () for name in ("batch", "embed", "vocab")}
+    if jax.sharding.get_abstract_mesh().empty or hidden.shape[0] % axis_parts("batch"):
+        return functools.partial(function, axes=axes)
+    axes = {name: mesh_axes(name) for name in axes}
+    of_hidden, of_rows = partition_spec(_AXES), partition_spec(_AXES[:2])
+    of_head = partition_spec(("vocab", "embed") if vocab_first else ("embed", "vocab"))
+    nothing = partition_spec(())
+    return jax.shard_map(
+        functools.partial(function, axes=axes),
+        in_specs=(of_hidden, of_head, of_rows, of_rows),
+        out_specs=(nothing, of_hidden, of_head) if with_gradients else nothing,
+        check_vma=False,
+    )
+
+
+def _value(hidden, head, targets, weights, *, axes, vocab_first, precision, chunk_rows):
+    """The loss sum of this device's rows, added over all devices."""
+    head = _gathered(head, hidden.dtype, axes, vocab_first)
+
+    def add(total, chunk):
+        hidden_RD, targets, weights = chunk
+        logits = _logits(hidden_RD, head, vocab_first, precision)
+        losses, *_ = _losses(logits, targets, axes)
+        return total + jnp.sum(losses * weights), None
+
+    chunks = _chunks(hidden, targets, weights, chunk_rows)
+    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)
+    return _sum(total, axes["batch"])
+
+
+def _value_and_gradients(hidden, head, targets, weights, *, axes, vocab_first, precision, chunk_rows):
+    """The same, with the gradients of the hidden states and of this device's part of the head."""
+    shape, head = hidden.shape, _gathered(head, hidden.dtype, axes, vocab_first)
+
+    def add(totals, chunk):
+        hidden_RD, targets, weights = chunk
+        logits = _logits(hidden_RD, head, vocab_first, precision)
+        losses, is_target, normaliser = _losses(logits, targets, axes)
+        d_logits = (jnp.exp(logits - normaliser[:, None]) - is_target) * weights[:, None]
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = _product("RV,VD->RD" if vocab_first else "RV,DV->RD", d_logits, head, precision)
+        d_head = (
+            _product("RV,RD->VD", d_logits, hidden_RD, precision)
+            if vocab_first
+            else _product("RD,RV->DV", hidden_RD, d_logits, precision)
+        )
+        total, head_total = totals
+        return (total + jnp.sum(losses * weights), head_total + d_head), d_hidden.astype(hidden.dtype)
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
+    chunks = _chunks(hidden, targets, weights, chunk_rows)
+    (total, d_head), d_hidden = jax.lax.scan(add, zeros, chunks)
+    d_hidden = _sum(d_hidden.reshape(-1, shape[-1])[: shape[0] * shape[1]].reshape(shape), axes["vocab"])
+    return _sum(total, axes["batch"]), d_hidden, _scattered(d_head, axes, vocab_first)
+
+
+def _chunks(hidden, targets, weights, chunk_rows):
+    """[B, T, ...] -> [chunks, rows, ...]; the rows added at the end have weight 0."""
+    rows = targets.size
+    chunk_rows = min(chunk_rows, rows)
+    chunks = -(-rows // chunk_rows)
+
+    def split(array):
+        array = array.reshape(rows, *array.shape[2:])
+        array = jnp.pad(array, [(0, chunks * chunk_rows - rows)] + [(0, 0)] * (array.ndim - 1))
+        return array.reshape(chunks, chunk_rows, *array.shape[1:])
+
+    return split(hidden), split(targets), split(weights)
+
+
+def _logits(hidden_RD, head, vocab_first, precision):
+    return _product("RD,VD->RV" if vocab_first else "RD,DV->RV", hidden_RD, head, precision)
+
+
+def _losses(logits_RV, targets_R, axes):
+    """Negative log-likelihoods in nats [R], where the target is [R, V] bool, log-normalisers [R].
+
+    The target's logit is picked by comparison, not by index: each device looks in its own part of the
+    vocabulary.
     """
-    vocabulary = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
-    chosen = jnp.where(vocabulary == targets_BT[..., None], logits_BTV, 0.0).sum(-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen
+    size = logits_RV.shape[1]
+    first = size * jax.lax.axis_index(axes["vocab"]) if axes["vocab"] else 0
+    is_target = first + jnp.arange(size, dtype=targets_R.dtype) == targets_R[:, None]
+    largest = jnp.max(logits_RV, axis=1)
+    largest = jax.lax.pmax(largest, axes["vocab"]) if axes["vocab"] else largest
+    total = _sum(jnp.sum(jnp.exp(logits_RV - largest[:, None]), axis=1), axes["vocab"])
+    chosen = _sum(jnp.sum(jnp.where(is_target, logits_RV, 0.0), axis=1), axes["vocab"])
+    normaliser = largest + jnp.log(total)
+    return normaliser - chosen, is_target, normaliser
+
+
+def _gathered(head, dtype, axes, vocab_first):
+    """This device's part of the vocabulary, whole along the model width."""
+    head = head.astype(dtype)
+    return jax.lax.all_gather(head, axes["embed"], axis=int(vocab_first), tiled=True) if axes["embed"] else head
+
+
+def _scattered(d_head, axes, vocab_first):
+    """The sum over all devices' rows, each device keeping its part of the model width."""
+    if axes["embed"]:
+        d_head = jax.lax.psum_scatter(
+            d_head, axes["embed"], scatter_dimension=int(vocab_first), tiled=True
+        )
+    return _sum(d_head, tuple(axis for axis in axes["batch"] if axis not in axes["embed"]))
+
+
+def _sum(array, axes):
+    return jax.lax.psum(array, axes) if axes else array
+
+
+def _product(equation, a, b, precision):
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)

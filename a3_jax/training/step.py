@@ -8,6 +8,7 @@ Gradients of sums are added and divided once, by the weight of the whole batch: 
 different numbers of predicted tokens give the same step as one large batch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from a3_jax.model.sharding import replicated
-from a3_jax.model.two_stream import Rows, TwoStream, logits, run_rows
+from a3_jax.model.two_stream import Rows, TwoStream, run_rows
 from a3_jax.ordering.intervals import bounds
 from a3_jax.training.loss import cross_entropy
 from a3_jax.training.state import TrainState, state_shardings
@@ -33,7 +34,7 @@ def any_order_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, j
     """
     content, query = _rows(batch)
     outputs = run_rows(model, params, content, query)
-    return cross_entropy(_head(model, params), outputs.query, batch["tokens"], batch["weights"])
+    return _loss(model, params, outputs.query, batch["tokens"], batch["weights"])
 
 
 def ar_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -47,13 +48,11 @@ def ar_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Arra
     """
     content, _ = _rows(batch)
     outputs = run_rows(model, params, content, outputs="content")
-    segments = batch["segment_ids"]
-    same_document = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] != 0)
-    return cross_entropy(
-        _head(model, params),
-        outputs.content[:, :-1],
-        batch["tokens"][:, 1:],
-        batch["weights"][:, 1:] * same_document,
+    segments, next_row = batch["segment_ids"], functools.partial(jnp.roll, shift=-1, axis=1)
+    has_next = (segments != 0) & (next_row(segments) == segments)
+    has_next = has_next.at[:, -1].set(False)  # what follows there is the row's own beginning
+    return _loss(
+        model, params, outputs.content, next_row(batch["tokens"]), next_row(batch["weights"]) * has_next
     )
 
 
@@ -76,13 +75,20 @@ def gradients(loss: Callable, params, batch: Batch, microbatches: int):
     def split(array):  # row b goes to piece b % M: the rows of a device stay on it
         return array.reshape(-1, microbatches, *array.shape[1:]).swapaxes(0, 1)
 
-    def add(totals, piece):
+    def sums(piece):
         (loss_sum, weight), gradient = jax.value_and_grad(loss, has_aux=True)(params, piece)
-        return jax.tree.map(jnp.add, totals, (loss_sum, weight, gradient)), None
+        return loss_sum, weight, gradient
 
-    zero = jnp.zeros((), jnp.float32)
-    totals = (zero, zero, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
-    (loss_sum, weight, gradient), _ = jax.lax.scan(add, totals, jax.tree.map(split, batch))
+    if microbatches == 1:
+        loss_sum, weight, gradient = sums(batch)
+    else:
+        zero = jnp.zeros((), jnp.float32)
+        totals = (zero, zero, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
+        (loss_sum, weight, gradient), _ = jax.lax.scan(
+            lambda totals, piece: (jax.tree.map(jnp.add, totals, sums(piece)), None),
+            totals,
+            jax.tree.map(split, batch),
+        )
     divisor = jnp.maximum(weight, 1e-6)  # nothing to predict: a loss and gradient of zero
     return loss_sum / divisor, weight, jax.tree.map(lambda g: g / divisor, gradient)
 
@@ -157,5 +163,7 @@ def _rows(batch):
     return content, Rows(positions=positions, start=start, limit=query_limit)
 
 
-def _head(model, params):
-    return lambda hidden: logits(params, model.config, hidden, precision=model.precision)
+def _loss(model, params, hidden, targets, weights):
+    tied = model.config.tie_embeddings
+    head = params["embed" if tied else "head"]
+    return cross_entropy(hidden, head, targets, weights, vocab_first=tied, precision=model.precision)
