@@ -23,11 +23,12 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from a3_jax.model.sharding import RULES, partition_spec
+from a3_jax.model.sharding import axis_parts, partition_spec
 
 MAX_KEYS = 2**16 - 1  # start and length of an interval share one int32
 _LANES = 128  # a block is a multiple of the vector registers' width
 _BLOCKS = (512, 256, 128)
+_SCALAR_BYTES = 1_000_000  # of a chip's scalar memory (1 MiB), which holds a kernel's block mask
 _QUERY_AXES = ("batch", "length", "heads", "head_size")
 _KEY_AXES = ("batch", "length", "kv_heads", "head_size")
 
@@ -45,7 +46,7 @@ def splash_attention(
       scale: factor on the scores before the softmax.
       logit_softcap: scores become cap * tanh(scores / cap) when given.
       interpret: run the kernels without a TPU, slowly.
-      block: rows and keys a block, a multiple of 128; `choose_block` decides unless given.
+      block: rows and keys a block, a multiple of 128; chosen by length unless given.
 
     Returns:
       [B, T, N, H] in query's dtype; exactly zero in rows with an empty interval.
@@ -59,7 +60,7 @@ def splash_attention(
     function = functools.partial(
         _attend, scale=scale, logit_softcap=logit_softcap, interpret=interpret, block=block
     )
-    if not jax.sharding.get_abstract_mesh().empty:
+    if _splits():
         row, heads, kv_heads = map(partition_spec, (("batch", "length"), _QUERY_AXES, _KEY_AXES))
         # The kernels don't say over which axes their results vary, so that can't be checked.
         function = jax.shard_map(
@@ -72,42 +73,64 @@ def unavailable(query_shape, key_shape) -> str | None:
     """Why `splash_attention` can't be used for these shapes in the mesh of the context; None if it can.
 
     Args:
-      query_shape: (B, T, N, H).
-      key_shape: (B, S, K, H).
+      query_shape: of query [B, T, N, H].
+      key_shape: of key [B, S, K, H].
     """
     try:
         _library()
     except (ImportError, AttributeError) as error:
         return f"jax {jax.__version__} has no splash attention that fits: {error}"
-    if key_shape[1] > MAX_KEYS:
-        return f"{key_shape[1]} keys are more than {MAX_KEYS}"
-    mesh = jax.sharding.get_abstract_mesh()
-    named = [*zip(_QUERY_AXES, query_shape), *zip(_KEY_AXES, key_shape)]
-    for name, size in named:
-        parts = 1
-        for axis in getattr(RULES, name):
-            parts *= mesh.shape.get(axis, 1)
-        if size % parts:
-            return f"axis {name} of size {size} can't be split in {parts}"
+    (batch, rows), keys = query_shape[:2], key_shape[1]
+    if keys > MAX_KEYS:
+        return f"{keys} keys are more than {MAX_KEYS}"
+    for name, size in [*zip(_QUERY_AXES, query_shape), *zip(_KEY_AXES, key_shape)]:
+        if _splits() and size % axis_parts(name):
+            return f"axis {name} of size {size} can't be split in {axis_parts(name)}"
+    batch //= axis_parts("batch") if _splits() else 1
+    row_blocks, key_blocks = -(-rows // _choose_block(rows)), -(-keys // _choose_block(keys))
+    entries = max(batch * row_blocks * _round_up(key_blocks), row_blocks * _round_up(batch * key_blocks))
+    if 3 * entries > _SCALAR_BYTES or batch * key_blocks >= 2**15:
+        return f"{batch} examples of {rows} rows and {keys} keys are too many blocks for one chip"
     return None
 
 
+def available(query_shape, key_shape) -> bool:
+    """Whether `splash_attention` can be used; if not, says why on standard error, each reason once.
+
+    Args:
+      query_shape: of query [B, T, N, H].
+      key_shape: of key [B, S, K, H].
+    """
+    reason = unavailable(query_shape, key_shape)
+    if reason is not None:
+        _warn_once(reason)
+    return reason is None
+
+
 @functools.cache
-def warn_once(reason: str) -> None:
-    """One line on standard error, the first time that this reason is given."""
-    print(f"a3: slower attention is used: {reason}", file=sys.stderr)
+def _warn_once(reason):
+    print(f"warning: attention without the TPU kernel, which is slower: {reason}", file=sys.stderr)
 
 
-def choose_block(length: int) -> int:
+def _splits() -> bool:
+    """Whether a mesh is in the context and the arrays are not one device's part already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not (mesh.empty or mesh.are_all_axes_manual)
+
+
+def _choose_block(length: int) -> int:
     """Rows or keys a block: the largest size that pads a length by little."""
-    least = -(-length // _LANES) * _LANES
-    return next(size for size in _BLOCKS if -(-length // size) * size <= 1.125 * least)
+    return next(size for size in _BLOCKS if _round_up(length, size) <= 1.125 * _round_up(length))
+
+
+def _round_up(size, unit=_LANES):
+    return -(-size // unit) * unit
 
 
 def _attend(query, key, value, start, limit, *, scale, logit_softcap, interpret, block):
     """`splash_attention` of the examples on one device."""
     (batch, rows, heads, _), keys = query.shape, key.shape[1]
-    row_block, key_block = block or choose_block(rows), block or choose_block(keys)
+    row_block, key_block = block or _choose_block(rows), block or _choose_block(keys)
     # In float32: a scale rounded to bfloat16 would shift all scores the same way.
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     kernel = _make_kernel(
@@ -131,16 +154,16 @@ def _make_kernel(start, limit, key_blocks, blocks, *, softcap, interpret):
     row_block, key_block = blocks
     batch = len(start)
     start, limit = start.astype(jnp.int32), limit.astype(jnp.int32)
-    offset = jnp.arange(batch, dtype=jnp.int32)[:, None] * (key_blocks * key_block)
-    packed = (start + offset) << 16 | jnp.maximum(limit - start, 0)
+    example = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    packed = _pack(start + example * (key_blocks * key_block), limit - start)
     needed = _needed_blocks(start, limit, key_blocks, blocks)  # [B, T blocks, S blocks]
     row_blocks = needed.shape[1]
-    example = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+    example = example[..., None]
     # Forward and dq walk along the keys of a block of rows, dkv along the rows of a block of keys.
     by_row = _next_needed(needed, axis=2) + example * key_blocks
     by_key = _next_needed(needed, axis=1) + example * row_blocks
-    # Fused together, these small arrays have crashed the TPU compiler.
-    mask = needed.astype(jnp.int32)
+    # Fused together, these small arrays have crashed the TPU compiler. Small types save scalar memory.
+    mask, by_row, by_key = needed.astype(jnp.int8), by_row.astype(jnp.int16), by_key.astype(jnp.int16)
     row_mask, key_mask, by_row, by_key = jax.lax.optimization_barrier((mask, mask, by_row, by_key))
 
     def info(mask, data_next, shape):
@@ -167,9 +190,7 @@ def _make_kernel(start, limit, key_blocks, blocks, *, softcap, interpret):
             block_kv_dq=key_block,
             block_q_dkv=row_block,
             block_kv_dkv=key_block,
-            # The fused backward kernel writes dq once for every block of keys: memory T x S / block.
-            use_fused_bwd_kernel=False,
-        ),
+        ),  # not the fused backward kernel: it writes dq once for every block of keys
         is_mqa=False,
         save_residuals=False,
         mask_value=library.DEFAULT_MASK_VALUE,
@@ -180,11 +201,14 @@ def _make_kernel(start, limit, key_blocks, blocks, *, softcap, interpret):
     )
 
 
-def _visible(packed, key):
-    """Whether a row sees a key: the distance from the start, modulo 2**16, is below the length.
+def _pack(start, length):
+    """An interval as one int32: its start modulo 2**16, and its length, 0 if negative."""
+    return start << 16 | jnp.maximum(length, 0)
 
-    Offsets of examples fall out modulo 2**16. A key before the start is too far away to be seen, because
-    start and length together are at most S < 2**16.
+
+def _visible(packed, key):
+    """Whether a row sees a key of its example: the distance from the start, modulo 2**16, is below the
+    length. A key before the start is too far to be seen, as start and length add up to less than 2**16.
     """
     return ((key - (packed >> 16)) & 0xFFFF) < (packed & 0xFFFF)
 
@@ -233,17 +257,17 @@ def _library():
         splash_attention_mask_info,
     )
 
+    kernels, masks = splash_attention_kernel, splash_attention_mask_info
     used = {
-        splash_attention_kernel.BlockSizes: "block_q block_kv block_q_dq block_kv_dq block_q_dkv block_kv_dkv "
-        "use_fused_bwd_kernel",
-        splash_attention_mask_info.MaskInfo: "data_next mask_next block_mask partial_mask_blocks q_sequence",
-        splash_attention_kernel.SplashAttentionKernel: "fwd_mask_info dq_mask_info dkv_mask_info",
-        splash_attention_kernel._splash_attention: "block_sizes is_mqa save_residuals mask_value "
-        "attn_logits_soft_cap residual_checkpoint_name mask_function interpret",
+        kernels.BlockSizes: "block_q block_kv block_q_dq block_kv_dq block_q_dkv block_kv_dkv",
+        masks.MaskInfo: "data_next mask_next block_mask partial_mask_blocks q_sequence",
+        kernels.SplashAttentionKernel: "fwd_mask_info dq_mask_info dkv_mask_info",
+        kernels._splash_attention: "block_sizes is_mqa save_residuals mask_value attn_logits_soft_cap "
+        "residual_checkpoint_name mask_function interpret",
     }
     for function, names in used.items():
         for name in names.split():
             if name not in inspect.signature(function).parameters:
                 raise AttributeError(f"{function.__name__} has no {name}")
-    splash_attention_kernel.DEFAULT_MASK_VALUE  # noqa: B018
-    return splash_attention_kernel, splash_attention_mask_info
+    kernels.DEFAULT_MASK_VALUE  # noqa: B018
+    return kernels, masks
