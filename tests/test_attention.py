@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from a3_jax.model import attention_chunked as module
-from a3_jax.model.attention import attention, chunked_attention, dense_attention
+from a3_jax.model import sharding
+from a3_jax.model.attention import IMPLEMENTATIONS, attention, chunked_attention, dense_attention
 
 
 def loop_attention(query, key, value, start, limit, scale, softcap=None):
@@ -66,6 +67,63 @@ def test_chunked_gradients_equal_dense(monkeypatch):
     ):
         np.testing.assert_allclose(chunked, dense, atol=5e-6)
         assert np.abs(dense).max() > 0.01
+
+
+def test_blocks_that_no_row_sees_are_not_touched(monkeypatch):
+    """NaN in keys and values there would reach every product of theirs, and so every gradient."""
+    monkeypatch.setattr(module, "ROWS", 8)
+    monkeypatch.setattr(module, "KEYS", 8)
+    rng = np.random.default_rng(6)
+    query, key, value, _, _ = example(rng, rows=16, keys=40)
+    first = np.repeat(np.array([[8, 24], [16, 24]]), 8, axis=1)  # of two row blocks of two examples
+    start, limit = (first + rng.integers(low, low + 4, first.shape) for low in (0, 4))
+    unseen = np.zeros(40, bool)
+    unseen[:8], unseen[32:] = True, True
+    poisoned_key, poisoned_value = (np.where(unseen[:, None, None], np.nan, array) for array in (key, value))
+
+    def total(key, value):
+        return jnp.sum(chunked_attention(query, key, value, start, limit, scale=0.3) ** 2)
+
+    gradients = jax.grad(total, argnums=(0, 1))(poisoned_key, poisoned_value)
+    for got, expected in zip(gradients, jax.grad(total, argnums=(0, 1))(key, value), strict=True):
+        np.testing.assert_array_equal(got, expected)
+        assert not np.any(np.asarray(got)[:, unseen]) and np.all(np.abs(got[:, 24:28]).max((0, 2, 3)) > 0)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "dense"])
+def test_a_mesh_changes_nothing(implementation, monkeypatch):
+    """Each device attends to its own examples and heads: equal numbers, and nothing travels."""
+    monkeypatch.setattr(module, "ROWS", 8)
+    given = example(np.random.default_rng(7), batch=4)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+
+    def both(query, key, value, start, limit):
+        def total(*arrays):
+            out = attention(*arrays, start, limit, scale=0.3, implementation=implementation)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+    expected = jax.jit(both)(*given)
+    placed = [
+        jax.device_put(array, jax.NamedSharding(mesh, sharding.partition_spec(axes[: array.ndim])))
+        for array, axes in zip(given, [("batch", "length", "heads", "head_size")] * 5, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(both).lower(*placed).compile()
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), compiled(*placed), expected)
+    assert not any(f" {name}(" in compiled.as_text() for name in ("all-gather", "all-reduce", "all-to-all"))
+
+
+def test_implementations_have_names():
+    given = example(np.random.default_rng(8))
+    results = [
+        attention(*given, scale=0.3, implementation=name) for name in IMPLEMENTATIONS if name != "splash"
+    ]
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], atol=2e-6)
+    with pytest.raises(ValueError, match="implementation='flash', known: auto, splash, chunked, dense"):
+        attention(*given, scale=0.3, implementation="flash")
 
 
 @pytest.mark.parametrize("implementation", [dense_attention, chunked_attention])

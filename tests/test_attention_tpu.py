@@ -165,17 +165,15 @@ def test_a_needed_block_switched_off_is_seen(monkeypatch):
     assert min(errors) > 0.1, errors
 
 
-@pytest.mark.parametrize("manual", [False, True], ids=["in a mesh", "inside shard_map"])
-def test_a_mesh_changes_nothing(manual):
+def test_a_mesh_changes_nothing():
+    """Each device with its own examples and heads, as `attention.attention` calls it."""
     given = arrays(*list(ORDERS)[:4])
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     row, heads = (sharding.partition_spec(axes) for axes in (("batch",), attention_tpu._QUERY_AXES))
     specs = (heads, heads, heads, row, row, heads)
-    function = run.__wrapped__
-    if manual:
-        function = jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=(heads, (heads,) * 3), check_vma=False
-        )
+    function = jax.shard_map(
+        run.__wrapped__, mesh=mesh, in_specs=specs, out_specs=(heads, (heads,) * 3), check_vma=False
+    )
     placed = [jax.device_put(a, jax.NamedSharding(mesh, spec)) for a, spec in zip(given, specs)]
     with jax.set_mesh(mesh):
         compiled = jax.jit(function).lower(*placed).compile()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from a3_jax.model import attention_tpu
 from a3_jax.model.attention_chunked import chunked_attention
 from a3_jax.model.sharding import axis_parts, partition_spec
 
@@ -79,8 +80,6 @@ def dense_attention(query, key, value, start, limit, *, scale, logit_softcap=Non
 
 
 def _splash(query, key, value, start, limit, *, scale, logit_softcap, precision):
-    from a3_jax.model import attention_tpu
-
     del precision  # the kernel's products are in the dtype of its inputs, summed in float32
     return attention_tpu.splash_attention(
         query, key, value, start, limit, scale=scale, logit_softcap=logit_softcap
@@ -99,8 +98,6 @@ def _chosen(query, key) -> str:
     """What "auto" means for these shapes, on the devices of the mesh or the default ones."""
     if query.shape[1] <= _FEW_ROWS:
         return "dense"
-    from a3_jax.model import attention_tpu
-
     mesh_device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if mesh_device is None else mesh_device.platform
     if platform == "tpu" and attention_tpu.available(query.shape, key.shape):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 ROWS, KEYS = 256, 256  # a block's sides
-RESIDUALS = ("attention_out", "attention_normaliser")  # what remat policies may keep
+RESIDUALS = "attention"  # the name of what remat policies may keep: output and log-normalisers
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -101,7 +101,7 @@ def _forward(query, key, value, start, limit, scale, softcap, precision):
 
 def _forward_rule(query, key, value, start, limit, scale, softcap, precision):
     out, normaliser = _forward(query, key, value, start, limit, scale, softcap, precision)
-    out, normaliser = (checkpoint_name(x, name) for x, name in zip((out, normaliser), RESIDUALS, strict=True))
+    out, normaliser = (checkpoint_name(array, RESIDUALS) for array in (out, normaliser))
     return out, (query, key, value, start, limit, out, normaliser)
 
 

@@ -23,7 +23,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from a3_jax.model.sharding import axis_parts, partition_spec
+from a3_jax.model.attention_chunked import RESIDUALS
+from a3_jax.model.sharding import axis_parts
 
 MAX_KEYS = 2**16 - 1  # start and length of an interval share one int32
 _LANES = 128  # a block is a multiple of the vector registers' width
@@ -36,7 +37,7 @@ _KEY_AXES = ("batch", "length", "kv_heads", "head_size")
 def splash_attention(
     query, key, value, start, limit, *, scale, logit_softcap=None, interpret=False, block=None
 ):
-    """`attention.attention` by splash attention, over the mesh in the context if there is one.
+    """`attention.attention` by splash attention, of the examples and heads on one device.
 
     Args:
       query: [B, T, N, H].
@@ -57,16 +58,10 @@ def splash_attention(
     reason = unavailable(query.shape, key.shape)
     if reason is not None:
         raise ValueError(f"splash attention can't be used: {reason}")
-    function = functools.partial(
-        _attend, scale=scale, logit_softcap=logit_softcap, interpret=interpret, block=block
-    )
-    if _splits():
-        row, heads, kv_heads = map(partition_spec, (("batch", "length"), _QUERY_AXES, _KEY_AXES))
-        # The kernels don't say over which axes their results vary, so that can't be checked.
-        function = jax.shard_map(
-            function, in_specs=(heads, kv_heads, kv_heads, row, row), out_specs=heads, check_vma=False
-        )
-    return function(query, key, value, start, limit)
+    return _attend(
+        query, key, value, start, limit,
+        scale=scale, logit_softcap=logit_softcap, interpret=interpret, block=block,
+    )  # fmt: skip
 
 
 def unavailable(query_shape, key_shape) -> str | None:
@@ -195,7 +190,7 @@ def _make_kernel(start, limit, key_blocks, blocks, *, softcap, interpret):
         save_residuals=False,
         mask_value=library.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=RESIDUALS,
         mask_function=_visible,
         interpret=interpret,
     )

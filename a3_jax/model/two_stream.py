@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from a3_jax.model.attention import attention
+from a3_jax.model.attention_chunked import RESIDUALS
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.layers import gated_mlp, rms_norm, rotary_angles, rotary_frequencies, rotate
 from a3_jax.model.sharding import axes_shardings, constrain
@@ -28,10 +29,13 @@ from a3_jax.model.sharding import axes_shardings, constrain
 NO_WINDOW = 2**30
 _DRAW_BLOCK = 4096
 OUTPUTS = ("query", "content", "both")
+_policies = jax.checkpoint_policies
+_MATRIX_PRODUCTS = _policies.dots_with_no_batch_dims_saveable
+_ATTENTION = _policies.save_only_these_names(RESIDUALS)
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(_MATRIX_PRODUCTS, _ATTENTION),
+    "block": _policies.nothing_saveable,
 }
 
 

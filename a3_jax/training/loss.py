@@ -169,15 +169,15 @@ def _losses(logits_RV, targets_R, axes):
 def _gathered(head, dtype, axes, vocab_first):
     """This device's part of the vocabulary, whole along the model width."""
     head = head.astype(dtype)
-    return jax.lax.all_gather(head, axes["embed"], axis=int(vocab_first), tiled=True) if axes["embed"] else head
+    return (
+        jax.lax.all_gather(head, axes["embed"], axis=int(vocab_first), tiled=True) if axes["embed"] else head
+    )
 
 
 def _scattered(d_head, axes, vocab_first):
     """The sum over all devices' rows, each device keeping its part of the model width."""
     if axes["embed"]:
-        d_head = jax.lax.psum_scatter(
-            d_head, axes["embed"], scatter_dimension=int(vocab_first), tiled=True
-        )
+        d_head = jax.lax.psum_scatter(d_head, axes["embed"], scatter_dimension=int(vocab_first), tiled=True)
     return _sum(d_head, tuple(axis for axis in axes["batch"] if axis not in axes["embed"]))
 
 
