@@ -39,6 +39,7 @@ def get_config():
     config.learning_rate = 2e-5
     config.warmup_steps = 50
     config.schedule = "linear"
+    config.optimizer = "adamw"
     config.weight_decay = 0.01
     config.b1 = 0.9
     config.b2 = 0.999

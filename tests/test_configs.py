@@ -71,10 +71,11 @@ def test_parameters_have_the_published_count(path):
 def test_step_evaluates_by_shape(path):
     """The step of each objective maps a state to a state of the same shapes, without computing anything."""
     run = load(path)
-    model = TwoStream(model_of(run), dtype=run.compute_dtype, remat=run.remat)
+    model = TwoStream(model_of(run), dtype=run.compute_dtype, remat=run.remat, attention=run.attention)
     optimizer = make_optimizer(
-        b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay, clip=run.clip
-    )
+        run.optimizer, b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay, clip=run.clip,
+        moment_dtype=run.moment_dtype,
+    )  # fmt: skip
     state = abstract_state(model.config, optimizer)
     rows = jax.ShapeDtypeStruct((run.batch_size, run.seq_len), jnp.int32)
     batch = dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), rows)
@@ -123,9 +124,9 @@ TINY = str(CONFIGS[-1])
 
 
 def test_overrides():
-    config = read_config(TINY, ["--config.stages[1].steps=9", "--config.mesh.fsdp=2", "--config.seed", "7"])
-    run = RunConfig.from_config(config)
-    assert (run.stages[1].steps, run.mesh["fsdp"], run.seed) == (9, 2, 7)
+    given = ["--config.stages[1].steps=9", "--config.mesh.fsdp=2", "--config.seed", "7"]
+    run = RunConfig.from_config(read_config(TINY, [*given, "--config.profile_steps=(3,5)"]))
+    assert (run.stages[1].steps, run.mesh["fsdp"], run.seed, run.profile_steps) == (9, 2, 7, (3, 5))
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,19 @@ from typing import Any
 import jax.numpy as jnp
 
 from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.model.attention import IMPLEMENTATIONS
 from a3_jax.model.config import PRESETS, ModelConfig
 from a3_jax.model.two_stream import REMAT_POLICIES
 from a3_jax.ordering.curriculum import SCHEDULES, Stage, stages_from_config, total_steps
+from a3_jax.training.optimizer import MOMENT_DTYPES, OPTIMIZERS
 
 DTYPES = ("float32", "bfloat16")
 MESH = {"data": 0, "fsdp": -1, "tensor": 1}
 
-# A resumed run may differ in these: where it runs, what it writes and how often.
+# A resumed run may differ in these: where and how it is computed, what it writes and how often.
 FREE_FIELDS = (
-    "mesh", "checkpoint_every", "keep", "eval_every", "eval_batches", "sample_every", "log_every",
+    "remat", "attention", "mesh", "compilation_cache", "checkpoint_every", "keep", "eval_every",
+    "eval_batches", "sample_every", "log_every", "profile_steps",
 )  # fmt: skip
 
 
@@ -39,14 +42,21 @@ class RunConfig:
       batch_size: examples a step, over all devices. microbatches: in how many pieces.
       stages: the curriculum, see `ordering.curriculum.Stage`.
       learning_rate, warmup_steps, schedule: for stages without their own.
-      weight_decay, b1, b2, eps, clip: AdamW and the largest gradient norm (0 = any).
+      optimizer: "adamw" or "adafactor", which keeps far less, see `training.optimizer`.
+      moment_dtype: of AdamW's first moment, "float32" or "bfloat16".
+      weight_decay, clip: of either optimiser; clip is the largest gradient norm (0 = any).
+      b1, b2, eps: AdamW's.
       dtype: of the computation; parameters are float32.
       remat: what the backward pass computes again, see `model.two_stream`.
+      attention: how attention is computed, see `model.attention`; "auto" is the best that there is.
       mesh: devices along data, fsdp and tensor; -1 = all that remain, data 0 = the number of slices.
+      compilation_cache: directory of compiled programs, which spare a run that goes on its minutes of
+        compiling; empty for one in the user's cache directory (on CPU none), "off" for none.
       checkpoint_every, eval_every, sample_every: steps; 0 = at the end of each stage for the first,
         never for the others.
       keep: checkpoints kept. eval_batches: held-out batches an evaluation.
       log_every: steps between plain progress lines and TensorBoard points.
+      profile_steps: first and last step whose profile is written to `profile/`; () for none.
     """
 
     stages: tuple[Stage, ...]
@@ -64,6 +74,8 @@ class RunConfig:
     microbatches: int = 1
     warmup_steps: int = 0
     schedule: str = "linear"
+    optimizer: str = "adamw"
+    moment_dtype: str = "float32"
     weight_decay: float = 0.01
     b1: float = 0.9
     b2: float = 0.999
@@ -71,13 +83,16 @@ class RunConfig:
     clip: float = 1.0
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(MESH))
+    compilation_cache: str = ""
     checkpoint_every: int = 0
     keep: int = 2
     eval_every: int = 0
     eval_batches: int = 4
     sample_every: int = 0
     log_every: int = 10
+    profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_seed(self.seed)
@@ -88,7 +103,7 @@ class RunConfig:
         for name in ("b1", "b2"):
             if getattr(self, name) >= 1:
                 raise InputError(f"must be below 1, got {getattr(self, name)!r}", field=name)
-        for name, choices in (("dtype", DTYPES), ("remat", tuple(REMAT_POLICIES)), ("schedule", SCHEDULES)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 value = getattr(self, name)
                 raise InputError(
@@ -102,6 +117,12 @@ class RunConfig:
             raise InputError("either a model or init_from is needed", field="model")
         if isinstance(self.model, str) and self.model and self.model not in PRESETS:
             raise InputError(f"unknown preset {self.model!r}{nearest(self.model, PRESETS)}", field="model")
+        if self.profile_steps and not _is_range(self.profile_steps, 1, self.total_steps):
+            raise InputError(
+                f"must be the first and the last step to profile, of {self.total_steps}, got"
+                f" {self.profile_steps!r}",
+                field="profile_steps",
+            )
         names = [stage.name for stage in self.stages]
         if self.start_stage and self.start_stage not in names:
             raise InputError(
@@ -190,11 +211,21 @@ def check_unchanged(saved: Mapping[str, Any], run: RunConfig, file) -> None:
         )
 
 
+_CHOICES = {
+    "dtype": DTYPES, "remat": tuple(REMAT_POLICIES), "attention": IMPLEMENTATIONS, "schedule": SCHEDULES,
+    "optimizer": OPTIMIZERS, "moment_dtype": MOMENT_DTYPES,
+}  # fmt: skip
 _LEAST = {
     "seq_len": 1, "batch_size": 1, "microbatches": 1, "warmup_steps": 0, "learning_rate": 0,
     "weight_decay": 0, "holdout": 0, "b1": 0, "b2": 0, "eps": 0, "clip": 0, "checkpoint_every": 0, "keep": 1,
     "eval_every": 0, "eval_batches": 1, "sample_every": 0, "log_every": 1,
 }  # fmt: skip
+
+
+def _is_range(steps, least, most) -> bool:
+    """Whether `steps` are two whole numbers, least <= first <= last <= most."""
+    whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
+    return len(steps) == 2 and whole and least <= steps[0] <= steps[1] <= most
 
 
 def _typed(name, value, expected):
@@ -209,6 +240,10 @@ def _typed(name, value, expected):
         raise InputError(f"must be a mapping, got {value!r}", field=name)
     elif name == "model" and not isinstance(value, str | dict):
         raise InputError(f"must be a name or a mapping, got {value!r}", field=name)
+    elif name == "profile_steps":
+        if not isinstance(value, list):
+            raise InputError(f"must be two step numbers or (), got {value!r}", field=name)
+        value = tuple(value)
     return value
 
 

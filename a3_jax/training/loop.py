@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from a3_jax.ordering.curriculum import Stage, stage_at, total_steps
-from a3_jax.training.metrics import JsonLines, TensorBoard, numbers
+from a3_jax.training.metrics import JsonLines, Profiler, TensorBoard, numbers
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.state import TrainState
 
@@ -25,6 +26,8 @@ class Functions:
       evaluate: params -> {name: nats a token}; None without held-out rows.
       sample: (steps done, params) -> None, writes infillings to read; None for none.
       save: (steps done, stage name, state) -> None, returns before the disk is done.
+      utilization: (objective, tokens a second) -> share of the chips' peak rate; None where that rate
+        isn't known.
     """
 
     step: Mapping[str, Callable]
@@ -34,6 +37,7 @@ class Functions:
     evaluate: Callable[[Any], dict[str, float]] | None
     sample: Callable[[int, Any], None] | None
     save: Callable[[int, str, TrainState], None]
+    utilization: Callable[[str, float], float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Logs:
     evaluations: JsonLines
     tensorboard: TensorBoard
     progress: ProgressLine
+    profiler: Profiler
 
 
 def train(
@@ -84,7 +89,7 @@ def train(
     Returns:
       The state after the last step.
     """
-    reader = _MetricsReader(logs, intervals.log)
+    reader = _MetricsReader(logs, intervals.log, functions.utilization)
 
     # 0. Where the run begins.
     if fresh and intervals.evaluate:
@@ -97,29 +102,35 @@ def train(
             state = functions.reset_optimizer(state)
 
         # 2. Rows and rate, functions of (seed, step).
+        done = step + 1
+        logs.profiler.start_before(done)
         batch = functions.place(next(batches))
         rate = functions.learning_rate(step)
 
         # 3. The step is dispatched; what it will have measured is read after the next one's dispatch.
-        state, metrics = functions.step[stage.objective](state, batch, np.float32(rate))
+        with jax.profiler.StepTraceAnnotation("train", step_num=done):
+            state, metrics = functions.step[stage.objective](state, batch, np.float32(rate))
         reader.read_previous()
-        done = step + 1
-        reader.pending = {"step": done, "stage": stage.name, "learning_rate": rate}, metrics
+        reader.pending = done, stage, rate, metrics
 
         # 4. What is due after this step.
         stage_ends = done == stage_first + stage.steps
+        profile_ends = logs.profiler.ends_with(done)
         evaluate_now = intervals.evaluate and (stage_ends or done % intervals.evaluate == 0)
         sample_now = intervals.sample and (stage_ends or done % intervals.sample == 0)
         save_now = stage_ends or (intervals.save and done % intervals.save == 0)
-        if evaluate_now or sample_now or save_now:
+        anything = profile_ends or evaluate_now or sample_now or save_now
+        if anything:
             reader.read_previous()
+        if profile_ends:
+            logs.profiler.stop()
         if evaluate_now:
             _evaluate(functions, logs, done, stage, state)
         if sample_now and functions.sample is not None:
             functions.sample(done, state.params)
         if save_now:
             functions.save(done, stage.name, state)
-        if evaluate_now or sample_now or save_now:
+        if anything:
             reader.restart_clock()
 
     return state
@@ -129,12 +140,12 @@ class _MetricsReader:
     """Reads a step's metrics from the device one step late, and writes them down.
 
     Attributes:
-      pending: (row as far as the host knows it, metrics on the device) of the last dispatched step.
+      pending: (number, stage, learning rate, metrics on the device) of the last dispatched step.
     """
 
-    def __init__(self, logs: Logs, log_every: int):
-        self.pending: tuple[dict, Mapping[str, Any]] | None = None
-        self._logs, self._log_every = logs, log_every
+    def __init__(self, logs: Logs, log_every: int, utilization: Callable[[str, float], float] | None):
+        self.pending: tuple[int, Stage, float, Mapping[str, Any]] | None = None
+        self._logs, self._log_every, self._utilization = logs, log_every, utilization
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -144,22 +155,24 @@ class _MetricsReader:
     def read_previous(self) -> None:
         if self.pending is None:
             return
-        (row, metrics), self.pending = self.pending, None
+        (step, stage, rate, metrics), self.pending = self.pending, None
         values = {name: float(value) for name, value in metrics.items()}  # waits for that step to end
         seconds = time.monotonic() - self._clock
         self.restart_clock()
         row = {
-            "step": row["step"],
-            "stage": row["stage"],
+            "step": step,
+            "stage": stage.name,
             "loss": values["loss"],
-            "learning_rate": row["learning_rate"],
+            "learning_rate": rate,
             "grad_norm": values["grad_norm"],
             "tokens_per_second": values["tokens"] / max(seconds, 1e-9),
         }
+        if self._utilization is not None:
+            row["mfu"] = self._utilization(stage.objective, row["tokens_per_second"])
         self._logs.metrics.append(row)
         self._logs.progress.update(row)
-        if row["step"] % self._log_every == 0:
-            self._logs.tensorboard.write(row["step"], numbers(row, "train/"))
+        if step % self._log_every == 0:
+            self._logs.tensorboard.write(step, numbers(row, "train/"))
 
 
 def _evaluate(functions, logs, step, stage, state):

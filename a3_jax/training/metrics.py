@@ -3,8 +3,10 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from a3_jax.paths import as_path, write_text
 
@@ -65,6 +67,38 @@ class TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class Profiler:
+    """Profiles of chosen steps, for TensorBoard's or XProf's trace viewer and Perfetto.
+
+    Args:
+      directory: where the trace goes.
+      steps: first and last step, counted from 1; () for none.
+      note: shows a line to whoever watches.
+    """
+
+    def __init__(self, directory, steps: Sequence[int], note: Callable[[str], None]):
+        self._directory, self._note, self._active = directory, note, False
+        self._first, self._last = steps or (math.inf, -math.inf)
+
+    def start_before(self, step: int) -> None:
+        """To be called before this step is dispatched; a resumed run may begin inside the range."""
+        if not self._active and self._first <= step <= self._last:
+            jax.profiler.start_trace(str(self._directory))
+            self._active = True
+
+    def ends_with(self, step: int) -> bool:
+        """Whether this is the last step of the profile, so that it must have ended before `stop`."""
+        return self._active and step == self._last
+
+    def stop(self) -> None:
+        if self._active:
+            self._active = False
+            jax.profiler.stop_trace()
+            self._note(f"profile: {self._directory}")
+
+    close = stop  # a run that fails still leaves what was traced
 
 
 def numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""AdamW whose learning rate comes in as a number, and the schedule that makes that number.
+"""Optimisers whose learning rate comes in as a number, and the schedule that makes that number.
 
 The schedule is plain Python over the curriculum, so that a run of many stages, each with its own
 rate, warm-up and decay, needs one compiled step, and a resumed run nothing but its step.
@@ -13,22 +13,55 @@ import optax
 from a3_jax.errors import InputError, nearest
 from a3_jax.ordering.curriculum import SCHEDULES, Stage, stage_at
 
+OPTIMIZERS = ("adamw", "adafactor")
+MOMENT_DTYPES = ("float32", "bfloat16")
+
 
 def make_optimizer(
-    *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01, clip: float = 1.0
+    name: str = "adamw",
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+    moment_dtype: str = "float32",
+    factored_from: int = 128,
 ) -> optax.GradientTransformation:
-    """AdamW up to its learning rate: `updates` are multiplied by `-learning_rate` in the step.
+    """An optimiser up to its learning rate: `updates` are multiplied by `-learning_rate` in the step.
+
+    Bytes of state for a matrix [D, F] of float32: AdamW 8 D F, with a bfloat16 first moment 6 D F,
+    Adafactor 4 (D + F).
 
     Args:
-      b1, b2, eps: as in Adam.
+      name: "adamw" (Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101) or
+        "adafactor" (Shazeer and Stern, arXiv 1804.04235: a second moment of row and column means,
+        decay 1 - t^-0.8, updates of an RMS of 1 at most; no first moment and no relative step size, so
+        that learning rate and weight decay mean what they do with AdamW).
+      b1, b2, eps: as in Adam; not used by Adafactor.
       weight_decay: pulls matrices towards zero; norms and the query vector are left alone.
       clip: the gradient's largest global norm; 0 for no limit.
+      moment_dtype: of AdamW's first moment, "float32" or "bfloat16". The second is never rounded: with
+        b2 = 0.999 its steps are too small for bfloat16.
+      factored_from: Adafactor keeps means of an array's two largest axes from this size on; smaller
+        arrays, and heads of 64, have a whole second moment.
 
-    Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
+    Raises:
+      InputError: an unknown name, or a moment's type for Adafactor, which has no first moment.
     """
+    if name not in OPTIMIZERS:
+        raise InputError(f"unknown: {name!r}{nearest(name, OPTIMIZERS)}", field="optimizer")
+    if name == "adafactor" and moment_dtype != "float32":
+        raise InputError(f"adafactor has no first moment to keep in {moment_dtype}", field="moment_dtype")
+    if name == "adafactor":
+        scale = optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=factored_from), optax.clip_by_block_rms(1.0)
+        )
+    else:
+        scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=moment_dtype)
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        scale,
         optax.add_decayed_weights(weight_decay, mask=is_matrix),
     )
 

@@ -39,6 +39,8 @@ class ProgressLine:
             f"{row['stage']}  loss {row['loss']:.4f}  rate {row['learning_rate']:.2e}"
             f"  {row['tokens_per_second']:,.0f} tokens/s"
         )
+        if "mfu" in row:
+            text += f"  mfu {100 * row['mfu']:.0f} %"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif step % self._log_every == 0 or step == self._total:

@@ -17,15 +17,18 @@ from a3_jax.checkpoints.a3_format import (
     load_meta,
 )
 from a3_jax.errors import InputError
+from a3_jax.model.accelerators import peak_flops
 from a3_jax.model.config import ModelConfig
+from a3_jax.model.flops import train_step_flops
 from a3_jax.model.sharding import batch_sharding, make_mesh
 from a3_jax.model.two_stream import TwoStream
 from a3_jax.paths import as_path, check_parents, read_json, write_json
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
 from a3_jax.training import loop
+from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.config import RunConfig, check_unchanged, model_config
 from a3_jax.training.evaluate import held_out_losses
-from a3_jax.training.metrics import JsonLines, TensorBoard, cut_back
+from a3_jax.training.metrics import JsonLines, Profiler, TensorBoard, cut_back
 from a3_jax.training.optimizer import learning_rate, make_optimizer
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.samples import make_sampler
@@ -58,7 +61,7 @@ def train(config: Mapping[str, Any], workdir, devices=None):
         WORKDIR/config.json      the resolved run
         WORKDIR/metrics.jsonl    one object a step; eval.jsonl, samples.jsonl beside it
         WORKDIR/checkpoints/N    an A3 checkpoint after N steps
-        WORKDIR/tensorboard
+        WORKDIR/tensorboard      and profile, if steps are to be profiled
 
     Args:
       config: `ConfigDict` or dictionary with the fields of `RunConfig`.
@@ -86,11 +89,13 @@ def train(config: Mapping[str, Any], workdir, devices=None):
         data = _open_data(run, start)
         first_step = run.first_step if restored is None else restored
         optimizer = make_optimizer(
-            b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay, clip=run.clip
-        )
+            run.optimizer, b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay,
+            clip=run.clip, moment_dtype=run.moment_dtype,
+        )  # fmt: skip
         shardings = state_shardings(start.model, optimizer, mesh)  # the last thing that can be bad input
         _warn(run, start, data)
         write_json(workdir / "config.json", run.to_dict())
+        stack.enter_context(compilation_cache(run.compilation_cache, mesh.devices.flat[0].platform))
         writer = stack.enter_context(StepWriter(checkpoints, keep=run.keep))
         if restored is None:
             state = init_state(
@@ -239,12 +244,14 @@ def _open_logs(run, workdir, first_step, stack):
     tensorboard = stack.enter_context(contextlib.closing(TensorBoard(workdir / "tensorboard")))
     progress = ProgressLine(first_step, run.total_steps, run.log_every)
     stack.enter_context(contextlib.closing(progress))
-    return loop.Logs(metrics, evaluations, tensorboard, progress), samples
+    profiler = Profiler(workdir / "profile", run.profile_steps, progress.note)
+    stack.enter_context(contextlib.closing(profiler))
+    return loop.Logs(metrics, evaluations, tensorboard, progress, profiler), samples
 
 
 def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop.Functions:
     """The compiled functions of a run, and those that write."""
-    model = TwoStream(start.model, dtype=run.compute_dtype, remat=run.remat)
+    model = TwoStream(start.model, dtype=run.compute_dtype, remat=run.remat, attention=run.attention)
     place = functools.partial(_place, batch_sharding(mesh))
     table = data.heldout if data.heldout is not None else data.train
     make_step = functools.partial(make_train_step, model, optimizer, mesh, microbatches=run.microbatches)
@@ -268,7 +275,26 @@ def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop
         evaluate=None if data.heldout is None else _evaluation(run, model, data.heldout, place),
         sample=make_sampler(table, start.model, start.tokenizer, samples, note, run.seed),
         save=save,
+        utilization=_utilization(run, start.model, mesh),
     )  # fmt: skip
+
+
+def _utilization(run, model, mesh):
+    """A function (objective, tokens a second) -> model-FLOPs utilisation; None on unknown chips.
+
+    Model FLOPs a second over the chips' dense bfloat16 peak, whatever the run's dtype (PaLM, arXiv
+    2204.02311, appendix B). A token costs what it does in one document of `seq_len` tokens, and only
+    tokens that are not padding count: rows half empty halve it, short documents packed into a row
+    count a little more attention than they need.
+    """
+    peak = peak_flops(list(mesh.devices.flat))
+    if peak is None:
+        return None
+    token_flops = {
+        objective: train_step_flops(model, run.seq_len, objective=objective).total / run.seq_len
+        for objective in {stage.objective for stage in run.stages}
+    }
+    return lambda objective, tokens_per_second: token_flops[objective] * tokens_per_second / peak
 
 
 def _evaluation(run, model, heldout, place):

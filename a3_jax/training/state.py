@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import replicated
@@ -66,13 +66,27 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation)
 
 
 def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The same tree of `NamedSharding`: moments as their parameters, counters replicated."""
+    """The same tree of `NamedSharding`: moments as their parameters, counters replicated.
+
+    A mean over one axis of a parameter (Adafactor) is laid out as the axes that are left.
+    """
     everywhere = replicated(mesh)
-    params = param_shardings(mesh, config)
+    state, params = abstract_state(config, optimizer), param_shardings(mesh, config)
+
+    def moment_sharding(moment, param, sharding):
+        if moment.shape == param.shape:
+            return sharding
+        for axis in range(param.ndim):
+            if moment.shape == param.shape[:axis] + param.shape[axis + 1 :]:
+                left = (*sharding.spec[:axis], *sharding.spec[axis + 1 :])
+                return NamedSharding(mesh, PartitionSpec(*left))
+        return everywhere  # optax puts a single zero where the other kind of moment is kept
+
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
-        abstract_state(config, optimizer).opt_state,
+        moment_sharding,
+        state.opt_state,
+        state.params,
         params,
         transform_non_params=lambda _: everywhere,
     )

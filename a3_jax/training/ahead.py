@@ -1,0 +1,75 @@
+"""The real train step compiled ahead of time, for a run's mesh, on chips that need not be there."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from a3_jax.errors import InputError
+from a3_jax.model.config import ModelConfig
+from a3_jax.model.sharding import batch_sharding
+from a3_jax.model.two_stream import TwoStream
+from a3_jax.training.config import RunConfig
+from a3_jax.training.optimizer import optimizer_of
+from a3_jax.training.state import abstract_state, state_shardings
+from a3_jax.training.step import make_train_step
+
+# What libtpu needs to compile where there is no TPU, and where others compile at the same time.
+_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+
+
+def topology_devices(topology: str, slices: int = 1) -> list:
+    """The chips of a TPU topology, as descriptions that the compiler takes for devices.
+
+    Args:
+      topology: such as "v5e:4x4" or "v5p:4x4x4".
+      slices: how many of them, joined by the data-centre network.
+
+    Raises:
+      InputError: libtpu is not installed or knows no such topology.
+    """
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    from jax.experimental import topologies
+
+    more = {"num_slices": slices} if slices > 1 else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+    except Exception as error:  # libtpu's own kinds, whose first line says what is wrong
+        raise InputError(f"{topology!r}: {str(error).splitlines()[0]}", field="topology") from error
+    return list(described.devices)
+
+
+def compile_step(run: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh, objective: str) -> Any:
+    """The step that `training.run` would compile for this run and mesh; nothing is computed.
+
+    Args:
+      run: batch, length, dtype, remat, attention and optimiser are read.
+      model: of the run.
+      mesh: of `run.open_mesh`, over present devices or those of `topology_devices`.
+      objective: "any_order" or "ar".
+
+    Returns:
+      `jax.stages.Compiled`.
+    """
+    optimizer = optimizer_of(run)
+    network = TwoStream(model, dtype=run.compute_dtype, remat=run.remat, attention=run.attention)
+    with jax.set_mesh(mesh):
+        state = _placed(abstract_state(model, optimizer), state_shardings(model, optimizer, mesh))
+        rows = {name: jnp.int32 for name in ("tokens", "positions", "segment_ids", "ranks")}
+        batch = {
+            name: jax.ShapeDtypeStruct((run.batch_size, run.seq_len), dtype, sharding=batch_sharding(mesh))
+            for name, dtype in {**rows, "weights": jnp.float32}.items()
+        }
+        step = make_train_step(
+            network, optimizer, mesh, objective=objective, microbatches=run.microbatches
+        )
+        return step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+
+
+def _placed(tree, shardings):
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )

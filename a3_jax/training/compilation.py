@@ -1,0 +1,73 @@
+"""Compiled programs that outlive the process: a run that goes on need not compile again."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from a3_jax.paths import as_path
+
+_EVERY_PROGRAM = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@contextlib.contextmanager
+def compilation_cache(directory: str, platform: str) -> Iterator[None]:
+    """What is compiled meanwhile is kept in a directory, and taken from there by later processes.
+
+    A directory that the user (`JAX_COMPILATION_CACHE_DIR`) or the program has set before stays. A
+    place that can't be written is one warning, and no cache. Only process 0 writes: runs on several
+    hosts want a directory that all of them see, such as a bucket's.
+
+    Args:
+      directory: local or in a bucket; "off" for none; empty for `a3_jax/xla` in the user's cache
+        directory, but on a CPU for none: a program compiled for one CPU may crash on another that
+        shares the home directory.
+      platform: of the devices.
+    """
+    names = [*_EVERY_PROGRAM, "jax_compilation_cache_dir"]
+    before = {name: getattr(jax.config, name) for name in names}
+    taken = before["jax_compilation_cache_dir"]
+    if taken or directory == "off" or (not directory and platform == "cpu"):
+        yield
+        return
+    path = as_path(directory or default_directory())
+    reason = _unwritable(path)
+    if reason:
+        print(f"warning: compiled programs are not kept: {reason}", file=sys.stderr)
+        yield
+        return
+    try:
+        _set(_EVERY_PROGRAM | {"jax_compilation_cache_dir": str(path)})
+        yield
+    finally:
+        _set(before)
+
+
+def default_directory() -> str:
+    """`$XDG_CACHE_HOME/a3_jax/xla`, under `~/.cache` where that isn't set."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "a3_jax", "xla")
+
+
+def _unwritable(path) -> str:
+    """Why nothing can be written in a directory, which is made; empty if it can."""
+    probe = path / f"probe-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink(missing_ok=True)
+    except Exception as error:  # a bucket's client raises its own kinds; no run fails for want of a cache
+        return f"{path}: {error}"
+    return ""
+
+
+def _set(settings) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()  # JAX opens a cache once, and keeps to that directory

@@ -1,0 +1,174 @@
+"""One run with all that watches it: utilisation, a profile of chosen steps, compiled programs kept."""
+
+import gzip
+import json
+
+import jax
+import pytest
+
+from a3_jax.errors import InputError
+from a3_jax.model.flops import train_step_flops
+from a3_jax.training import run as opening
+from a3_jax.training.compilation import compilation_cache, default_directory
+from a3_jax.training.config import RunConfig, check_unchanged
+from a3_jax.training.metrics import Profiler
+from a3_jax.training.progress import ProgressLine
+from tests.training_fixtures import LINES, tiny_run
+
+PEAK = 1e12
+
+
+def cache_directory():
+    return jax.config.values["jax_compilation_cache_dir"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_directory_from_outside():
+    before = cache_directory()
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """The directory of a run of six steps, and the programs that a second process would find."""
+    directory = tmp_path_factory.mktemp("watched")
+    (directory / "text.txt").write_text("\n\n".join(LINES))
+    config = tiny_run(
+        str(directory / "text.txt"), profile_steps=(2, 3), compilation_cache=str(directory / "compiled")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "peak_flops", lambda devices: PEAK * len(devices))
+        opening.train(config, directory / "run", devices=jax.devices()[:1])
+    return directory
+
+
+def test_utilisation_is_model_flops_over_the_peak(watched):
+    config = json.loads((watched / "run/checkpoints/6/meta/a3.json").read_text())["model"]
+    step = train_step_flops(opening.ModelConfig.from_dict(config), 24)
+    rows = [json.loads(line) for line in (watched / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * step.total / 24 / PEAK)
+
+
+def test_the_chosen_steps_are_in_the_profile(watched):
+    (trace,) = (watched / "run/profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
+    assert steps == ["2", "3"]
+
+
+def test_the_compiled_step_is_kept_and_settings_are_given_back(watched):
+    assert any(path.name.startswith("jit_step") for path in (watched / "compiled").iterdir())
+    assert cache_directory() is None
+
+
+def test_a_program_is_taken_from_the_cache(tmp_path):
+    """The same program again, as a function that this process has not seen yet."""
+    hits = []
+
+    def count(event, **kwargs):
+        hits.append(event) if event.endswith("/cache_hits") else None
+
+    jax.monitoring.register_event_listener(count)
+    for expected in (0, 1):
+        with compilation_cache(str(tmp_path / "new"), "cpu"):
+            jax.jit(lambda x: x * 2 + 41)(1.0)
+        assert (len(hits) > 0) == expected
+    jax.monitoring.unregister_event_listener(count)
+
+
+@pytest.mark.parametrize(
+    ("directory", "platform", "expected"),
+    [
+        ("", "tpu", "{home}/a3_jax/xla"),
+        ("", "cpu", None),
+        ("off", "tpu", None),
+        ("{home}/b", "cpu", "{home}/b"),
+    ],
+)
+def test_where_programs_are_kept(tmp_path, monkeypatch, directory, platform, expected):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with compilation_cache(directory.format(home=tmp_path), platform):
+        assert cache_directory() == (expected and expected.format(home=tmp_path))
+    assert cache_directory() is None
+
+
+def test_the_default_place_is_the_users_cache_directory(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert default_directory() == "/home/ada/.cache/a3_jax/xla"
+
+
+def test_a_directory_set_before_stays(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    try:
+        with compilation_cache(str(tmp_path / "other"), "tpu"):
+            assert cache_directory() == str(tmp_path / "own")
+        assert cache_directory() == str(tmp_path / "own")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_warning(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with compilation_cache(str(tmp_path / "file" / "cache"), "tpu"):
+        assert cache_directory() is None
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: compiled programs are not kept: ") and "file/cache" in warning
+
+
+def test_the_progress_line_shows_utilisation_only_if_it_is_known(capsys):
+    row = {"step": 1, "stage": "l2r", "loss": 1.0, "learning_rate": 0.1, "tokens_per_second": 10.0}
+    progress = ProgressLine(0, 2, 1)
+    progress.update(row | {"mfu": 0.412})
+    progress.update(row)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "mfu 41 %" in first and "mfu" not in second
+
+
+def test_a_profile_that_a_failure_cuts_short_is_written(tmp_path):
+    notes = []
+    profiler = Profiler(tmp_path, (4, 9), notes.append)
+    for step in (3, 5):  # the run goes on within the range
+        profiler.start_before(step)
+        assert not profiler.ends_with(step)
+        assert not list(tmp_path.rglob("*.xplane.pb"))
+    profiler.close()
+    assert list(tmp_path.rglob("*.xplane.pb")) and notes == [f"profile: {tmp_path}"]
+    profiler.close()
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    "steps", [(1,), (3, 2), (0, 2), (5, 7), (1, 2, 3), (1.0, 2.0), ("1", "2"), (True, 2), 3, "1,2"]
+)
+def test_bad_profile_steps_are_refused(steps):
+    with pytest.raises(InputError, match="profile_steps: must be") as error:
+        RunConfig.from_config(tiny_run("", profile_steps=steps))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_may_go_on_computed_in_another_way_but_not_as_another_run():
+    saved = RunConfig.from_config(tiny_run("")).to_dict()
+    free = {"remat": "dots", "attention": "dense", "profile_steps": (1, 2), "compilation_cache": "off"}
+    check_unchanged(saved, RunConfig.from_config(tiny_run("", **free)), "config.json")
+    for name, value in (("optimizer", "adafactor"), ("moment_dtype", "bfloat16")):
+        with pytest.raises(InputError, match=f"{name}: '.*' -> '{value}'"):
+            check_unchanged(saved, RunConfig.from_config(tiny_run("", **{name: value})), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "hint"),
+    [
+        ("attention", "spash", "splash"),
+        ("optimizer", "adamv", "adamw"),
+        ("moment_dtype", "bfloat", "bfloat16"),
+    ],
+)
+def test_unknown_choices_name_the_nearest(field, value, hint):
+    with pytest.raises(InputError, match=f"{field}: must be one of .*did you mean '{hint}'"):
+        RunConfig.from_config(tiny_run("", **{field: value}))
