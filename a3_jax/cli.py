@@ -9,6 +9,7 @@ import re
 import sys
 
 from a3_jax import __version__
+from a3_jax.benchmarks.command import add_bench
 from a3_jax.checkpoints.command import add_convert
 from a3_jax.decoding.commands import add_generate, add_score
 from a3_jax.errors import EXIT_BAD_INPUT, InputError, nearest
@@ -44,7 +45,7 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=f"a3_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (add_quickstart, add_convert, add_train, add_generate, add_score):
+    for add in (add_quickstart, add_convert, add_train, add_generate, add_score, add_bench):
         add(commands)
     return parser, commands
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.model.two_stream import TwoStream, abstract_params
+from a3_jax.model.two_stream import abstract_params
+from a3_jax.training.ahead import network_of, optimizer_of
 from a3_jax.training.command import read_config
 from a3_jax.training.config import RunConfig
-from a3_jax.training.optimizer import learning_rate, make_optimizer
+from a3_jax.training.optimizer import learning_rate
 from a3_jax.training.state import abstract_state
 from a3_jax.training.step import LOSSES, train_step
 from tests.golden_configs import CONFIGS, GOLDEN, golden_text, load, model_of
@@ -71,11 +72,7 @@ def test_parameters_have_the_published_count(path):
 def test_step_evaluates_by_shape(path):
     """The step of each objective maps a state to a state of the same shapes, without computing anything."""
     run = load(path)
-    model = TwoStream(model_of(run), dtype=run.compute_dtype, remat=run.remat, attention=run.attention)
-    optimizer = make_optimizer(
-        run.optimizer, b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay, clip=run.clip,
-        moment_dtype=run.moment_dtype,
-    )  # fmt: skip
+    model, optimizer = network_of(run, model_of(run)), optimizer_of(run)
     state = abstract_state(model.config, optimizer)
     rows = jax.ShapeDtypeStruct((run.batch_size, run.seq_len), jnp.int32)
     batch = dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), rows)

@@ -41,7 +41,7 @@ def attention(
       logit_softcap: scores become cap * tanh(scores / cap) when given.
       precision: of the matrix products, as in `jax.numpy.einsum`.
       implementation: a name of `IMPLEMENTATIONS`; "auto" takes splash attention on TPU and blocks in
-        plain JAX elsewhere, or all scores at once for few rows.
+        plain JAX elsewhere, or all scores at once for few rows. Without a TPU, "splash" is interpreted.
 
     Returns:
       [B, T, N, H] in query's dtype; softmax in float32; exactly zero in rows with an empty interval.
@@ -82,8 +82,9 @@ def dense_attention(query, key, value, start, limit, *, scale, logit_softcap=Non
 def _splash(query, key, value, start, limit, *, scale, logit_softcap, precision):
     del precision  # the kernel's products are in the dtype of its inputs, summed in float32
     return attention_tpu.splash_attention(
-        query, key, value, start, limit, scale=scale, logit_softcap=logit_softcap
-    )
+        query, key, value, start, limit,
+        scale=scale, logit_softcap=logit_softcap, interpret=_platform() != "tpu",
+    )  # fmt: skip
 
 
 _FUNCTIONS: dict[str, Callable] = {
@@ -98,11 +99,15 @@ def _chosen(query, key) -> str:
     """What "auto" means for these shapes, on the devices of the mesh or the default ones."""
     if query.shape[1] <= _FEW_ROWS:
         return "dense"
-    mesh_device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if mesh_device is None else mesh_device.platform
-    if platform == "tpu" and attention_tpu.available(query.shape, key.shape):
+    if _platform() == "tpu" and attention_tpu.available(query.shape, key.shape):
         return "splash"
     return "chunked"
+
+
+def _platform() -> str:
+    """Of the mesh's devices, which need not be there, or of the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _each_device(attend, query, key):

@@ -1,9 +1,36 @@
-"""The decoder's parts other than attention: norm, rotary positions, gated MLP."""
+"""The decoder's parts other than attention: embedding, norm, rotary positions, gated MLP."""
 
 import jax
 import jax.numpy as jnp
 
 from a3_jax.model.config import RopeScaling
+from a3_jax.model.sharding import axis_parts, mesh_axes, partition_spec
+
+
+def embed(table, tokens, dtype):
+    """Rows of the embedding table, [B, T, D] in `dtype`; gradients are summed in the table's dtype.
+
+    On a mesh no device sees the whole table: each looks up the tokens of all examples in its own
+    columns, and the columns of an example are sent to where the example is.
+
+    Args:
+      table: [V, D].  tokens: [B, T] int32 in 0..V-1.
+    """
+    width, vocab = mesh_axes("embed"), mesh_axes("vocab")
+    if axis_parts("batch") * axis_parts("vocab") == 1 or tokens.shape[0] % axis_parts("batch"):
+        return table[tokens].astype(dtype)
+
+    def lookup(table, tokens):
+        tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
+        tokens = tokens - table.shape[0] * jax.lax.axis_index(vocab)
+        columns = table.at[tokens].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        x_BTD = jax.lax.all_to_all(columns.astype(dtype), width, split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.psum(x_BTD, vocab)
+
+    of_rows, of_table = partition_spec(("batch", "length")), partition_spec(("vocab", "embed"))
+    return jax.shard_map(
+        lookup, in_specs=(of_table, of_rows), out_specs=partition_spec(("batch", "length", "embed_act"))
+    )(table, tokens)
 
 
 def rms_norm(x, scale, eps):

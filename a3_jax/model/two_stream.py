@@ -19,23 +19,31 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from a3_jax.model.attention import attention
 from a3_jax.model.attention_chunked import RESIDUALS
 from a3_jax.model.config import ModelConfig
-from a3_jax.model.layers import gated_mlp, rms_norm, rotary_angles, rotary_frequencies, rotate
+from a3_jax.model.layers import embed, gated_mlp, rms_norm, rotary_angles, rotary_frequencies, rotate
 from a3_jax.model.sharding import axes_shardings, constrain
 
 NO_WINDOW = 2**30
 _DRAW_BLOCK = 4096
 OUTPUTS = ("query", "content", "both")
+_BLOCK_INPUT = "block_input"
 _policies = jax.checkpoint_policies
-_MATRIX_PRODUCTS = _policies.dots_with_no_batch_dims_saveable
-_ATTENTION = _policies.save_only_these_names(RESIDUALS)
 REMAT_POLICIES = {
     "none": None,
-    "dots": _policies.save_from_both_policies(_MATRIX_PRODUCTS, _ATTENTION),
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
+    ),
     "block": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -149,6 +157,7 @@ class Block(nn.Module):
     def __call__(self, carry, record: LayerRecord, geometry: Geometry):
         c = self.config
         x_BRD, cache = carry
+        x_BRD = checkpoint_name(x_BRD, _BLOCK_INPUT)
         with jax.named_scope("attention"):
             normed = rms_norm(x_BRD, self.scale("attn_norm"), c.norm_eps)
             attended, cache = self.attend(normed, cache, record, geometry)
@@ -198,8 +207,9 @@ class TwoStream(nn.Module):
     Attributes:
       dtype: of activations and matrix products; parameters are cast to it.
       precision: of matrix products; `jax.lax.Precision.HIGHEST` for float32 proper on accelerators.
-      remat: "none", "dots" (keep matrix products) or "block" (keep each block's input) for the
-        backward pass.
+      remat: what is kept for the backward pass, the rest being computed again: "none" (all of it),
+        "dots" (matrix products and attention), "block" (each block's input), "offload" (the same, in
+        the host's memory).
       attention: how attention is computed, see `attention.IMPLEMENTATIONS`.
     """
 
@@ -246,12 +256,11 @@ class TwoStream(nn.Module):
     def _embedded(self, content, query):
         """Embeddings of the content rows, then the vector for each query row, [B, R, D]."""
         c = self.config
-        embed = _parameter(self, "embed", ("vocab", "embed"), (c.vocab_size, c.d_model), 0.02)
+        table = _parameter(self, "embed", ("vocab", "embed"), (c.vocab_size, c.d_model), 0.02)
         vector = _parameter(self, "query_embed", ("norm",), (c.d_model,), c.query_init_scale)
         if not c.tie_embeddings:  # declared with the rest, read by `logits`
             _parameter(self, "head", ("embed", "vocab"), (c.d_model, c.vocab_size), c.d_model**-0.5)
-        # Whole rows of the table on every device: a lookup in split rows would regather the activations.
-        x_BRD = constrain(embed.astype(self.dtype), ("vocab", "embed_act"))[content.tokens]
+        x_BRD = embed(table, content.tokens, self.dtype)
         if query is not None:
             vectors = jnp.broadcast_to(vector.astype(self.dtype), (*query.positions.shape, c.d_model))
             x_BRD = jnp.concatenate([x_BRD, vectors], axis=1)
@@ -314,13 +323,13 @@ def init_params(config: ModelConfig, key, dtype=jnp.float32):
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32):
     """The tree of `init_params` as `jax.ShapeDtypeStruct`s: nothing is computed."""
-    boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
 
 
 def logical_axes(config: ModelConfig):
     """The tree of `init_params` with each array's axis names as a `PartitionSpec`."""
-    boxed = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     return nn.get_partition_spec(boxed)
 
 

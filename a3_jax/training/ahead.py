@@ -1,22 +1,36 @@
-"""The real train step compiled ahead of time, for a run's mesh, on chips that need not be there."""
+"""What a run's config says the step is made of, and that step compiled before the run, for any chips."""
 
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import batch_sharding
 from a3_jax.model.two_stream import TwoStream
 from a3_jax.training.config import RunConfig
-from a3_jax.training.optimizer import optimizer_of
+from a3_jax.training.optimizer import make_optimizer
 from a3_jax.training.state import abstract_state, state_shardings
 from a3_jax.training.step import make_train_step
 
 # What libtpu needs to compile where there is no TPU, and where others compile at the same time.
 _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+
+
+def network_of(run: RunConfig, model: ModelConfig) -> TwoStream:
+    """The module of a run."""
+    return TwoStream(model, dtype=run.compute_dtype, remat=run.remat, attention=run.attention)
+
+
+def optimizer_of(run: RunConfig) -> optax.GradientTransformation:
+    """The optimiser of a run, up to its learning rate."""
+    return make_optimizer(
+        run.optimizer, b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay, clip=run.clip,
+        moment_dtype=run.moment_dtype,
+    )  # fmt: skip
 
 
 def topology_devices(topology: str, slices: int = 1) -> list:
@@ -52,18 +66,15 @@ def compile_step(run: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh, ob
     Returns:
       `jax.stages.Compiled`.
     """
-    optimizer = optimizer_of(run)
-    network = TwoStream(model, dtype=run.compute_dtype, remat=run.remat, attention=run.attention)
-    with jax.set_mesh(mesh):
-        state = _placed(abstract_state(model, optimizer), state_shardings(model, optimizer, mesh))
-        rows = {name: jnp.int32 for name in ("tokens", "positions", "segment_ids", "ranks")}
-        batch = {
-            name: jax.ShapeDtypeStruct((run.batch_size, run.seq_len), dtype, sharding=batch_sharding(mesh))
-            for name, dtype in {**rows, "weights": jnp.float32}.items()
-        }
-        step = make_train_step(
-            network, optimizer, mesh, objective=objective, microbatches=run.microbatches
-        )
+    network, optimizer = network_of(run, model), optimizer_of(run)
+    step = make_train_step(network, optimizer, mesh, objective=objective, microbatches=run.microbatches)
+    state = _placed(abstract_state(model, optimizer), state_shardings(model, optimizer, mesh))
+    rows = dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), jnp.int32)
+    batch = {
+        name: jax.ShapeDtypeStruct((run.batch_size, run.seq_len), dtype, sharding=batch_sharding(mesh))
+        for name, dtype in {**rows, "weights": jnp.float32}.items()
+    }
+    with jax.set_mesh(mesh):  # for lowering alone: no array can be made on chips that are not there
         return step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
 
 

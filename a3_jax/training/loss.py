@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from a3_jax.model.sharding import axis_parts, mesh_axes, partition_spec
 
-CHUNK_ROWS = 512  # rows of one device whose logits are alive at once
+CHUNK_ROWS = 1024  # rows of one device whose logits are alive at once
 _AXES = ("batch", "length", "embed_act")
 
 
@@ -75,7 +75,7 @@ def _on_mesh(function, hidden, vocab_first, precision, chunk_rows, *, with_gradi
     function = functools.partial(
         function, vocab_first=vocab_first, precision=precision, chunk_rows=chunk_rows
     )
-    axes = {name: () for name in ("batch", "embed", "vocab")}
+    axes = dict.fromkeys(("batch", "embed", "vocab"), ())
     if jax.sharding.get_abstract_mesh().empty or hidden.shape[0] % axis_parts("batch"):
         return functools.partial(function, axes=axes)
     axes = {name: mesh_axes(name) for name in axes}

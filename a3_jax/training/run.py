@@ -21,15 +21,15 @@ from a3_jax.model.accelerators import peak_flops
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import train_step_flops
 from a3_jax.model.sharding import batch_sharding, make_mesh
-from a3_jax.model.two_stream import TwoStream
 from a3_jax.paths import as_path, check_parents, read_json, write_json
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
 from a3_jax.training import loop
+from a3_jax.training.ahead import network_of, optimizer_of
 from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.config import RunConfig, check_unchanged, model_config
 from a3_jax.training.evaluate import held_out_losses
 from a3_jax.training.metrics import JsonLines, Profiler, TensorBoard, cut_back
-from a3_jax.training.optimizer import learning_rate, make_optimizer
+from a3_jax.training.optimizer import learning_rate
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.samples import make_sampler
 from a3_jax.training.state import TrainState, abstract_state, init_state, state_shardings
@@ -88,10 +88,7 @@ def train(config: Mapping[str, Any], workdir, devices=None):
         start = _open_start(run, mesh) if restored is None else _reopen_start(checkpoints / str(restored))
         data = _open_data(run, start)
         first_step = run.first_step if restored is None else restored
-        optimizer = make_optimizer(
-            run.optimizer, b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay,
-            clip=run.clip, moment_dtype=run.moment_dtype,
-        )  # fmt: skip
+        optimizer = optimizer_of(run)
         shardings = state_shardings(start.model, optimizer, mesh)  # the last thing that can be bad input
         _warn(run, start, data)
         write_json(workdir / "config.json", run.to_dict())
@@ -251,7 +248,7 @@ def _open_logs(run, workdir, first_step, stack):
 
 def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop.Functions:
     """The compiled functions of a run, and those that write."""
-    model = TwoStream(start.model, dtype=run.compute_dtype, remat=run.remat, attention=run.attention)
+    model = network_of(run, start.model)
     place = functools.partial(_place, batch_sharding(mesh))
     table = data.heldout if data.heldout is not None else data.train
     make_step = functools.partial(make_train_step, model, optimizer, mesh, microbatches=run.microbatches)
