@@ -81,7 +81,7 @@ sys.exit(main(["bench", "train", "--json", "--length=16", "--repeats=2", *{MODEL
     measured, formula = rows["two_stream_step_time_over_ar", 16], rows["two_stream_flops_over_ar", 16]
     both = (rows[f"{name}_step_time", 16]["repeats"] for name in ("two_stream", "ar"))
     assert measured["repeats"] == [a / b for a, b in zip(*both, strict=True)]
-    assert rows["measured_over_formula", 16]["value"] == measured["value"] / formula["value"]
+    assert rows["measured_over_formula", 16]["value"] == pytest.approx(measured["value"] / formula["value"])
     seconds = rows["two_stream_step_time", 16]["repeats"]
     assert rows["two_stream_tokens_per_second", 16]["repeats"] == [16 / second for second in seconds]
 
@@ -187,6 +187,12 @@ def test_batches_follow_the_rule_of_training():
         (["scaling", "--lengths", "64"], "at least two lengths"),
         (["memory", "--lengths", "48", "64"], "48 does not divide the longest, 64"),
         (["release"], "--release: give a directory"),
+        (["compile", "--topology=v5e:4x4"], "--config: is needed"),
+        (["compile", "--config=configs/tiny.py"], "--topology: is needed"),
+        (["compile", "--config=none.py", "--topology=v5e:4x4"], "none.py"),
+        (["compile", "--config=configs/tiny.py", "--topology=v5e:4x4", "--config.remta=dots"], "'remat'?"),
+        (["compile", "--config=configs/tiny.py", "--topology=v9:1x1"], "v9:1x1"),
+        (["train", "--config.remat=dots"], "bench: unknown argument '--config.remat=dots'"),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, complaint):

@@ -1,4 +1,4 @@
-"""The compiled train step holds nothing of size T x S or B x T x V, for TPUs that are not there and on CPU."""
+"""The compiled step holds nothing of size T x S or B x T x V: for TPUs that are not there, and on CPU."""
 
 import json
 import math

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from a3_jax.errors import EXIT_FAILED, EXIT_OK, InputError, check_seed
+from a3_jax.errors import EXIT_FAILED, EXIT_OK, InputError, check_seed, nearest
 
 EPILOG = """examples:
   a3 bench train                                        two-stream step against AR step, length 1024
   a3 bench attention --lengths 512 1024 2048 --json > attention.json
   a3 bench memory --lengths 1024 2048 4096 --remat=block
+  a3 bench compile --config=configs/a3_llama32_1b.py --topology=v5e:4x4 --config.remat=block
   a3 bench release --release=Any-order-Any-subset-AR --lengths 512 2048 --threads=2
 
 A ratio's name says which way is better: ..._speedup, or ours_over_theirs.
@@ -61,6 +62,10 @@ BENCHMARKS = {
         (_STEP - {"dtype"}) | {"release"},
         {"lengths": (512, 2048), "threads": 2, "repeats": 3},
     ),
+    "compile": Benchmark(
+        "a config's train step compiled for a TPU topology: memory a chip",
+        {"config", "topology"},
+    ),
 }  # fmt: skip
 
 _HELP = {
@@ -74,9 +79,11 @@ _HELP = {
     "seed": "of weights, tokens and ranks",
     "repeats": "measurements of each contender",
     "threads": "CPU cores to use",
+    "config": "file of a run, such as configs/a3_llama32_1b.py; --config.FIELD=VALUE sets a field of it",
+    "topology": "TPU chips that need not be there, such as v5e:4x4",
     "release": "clone of the authors' repository, with llama_xlnet.py",
 }
-_TEXTS = {"dtype", "remat", "attention", "order", "release"}
+_TEXTS = {"dtype", "remat", "attention", "order", "release", "config", "topology"}
 
 
 def add_bench(subparsers) -> None:
@@ -100,7 +107,7 @@ def add_bench(subparsers) -> None:
             *names, dest=field, metavar=metavar, nargs="+" if field == "lengths" else None,
             type=str if field in _TEXTS else int, help=_HELP.get(field, "shape of the model"),
         )  # fmt: skip
-    parser.set_defaults(run=run_bench)
+    parser.set_defaults(run=run_bench, takes_config_flags=True)
 
 
 def run_bench(args) -> int:
@@ -133,9 +140,9 @@ def read_settings(args):
     from a3_jax.benchmarks.settings import Settings
 
     benchmark = BENCHMARKS[args.name]
-    given = {}
+    given = {"overrides": _overrides(args.config_flags, benchmark)}
     for field in dataclasses.fields(Settings):
-        value = getattr(args, field.name)
+        value = getattr(args, field.name, None)
         if value is None:
             continue
         if field.name not in benchmark.flags:
@@ -146,3 +153,18 @@ def read_settings(args):
         given[field.name] = value
     check_seed(given.get("seed", 0))
     return Settings(**{**benchmark.defaults, **given})
+
+
+def _overrides(arguments, benchmark):
+    """What argparse did not know, where all of it sets fields of the config.
+
+    Raises:
+      InputError: an argument that does not.
+    """
+    reads = "config" in benchmark.flags
+    for argument in arguments:
+        if not (reads and argument.startswith("--config.")):
+            flags = [f"--{field}" for field in benchmark.flags]
+            near = nearest(argument.split("=")[0], flags)
+            raise InputError(f"unknown argument {argument!r}{near}", file="bench")
+    return tuple(arguments)

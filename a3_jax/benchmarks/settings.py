@@ -31,6 +31,9 @@ class Settings:
       repeats: measurements of each contender.
       threads: CPU cores to use; None: all.
       release: directory with the authors' `llama_xlnet.py`.
+      config: file of a run.
+      overrides: `--config.FIELD=VALUE` for some of its fields.
+      topology: of TPU chips, such as "v5e:4x4".
     """
 
     d_model: int = 512
@@ -42,7 +45,7 @@ class Settings:
     lengths: tuple[int, ...] = (1024,)
     batch: int | None = None
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
     attention: str = "auto"
     order: str = "random"
     group_size: int = 4
@@ -50,6 +53,9 @@ class Settings:
     seed: int = 0
     threads: int | None = None
     release: str | None = None
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+    topology: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "lengths", tuple(self.lengths))  # a list, where it comes from JSON

@@ -13,6 +13,7 @@ log-normalisers, so only the output is kept, and nothing of size [T, S] ever exi
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -42,59 +43,65 @@ def chunked_attention(query, key, value, start, limit, *, scale, logit_softcap=N
     Returns:
       [B, T, N, H] in query's dtype.
     """
-    rows, keys = min(ROWS, query.shape[1]), min(KEYS, key.shape[1])
     (batch, length, heads, size), kv_heads = query.shape, key.shape[2]
+    rows, keys, group = min(ROWS, length), min(KEYS, key.shape[1]), heads // kv_heads
     blocks = -(-length // rows)
 
     def split(array):  # [B, T, ...] -> [blocks, B, rows, ...]; the rows added see nothing
         array = _padded(array, blocks * rows)
         return jnp.moveaxis(array.reshape(batch, blocks, rows, *array.shape[2:]), 1, 0)
 
-    query_blocks = split(query).reshape(blocks, batch, rows, kv_heads, heads // kv_heads, size)
-    query_blocks = query_blocks.transpose(0, 1, 3, 4, 2, 5)  # [blocks, B, K, G, rows, H]
-    key_BKSH, value_BKSH = (
-        _padded(array, -(-key.shape[1] // keys) * keys).transpose(0, 2, 1, 3) for array in (key, value)
+    def of_heads(bound):  # [blocks, B, 1, 1, R]: each row once for every head of a group
+        return jnp.tile(split(bound), (1, 1, group))[:, :, None, None]
+
+    query = split(query).reshape(blocks, batch, rows, kv_heads, group, size)
+    query = query.transpose(0, 1, 3, 5, 4, 2).reshape(blocks, batch, kv_heads, size, group * rows)
+    key, value = (
+        _padded(array, -(-array.shape[1] // keys) * keys).transpose(0, 2, 1, 3) for array in (key, value)
     )
-    out = _attention(
-        query_blocks, key_BKSH, value_BKSH, split(start), split(limit), scale, logit_softcap, precision
-    )
-    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, blocks * rows, heads, size)
-    return out[:, :length].astype(query.dtype)
+    bounds = of_heads(start), of_heads(limit)
+    out = cast(jax.Array, _attention(query, key, value, *bounds, scale, logit_softcap, precision))
+    out = out.reshape(blocks, batch, kv_heads, size, group, rows).transpose(1, 0, 5, 2, 4, 3)
+    return out.reshape(batch, blocks * rows, heads, size)[:, :length]
 
 
 def _padded(array, length):
     return jnp.pad(array, [(0, 0), (0, length - array.shape[1])] + [(0, 0)] * (array.ndim - 2))
 
 
+# Below, R = G x rows of a block: the rows of all query heads that share a kv head. Scores are [S, R]: the
+# softmax runs along the outer axis, and no product of either pass has a block of scores to transpose.
+
+
 def _forward(query, key, value, start, limit, scale, softcap, precision):
-    """All row blocks; the output and the rows' log-normalisers.
+    """All row blocks; the output [blocks, B, K, H, R] and the rows' log-normalisers [blocks, B, K, 1, R].
 
     Args:
-      query: [blocks, B, K, G, rows, H].  key, value: [B, K, S, H], S a multiple of the key block.
-      start, limit: [blocks, B, rows].
+      query: [blocks, B, K, H, R].  key, value: [B, K, S, H], S a multiple of the key block.
+      start, limit: [blocks, B, 1, 1, R].
     """
+    value_BKHS = value.swapaxes(2, 3)
 
     def one_block(block):
         q, start, limit = block
-        largest = jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
+        largest = jnp.full((*q.shape[:2], 1, q.shape[-1]), -jnp.inf, jnp.float32)
         carry = (largest, jnp.zeros_like(largest), jnp.zeros(q.shape, jnp.float32))
 
         def visit(j, carry):
             largest, total, out = carry
-            k, v = _take(key, j), _take(value, j)
-            scores, _ = _scores(q, k, _visible(j, k.shape[2], start, limit), scale, softcap, precision)
-            new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
+            scores, _ = _scores(j, _take(key, j, 2), q, start, limit, scale, softcap, precision)
+            new_largest = jnp.maximum(largest, jnp.max(scores, axis=2, keepdims=True))
             shift = jnp.where(jnp.isfinite(new_largest), new_largest, 0.0)
-            weights = jnp.exp(scores - shift[..., None])
+            weights = jnp.exp(scores - shift)
             decay = jnp.exp(largest - shift)
-            total = total * decay + jnp.sum(weights, axis=-1)
-            added = _einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, precision)
-            return new_largest, total, out * decay[..., None] + added
+            total = total * decay + jnp.sum(weights, axis=2, keepdims=True)
+            added = _product("BKHS,BKSR->BKHR", _take(value_BKHS, j, 3), weights.astype(q.dtype), precision)
+            return new_largest, total, out * decay + added
 
         largest, total, out = jax.lax.fori_loop(*_range(start, limit, key.shape[2]), visit, carry)
         total = jnp.where(total > 0, total, 1.0)
         normaliser = jnp.where(jnp.isfinite(largest), largest, 0.0) + jnp.log(total)
-        return (out / total[..., None]).astype(q.dtype), normaliser
+        return (out / total).astype(q.dtype), normaliser
 
     return jax.lax.map(one_block, (query, start, limit))
 
@@ -108,31 +115,31 @@ def _forward_rule(query, key, value, start, limit, scale, softcap, precision):
 def _backward_rule(scale, softcap, precision, kept, d_out):
     """One visit of every block: scores again, then the three gradients."""
     query, key, value, start, limit, out, normaliser = kept
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    key_BKHS, d_out = key.swapaxes(2, 3), d_out.astype(query.dtype)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=3, keepdims=True)
 
     def one_block(totals, block):
         q, start, limit, normaliser, d_out, delta = block
+        q_BKRH, d_out_BKRH = q.swapaxes(2, 3), d_out.swapaxes(2, 3)
 
         def visit(j, carry):
             d_q, d_key, d_value = carry
-            k, v = _take(key, j), _take(value, j)
-            visible = _visible(j, k.shape[2], start, limit)
-            scores, slope = _scores(q, k, visible, scale, softcap, precision)
-            weights = jnp.exp(scores - normaliser[..., None])
-            d_weights = _einsum("bkgth,bksh->bkgts", d_out, v, precision)
-            d_scores = weights * (d_weights - delta[..., None]) * (scale if slope is None else scale * slope)
-            d_scores = d_scores.astype(q.dtype)
-            d_v = _einsum("bkgts,bkgth->bksh", weights.astype(q.dtype), d_out, precision)
-            d_k = _einsum("bkgts,bkgth->bksh", d_scores, q, precision)
-            d_q = d_q + _einsum("bkgts,bksh->bkgth", d_scores, k, precision)
-            return d_q, _add(d_key, d_k, j), _add(d_value, d_v, j)
+            scores, slope = _scores(j, _take(key, j, 2), q, start, limit, scale, softcap, precision)
+            weights = jnp.exp(scores - normaliser)
+            d_weights = _product("BKSH,BKHR->BKSR", _take(value, j, 2), d_out, precision)
+            d_scores = weights * (d_weights - delta) * (scale if slope is None else scale * slope)
+            weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
+            d_value = _add(d_value, _product("BKSR,BKRH->BKSH", weights, d_out_BKRH, precision), j)
+            d_key = _add(d_key, _product("BKSR,BKRH->BKSH", d_scores, q_BKRH, precision), j)
+            d_q = d_q + _product("BKHS,BKSR->BKHR", _take(key_BKHS, j, 3), d_scores, precision)
+            return d_q, d_key, d_value
 
         carry = (jnp.zeros(q.shape, jnp.float32), *totals)
         d_q, *totals = jax.lax.fori_loop(*_range(start, limit, key.shape[2]), visit, carry)
         return tuple(totals), d_q.astype(q.dtype)
 
     zeros = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
-    blocks = (query, start, limit, normaliser, d_out.astype(query.dtype), delta)
+    blocks = (query, start, limit, normaliser, d_out, delta)
     (d_key, d_value), d_query = jax.lax.scan(one_block, zeros, blocks)
     return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None, None
 
@@ -149,24 +156,20 @@ def _range(start, limit, length):
     return jnp.minimum(first, last), last
 
 
-def _visible(j, size, start, limit):
-    """[B, 1, 1, rows, keys] bool."""
-    s = j * size + jnp.arange(size)
-    return ((s >= start[..., None]) & (s < limit[..., None]))[:, None, None]
-
-
-def _scores(q, k, visible, scale, softcap, precision):
-    """Scores [B, K, G, rows, keys], -inf where not visible, and the softcap's slope (None without)."""
-    scores, slope = scale * _einsum("bkgth,bksh->bkgts", q, k, precision), None
+def _scores(j, k_BKSH, q_BKHR, start, limit, scale, softcap, precision):
+    """Scores of key block j [B, K, S, R], -inf where not visible, and the softcap's slope (None without)."""
+    scores, slope = scale * _product("BKSH,BKHR->BKSR", k_BKSH, q_BKHR, precision), None
     if softcap is not None:
         capped = jnp.tanh(scores / softcap)
         scores, slope = softcap * capped, 1.0 - jnp.square(capped)
-    return jnp.where(visible, scores, -jnp.inf), slope
+    size = k_BKSH.shape[2]
+    s = j * size + jnp.arange(size)[:, None]
+    return jnp.where((s >= start) & (s < limit), scores, -jnp.inf), slope
 
 
-def _take(array, j):
-    keys = min(KEYS, array.shape[2])
-    return jax.lax.dynamic_slice_in_dim(array, j * keys, keys, axis=2)
+def _take(array, j, axis):
+    keys = min(KEYS, array.shape[axis])
+    return jax.lax.dynamic_slice_in_dim(array, j * keys, keys, axis=axis)
 
 
 def _add(total, part, j):
@@ -174,5 +177,5 @@ def _add(total, part, j):
     return jax.lax.dynamic_update_slice_in_dim(total, block + part, j * part.shape[2], axis=2)
 
 
-def _einsum(equation, a, b, precision):
+def _product(equation, a, b, precision):
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)

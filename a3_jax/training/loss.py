@@ -10,6 +10,7 @@ computed once, and no [B, T, V] array is ever alive.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def cross_entropy(
     weights_BT = weights_BT.astype(jnp.float32)
     with jax.named_scope("loss"):
         total = _loss_sum(hidden_BTD, head, targets_BT, weights_BT, vocab_first, precision, chunk_rows)
-        return total, jnp.sum(weights_BT)
+        return cast(jax.Array, total), jnp.sum(weights_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
