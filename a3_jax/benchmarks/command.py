@@ -140,7 +140,7 @@ def read_settings(args):
     from a3_jax.benchmarks.settings import Settings
 
     benchmark = BENCHMARKS[args.name]
-    given = {"overrides": _overrides(args.config_flags, benchmark)}
+    given: dict[str, Any] = {"overrides": _overrides(args.config_flags, benchmark)}
     for field in dataclasses.fields(Settings):
         value = getattr(args, field.name, None)
         if value is None:
