@@ -31,9 +31,9 @@ def arguments(config, content=CONTENT, query=QUERY):
     return abstract_params(config), rows(content, True), rows(query, False)
 
 
-def forward(config, outputs="query", **model):
-    """A function (params, content, query) -> logits of the rows wanted; every pair is computed."""
-    model = TwoStream(config, attention="dense", **model)
+def forward(config, outputs="query", attention="dense", **model):
+    """A function (params, content, query) -> logits of the rows wanted; dense, every pair is computed."""
+    model = TwoStream(config, attention=attention, **model)
 
     def run(params, content, query):
         hidden = run_rows(model, params, content, query, outputs)
@@ -192,7 +192,7 @@ def kept_bytes(layers, remat):
     """What a forward pass leaves for its backward pass, parameters and integers apart."""
     config = dataclasses.replace(TINY, num_layers=layers)
     params, content, query = arguments(config, query=CONTENT)
-    function = forward(config, remat=remat)
+    function = forward(config, remat=remat, attention="chunked")
     _, backward = jax.eval_shape(lambda p, *rows: jax.vjp(lambda p: function(p, *rows), p), params, content,
                                  query)  # fmt: skip
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from a3_jax.model.sharding import make_mesh, partition_spec
 from a3_jax.training.loss import cross_entropy
 
 B, T, D, V = 3, 10, 8, 17
@@ -84,3 +85,43 @@ def test_no_array_of_all_logits(arrays):
     assert f"tensor<6x{V}xf32>" in text
     for shape in (f"{B}x{T}x{V}x", f"{B * T}x{V}x", f"{B * T // 6}x6x{V}x"):
         assert f"tensor<{shape}f32>" not in text
+
+
+@pytest.mark.parametrize("vocab_first", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (1, 1, 8), (8, 1, 1)])
+def test_a_mesh_changes_nothing(sizes, vocab_first):
+    """Rows over data and fsdp, the vocabulary over tensor; no device holds logits of the whole of it."""
+    rows, length, width, vocabulary = 8, 6, 8, 40
+    rng = np.random.default_rng(1)
+    hidden = rng.normal(size=(rows, length, width)).astype(np.float32)
+    head = rng.normal(size=(width, vocabulary)).astype(np.float32)
+    targets = rng.integers(0, vocabulary, (rows, length)).astype(np.int32)
+    weights = rng.random((rows, length)).astype(np.float32)
+    total, weight, d_hidden, d_head = dense(hidden, head, targets, weights)
+    if vocab_first:
+        head, d_head = head.T, d_head.T
+
+    def loss(hidden, head, targets, weights):
+        return cross_entropy(hidden, head, targets, weights, vocab_first=vocab_first, chunk_rows=4)
+
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    of_head = ("vocab", "embed") if vocab_first else ("embed", "vocab")
+    of_rows = ("batch", "length")
+    placed = [
+        jax.device_put(array, jax.NamedSharding(mesh, partition_spec(axes)))
+        for array, axes in (
+            (hidden, (*of_rows, "embed_act")), (head, of_head), (targets, of_rows), (weights, of_rows)
+        )
+    ]  # fmt: skip
+    with jax.set_mesh(mesh):
+        function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        compiled = jax.jit(function).lower(*placed).compile()
+        got, gradients = compiled(*placed)
+        value_alone = jax.jit(loss)(*placed)
+    np.testing.assert_allclose(got, (total, weight), rtol=1e-5)
+    np.testing.assert_allclose(value_alone, (total, weight), rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], d_hidden, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], d_head, atol=1e-5)
+    if sizes[2] > 1:
+        assert f",{vocabulary}]" not in compiled.as_text().replace("{", "]")
+        assert f"[{vocabulary},{width}]" not in compiled.as_text()

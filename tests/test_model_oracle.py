@@ -1,12 +1,15 @@
 """Both streams, packed and padded, against the dense float64 model written out from the method's text."""
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from a3_jax.model.config import RopeScaling
+from a3_jax.model.sharding import make_mesh
 from a3_jax.model.two_stream import REMAT_POLICIES, Rows, TwoStream, init_cache, run_rows
 from tests import tiny
 from tests.oracles import two_stream_logits
@@ -54,6 +57,31 @@ def test_both_outputs_at_once_and_every_remat_policy(remat):
     np.testing.assert_allclose(
         both.content, run_rows(plain, tiny.params(), content, outputs="content").content, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_gradients_of_every_remat_policy_are_those_of_none(sizes):
+    rng, config = np.random.default_rng(3), dataclasses.replace(tiny.CONFIG, vocab_size=24)
+    tokens, positions = rng.integers(0, config.vocab_size, (4, 8)), np.tile(np.arange(8), (4, 1))
+    start, limit = np.zeros((4, 8), int), positions // 2 * 2
+    content = Rows(positions=positions, start=start, limit=limit + 2, tokens=tokens)
+    query = Rows(positions=positions, start=start, limit=limit)
+
+    def gradients(remat):
+        def loss(params):
+            out = run_rows(TwoStream(config, remat=remat), params, content, query)
+            return jnp.sum(jnp.square(out.query))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    params = jax.tree.map(np.asarray, tiny.params(config))
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    with jax.set_mesh(mesh):
+        expected = gradients("none")
+        for remat in REMAT_POLICIES.keys() - {"none"}:
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4), gradients(remat), expected
+            )
 
 
 def test_a_cache_filled_bit_by_bit_equals_one_pass():

@@ -128,6 +128,7 @@ def _hf_config(config: ModelConfig):
         num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
         intermediate_size=config.mlp_size, max_position_embeddings=config.max_length,
         rms_norm_eps=config.norm_eps, tie_word_embeddings=False, use_cache=False,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
     )  # fmt: skip
     hf_config.rope_theta = config.rope_theta  # transformers 5 has moved it; the release reads it here
     return hf_config
@@ -141,7 +142,7 @@ def _add_plain_rope() -> None:
     def frequencies(config, device=None, **_):
         size = config.hidden_size // config.num_attention_heads
         exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
-        return config.rope_theta**-exponents, 1.0
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
     ROPE_INIT_FUNCTIONS.setdefault("default", frequencies)
 

@@ -190,8 +190,9 @@ def kept_bytes_per_token(config: ModelConfig, remat: str, itemsize: int = 2) -> 
 
     Args:
       config: of the model.
-      remat: "block", the two rows' inputs of each layer; "dots", besides those the results q, k, v,
-        o, gate and up (of the last layer's content row k and v alone).
+      remat: "block" and "offload", the two rows' inputs of each layer, on the chip or in the host's
+        memory; "dots", besides those the results q, k, v, o, gate and up, attention's output and its
+        float32 log-normalisers (of the last layer's content row k and v alone).
       itemsize: bytes of a number of the computation.
 
     Raises:
@@ -199,10 +200,10 @@ def kept_bytes_per_token(config: ModelConfig, remat: str, itemsize: int = 2) -> 
     """
     c = config
     inputs = 2 * c.num_layers * c.d_model
-    if remat == "block":
+    if remat in ("block", "offload"):
         return inputs * itemsize
     if remat != "dots":
         raise ValueError(f"no formula for what remat={remat!r} keeps")
-    row = c.num_heads * c.head_size + c.d_model + 2 * c.mlp_size
-    keys_values = 2 * c.num_kv_heads * c.head_size
-    return (inputs + (2 * c.num_layers - 1) * row + c.num_layers * keys_values) * itemsize
+    row = (2 * c.num_heads * c.head_size + c.d_model + 2 * c.mlp_size) * itemsize + 4 * c.num_heads
+    keys_values = 2 * c.num_kv_heads * c.head_size * itemsize
+    return inputs * itemsize + (2 * c.num_layers - 1) * row + c.num_layers * keys_values
