@@ -10,6 +10,7 @@ computed once, and no [B, T, V] array is ever alive.
 """
 
 import functools
+import math
 from typing import cast
 
 import jax
@@ -77,7 +78,7 @@ def _on_mesh(function, hidden, vocab_first, precision, chunk_rows, *, with_gradi
         function, vocab_first=vocab_first, precision=precision, chunk_rows=chunk_rows
     )
     axes = dict.fromkeys(("batch", "embed", "vocab"), ())
-    if jax.sharding.get_abstract_mesh().empty or hidden.shape[0] % axis_parts("batch"):
+    if math.prod(map(axis_parts, ("batch", "vocab"))) == 1 or hidden.shape[0] % axis_parts("batch"):
         return functools.partial(function, axes=axes)
     axes = {name: mesh_axes(name) for name in axes}
     of_hidden, of_rows = partition_spec(_AXES), partition_spec(_AXES[:2])
