@@ -3,6 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # tests count compilations, and keep caches of their own
 # Tiny programs run for milliseconds and compile for seconds: without optimisation it is ten times less.
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""),

@@ -246,7 +246,8 @@ class TwoStream(nn.Module):
         first_output = rows if outputs == "query" else 0
         x_BRD, new_cache = self._layers(x_BRD, cache, geometry, rows, first_output)
         scale = _parameter(self, "final_norm", ("norm",), (c.d_model,)).astype(self.dtype)
-        hidden = rms_norm(x_BRD, scale, c.norm_eps)
+        with jax.named_scope("final_norm"):
+            hidden = rms_norm(x_BRD, scale, c.norm_eps)
         return Outputs(
             query=None if query is None else hidden[:, rows - first_output :],
             content=None if first_output else hidden[:, :rows],
@@ -260,7 +261,8 @@ class TwoStream(nn.Module):
         vector = _parameter(self, "query_embed", ("norm",), (c.d_model,), c.query_init_scale)
         if not c.tie_embeddings:  # declared with the rest, read by `logits`
             _parameter(self, "head", ("embed", "vocab"), (c.d_model, c.vocab_size), c.d_model**-0.5)
-        x_BRD = embed(table, content.tokens, self.dtype)
+        with jax.named_scope("embed"):
+            x_BRD = embed(table, content.tokens, self.dtype)
         if query is not None:
             vectors = jnp.broadcast_to(vector.astype(self.dtype), (*query.positions.shape, c.d_model))
             x_BRD = jnp.concatenate([x_BRD, vectors], axis=1)

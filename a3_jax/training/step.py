@@ -157,7 +157,8 @@ def make_loss(model: TwoStream, *, objective: str):
 
 def _rows(batch):
     """Content and query rows of a sorted batch: the same tokens, seen from their own group or before it."""
-    start, content_limit, query_limit = bounds(batch["ranks"], batch["ranks"], batch["segment_ids"])
+    with jax.named_scope("intervals"):
+        start, content_limit, query_limit = bounds(batch["ranks"], batch["ranks"], batch["segment_ids"])
     positions = batch["positions"]
     content = Rows(positions=positions, start=start, limit=content_limit, tokens=batch["tokens"])
     return content, Rows(positions=positions, start=start, limit=query_limit)
