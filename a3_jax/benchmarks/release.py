@@ -10,7 +10,7 @@ from a3_jax.benchmarks.measurement import MeasurementError, Row, alternate, note
 from a3_jax.benchmarks.memory import peak_rows
 from a3_jax.benchmarks.settings import Settings, draw_rows, sort_rows, thread_count
 from a3_jax.benchmarks.torch_steps import load_release, release_step, save_release
-from a3_jax.benchmarks.worker import measure_apart
+from a3_jax.benchmarks.worker import StepApart, measure_apart
 from a3_jax.errors import InputError
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-4, 1e-3  # relative
@@ -37,25 +37,16 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def _measure_times(settings, length, module):
-    """First steps from equal weights give both losses; both models are gone on return."""
-    setting = settings.describe(length, residual="release")
-    theirs, ours = _open_pair(settings, length, module)
-    note(f"release: length {length}: comparing first steps")
-    first_theirs, first_ours = theirs(), ours()
-    differences = {
-        name: abs(first_ours[name] - first_theirs[name]) / abs(first_theirs[name])
-        for name in ("loss", "grad_norm")
-    }
-    both = f"{first_theirs['loss']:.6f} (theirs), {first_ours['loss']:.6f} (ours)"
-    note(f"release: length {length}: loss {both}")
-    for name, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", NORM_TOLERANCE)):
-        if not differences[name] <= tolerance:
-            raise MeasurementError(
-                f"release: length {length}: the {name} of equal weights and ranks differs: "
-                f"{first_theirs[name]:.6f} (theirs), {first_ours[name]:.6f} (ours)"
-            )
-    contenders = {"release": theirs, "a3": ours}
-    seconds = alternate(contenders, settings.repeats, f"release: length {length}", warm_ups=1)
+    """Equal first steps in this process; then steps in turn, each contender in a process of its own."""
+    setting, batch = settings.describe(length, residual="release"), settings.batch_at(length)
+    differences = _compare_first_steps(settings, length, module)
+    note(f"release: length {length}: starting both")
+    with (
+        StepApart("release", settings, length, batch) as theirs,
+        StepApart("two_stream_release", settings, length, batch) as ours,
+    ):
+        contenders = {"release": theirs, "a3": ours}
+        seconds = alternate(contenders, settings.repeats, f"release: length {length}", warm_ups=2)
     return [
         Row("loss_difference_over_release", "ratio", setting, [differences["loss"]]),
         Row("grad_norm_difference_over_release", "ratio", setting, [differences["grad_norm"]]),
@@ -63,6 +54,24 @@ def _measure_times(settings, length, module):
         Row("a3_step_time", "s", setting, seconds["a3"]),
         ratio("step_time_speedup", seconds["release"], seconds["a3"], setting),
     ]
+
+
+def _compare_first_steps(settings, length, module) -> dict[str, float]:
+    """Relative differences of loss and gradient norm; both models are gone on return."""
+    theirs, ours = _open_pair(settings, length, module)
+    note(f"release: length {length}: comparing first steps")
+    first_theirs, first_ours = theirs(), ours()
+    both = f"{first_theirs['loss']:.6f} (theirs), {first_ours['loss']:.6f} (ours)"
+    note(f"release: length {length}: loss {both}")
+    differences = {}
+    for name, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", NORM_TOLERANCE)):
+        differences[name] = abs(first_ours[name] - first_theirs[name]) / abs(first_theirs[name])
+        if not differences[name] <= tolerance:
+            raise MeasurementError(
+                f"release: length {length}: the {name} of equal weights and ranks differs: "
+                f"{first_theirs[name]:.6f} (theirs), {first_ours[name]:.6f} (ours)"
+            )
+    return differences
 
 
 def _open_pair(settings, length, module):

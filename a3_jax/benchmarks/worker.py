@@ -1,4 +1,4 @@
-"""One train step in a fresh process: `python -m a3_jax.benchmarks.worker` reports its peak memory.
+"""One train step in a fresh process, `python -m a3_jax.benchmarks.worker`: its peak memory, or when asked.
 
 On CPU the peak resident set: the kernel's high-water mark, put back to the present size before each
 step once compilation and warm-up are over. On accelerators the device's own count.
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,53 @@ def measure_apart(kind: str, settings: Settings, length: int, batch: int) -> Pea
         last = done.stderr.strip().splitlines()[-1:] or [""]
         raise MeasurementError(f"{kind} at length {length}: exit status {done.returncode} {last[0]}".strip())
     return Peaks(**json.loads(done.stdout.splitlines()[-1]))
+
+
+class StepApart:
+    """A step in a process of its own; a call makes one, and returns when it is done.
+
+    Two contenders in one process would share an allocator and leave each other their idle threads.
+
+    Args:
+      kind, settings, length, batch: as for `measure_apart`.
+
+    Raises:
+      MeasurementError: from a call too: the process has failed.
+    """
+
+    def __init__(self, kind: str, settings: Settings, length: int, batch: int):
+        task = {"kind": kind, "settings": dataclasses.asdict(settings), "length": length, "batch": batch}
+        self._name = f"{kind} at length {length}"
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed on exit, with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, json.dumps(task | {"serve": True})],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+        )  # fmt: skip
+
+    def __call__(self) -> None:
+        process = self._process
+        with contextlib.suppress(BrokenPipeError):
+            print("step", file=process.stdin, flush=True)
+        if process.stdout.readline() != "done\n":
+            self._errors.seek(0)
+            last = self._errors.read().strip().splitlines()[-1:] or [""]
+            raise MeasurementError(f"{self._name}: exit status {process.wait()} {last[0]}".strip())
+
+    def __enter__(self) -> "StepApart":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()  # the end of its input ends it
+        self._errors.close()
+
+
+def _serve(kind, settings, length, batch) -> None:
+    """Steps for `StepApart`: one a line of standard input."""
+    step = KINDS[kind](settings, length, batch)
+    for _ in sys.stdin:
+        step()
+        print("done", flush=True)
 
 
 def _two_stream(settings, length, batch):
@@ -139,7 +187,10 @@ def _resident_peak() -> float:
 def main() -> int:
     task = json.loads(sys.argv[1])
     settings = Settings(**task.pop("settings"))
-    print(json.dumps(dataclasses.asdict(_run(settings=settings, **task))))
+    if task.pop("serve", False):
+        _serve(settings=settings, **task)
+    else:
+        print(json.dumps(dataclasses.asdict(_run(settings=settings, **task))))
     return 0
 
 

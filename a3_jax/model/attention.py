@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from a3_jax.model import attention_tpu
 from a3_jax.model.attention_chunked import chunked_attention
-from a3_jax.model.sharding import axis_parts, partition_spec
+from a3_jax.model.sharding import axis_parts, partition_spec, platform
 
-_FEW_ROWS = 256  # up to here all scores at once are cheaper than blocks
+FEW_ROWS = 256  # up to here all scores at once are cheaper than blocks
 _AXES = {
     "query": ("batch", "length", "heads", "head_size"),
     "key": ("batch", "length", "kv_heads", "head_size"),
@@ -83,7 +83,7 @@ def _splash(query, key, value, start, limit, *, scale, logit_softcap, precision)
     del precision  # the kernel's products are in the dtype of its inputs, summed in float32
     return attention_tpu.splash_attention(
         query, key, value, start, limit,
-        scale=scale, logit_softcap=logit_softcap, interpret=_platform() != "tpu",
+        scale=scale, logit_softcap=logit_softcap, interpret=platform() != "tpu",
     )  # fmt: skip
 
 
@@ -97,17 +97,11 @@ IMPLEMENTATIONS = ("auto", *_FUNCTIONS)
 
 def _chosen(query, key) -> str:
     """What "auto" means for these shapes, on the devices of the mesh or the default ones."""
-    if query.shape[1] <= _FEW_ROWS:
+    if query.shape[1] <= FEW_ROWS:
         return "dense"
-    if _platform() == "tpu" and attention_tpu.available(query.shape, key.shape):
+    if platform() == "tpu" and attention_tpu.available(query.shape, key.shape):
         return "splash"
     return "chunked"
-
-
-def _platform() -> str:
-    """Of the mesh's devices, which need not be there, or of the default ones."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _each_device(attend, query, key):

@@ -117,6 +117,12 @@ def axis_parts(axis: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
+def platform() -> str:
+    """Of the context's mesh (`jax.set_mesh`), whose devices need not be there, or of the default devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())

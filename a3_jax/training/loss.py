@@ -16,14 +16,17 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
-from a3_jax.model.sharding import axis_parts, mesh_axes, partition_spec
+from a3_jax.model.sharding import axis_parts, mesh_axes, partition_spec, platform
 
-CHUNK_ROWS = 1024  # rows of one device whose logits are alive at once
+# Rows of a device whose logits are alive at once. Each chunk reads and writes the head's gradient: larger
+# ones pay where arithmetic is fast, smaller ones save memory where it is slow.
+_CHUNK_ROWS = {"cpu": 512}
+_CHUNK_ROWS_ELSEWHERE = 1024
 _AXES = ("batch", "length", "embed_act")
 
 
 def cross_entropy(
-    hidden_BTD, head, targets_BT, weights_BT, *, vocab_first, precision=None, chunk_rows=CHUNK_ROWS
+    hidden_BTD, head, targets_BT, weights_BT, *, vocab_first, precision=None, chunk_rows=None
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of negative log-likelihoods, and the sum of the weights.
 
@@ -40,12 +43,13 @@ def cross_entropy(
       weights_BT: float32, 0 for rows that aren't predicted. No gradient flows to them.
       vocab_first: which of the two layouts `head` has.
       precision: of the matrix products; they accumulate in float32.
-      chunk_rows: rows of a device at a time.
+      chunk_rows: rows of a device at a time; None: by its platform.
 
     Returns:
       (sum in nats, sum of weights): float32 scalars.
     """
     weights_BT = weights_BT.astype(jnp.float32)
+    chunk_rows = chunk_rows or _CHUNK_ROWS.get(platform(), _CHUNK_ROWS_ELSEWHERE)
     with jax.named_scope("loss"):
         total = _loss_sum(hidden_BTD, head, targets_BT, weights_BT, vocab_first, precision, chunk_rows)
         return cast(jax.Array, total), jnp.sum(weights_BT)
