@@ -19,6 +19,13 @@ STRATEGIES = {
     "any first": {
         "strategy": "dynamic", "criterion": "random", "temperature": 0.7, "top_p": 0.9, "context": "l2r",
     },
+    "as many as the entropy allows": {"strategy": "dynamic", "entropy_bound": 1.0, "temperature": 1.0},
+    "blocks": {"order": "block", "block_size": 3, "group_size": 2, "temperature": 1.0},
+    "spread": {"order": "spread", "group_size": 4, "temperature": 1.0},
+    "speculative": {"strategy": "speculative", "window": 3, "order": "random", "temperature": 1.0},
+    "speculative, filtered": {
+        "strategy": "speculative", "window": 4, "order": "spread", "temperature": 0.7, "top_p": 0.9,
+    },
 }  # fmt: skip
 
 

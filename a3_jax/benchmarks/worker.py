@@ -78,6 +78,7 @@ class StepApart:
 
     def __call__(self) -> None:
         process = self._process
+        assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             print("step", file=process.stdin, flush=True)
         if process.stdout.readline() != "done\n":

@@ -64,10 +64,20 @@ def add_generate(subparsers) -> None:
         parser.add_argument(f"--{name}", type=kind, default=defaults[name], metavar=metavar, help=told)
 
     option("strategy", "|".join(STRATEGIES), "fixed groups, or the best blanks of each step first")
-    option("order", "l2r|random", "of groupwise")
+    option("order", "l2r|random|spread|block", "of groupwise and speculative; block: of dynamic too")
     option("group_size", "N", "of groupwise: tokens a group", int)
+    option("block_size", "N", "of order block: blanks a block", int)
+    option("block_order", "l2r|random|spread", "of order block: inside a block")
     option("criterion", "|".join(CRITERIA), "of dynamic: which blanks are the best")
     option("step_size", "N", "of dynamic: tokens committed a step", int)
+    option("entropy_bound", "NATS", "of dynamic: commit the best while sum H - max H stays below; bounds how "
+           "far the joint is from the product of what is committed together, not how good what is drawn is; "
+           "of speculative: the same for the drafts of a window, which are verified", float)  # fmt: skip
+    option("threshold", "P", "of dynamic: commit the best whose likeliest token has this probability", float)
+    option("factor", "F", "of dynamic: commit the n best, (n + 1)(1 - their least confidence) < F", float)
+    option("max_commit", "N", "of dynamic with a bound: tokens committed a step, at most", int)
+    option("min_gap", "N", "of dynamic: positions between two tokens of a step, at least", int)
+    option("window", "N", "of speculative: tokens drafted a forward, at most", int)
     option("commit", "|".join(COMMITS), "chain: a token keeps the rank of its commit; flat: all tokens so "
            "far are one group, recomputed each step (the authors' release; no exact logprob)")  # fmt: skip
     option("temperature", "T", "0 takes the likeliest token", float)
@@ -75,6 +85,15 @@ def add_generate(subparsers) -> None:
     option("top_p", "P", "draw from the smallest set that is more likely than P", float)
     option("seed", "N", "of orders and draws", int)
     option("num_samples", "K", 'output lines an input, with "sample": 0 to K-1', int)
+    parser.add_argument(
+        "--rerank", action="store_true",
+        help='of --num_samples keep the likeliest: exact joint logprob left to right, "joint"',
+    )  # fmt: skip
+    parser.add_argument(
+        "--stream", action="store_true",
+        help="tell of each step, or with --order=block of each block, as it is committed: lines with "
+             '"columns", "tokens", "logprobs", "commit_rank" before the result; of one input at a time',
+    )  # fmt: skip
     parser.add_argument(
         "--stop_at_eos", action="store_true",
         help="end at an EOS that has every blank before it filled and no given token behind it; "
@@ -94,16 +113,31 @@ def add_score(subparsers) -> None:
 
 def run_generate(args) -> int:
     """`a3 generate`: the exit status."""
-    from a3_jax.decoding.generation import generate_lines
+    from a3_jax.decoding.generation import generate_lines, stream_line
+    from a3_jax.decoding.requests import blank_requests
 
-    return _run(args, GenerateOptions, generate_lines)
+    if not args.stream:
+        return _run(args, GenerateOptions, blank_requests, generate_lines)
+    for name in ("num_samples", "rerank"):
+        if getattr(args, name) > 1 or getattr(args, name) is True:
+            raise InputError("a stream tells of one sample", file="a3 generate", field=f"--{name}")
+
+    def stream(checkpoint, lines, options):
+        for line in lines:
+            for event in stream_line(checkpoint, line, options):
+                if args.output == "-":
+                    print(json.dumps(event, ensure_ascii=False), flush=True)
+                yield event
+
+    return _run(args, GenerateOptions, blank_requests, stream)
 
 
 def run_score(args) -> int:
     """`a3 score`: the exit status."""
+    from a3_jax.decoding.requests import score_requests
     from a3_jax.decoding.scoring import score_lines
 
-    return _run(args, ScoreOptions, score_lines)
+    return _run(args, ScoreOptions, score_requests, score_lines)
 
 
 def _add_parser(subparsers, name, help_text, epilog):
@@ -126,27 +160,55 @@ def _add_shared(parser) -> None:
            "checkpoint was trained, else flat")  # fmt: skip
     option("dtype", DTYPES, None, "default float32 on CPU, bfloat16 on accelerators")
     option("bos", BOS, "auto", "BOS before text; default auto: if its tokenizer adds one")
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="pass over lines that can't be used, and count them"
+    )
 
 
-def _run(args, options_class, compute) -> int:
-    """Checks everything that can be checked, computes, and writes all lines or none."""
+def _run(args, options_class, check, compute) -> int:
+    """Checks everything that can be checked, computes, and writes all lines or none.
+
+    Args:
+      check: (lines, checkpoint, options) raises `InputError` for a bad line.
+      compute: (checkpoint, lines, options) -> result objects.
+    """
     options = _options(args, options_class)
     _check_output(args.output)
     from a3_jax.checkpoints.conversion import open_checkpoint
     from a3_jax.decoding.requests import read_lines
 
-    lines = read_lines(args.input)
+    bad: list[InputError] = []
+    lines = read_lines(args.input, bad)
     checkpoint = open_checkpoint(args.checkpoint)
+    for line in list(lines):
+        try:
+            check([line], checkpoint, options)
+        except InputError as error:
+            lines.remove(line)
+            bad.append(error)
+    bad.sort(key=lambda error: error.line or 0)
+    if bad and not args.skip_bad:
+        raise bad[0]
+    for error in bad:
+        print(f"a3 {args.command}: skipped: {error}", file=sys.stderr)
+    return _compute(args, lines, lambda: list(compute(checkpoint, lines, options)), len(bad))
+
+
+def _compute(args, lines, compute, skipped) -> int:
     started = time.monotonic()
-    results = compute(checkpoint, lines, options)
-    failed = next((i for i, result in enumerate(results) if not math.isfinite(result["logprob"])), None)
+    results = compute()
+    finals = [result for result in results if "logprob" in result]
+    failed = next((i for i, result in enumerate(finals) if not math.isfinite(result["logprob"])), None)
     if failed is not None:
-        line = lines[failed * len(lines) // len(results)]
+        line = lines[failed * len(lines) // len(finals)]
         print(f"a3 {args.command}: {line.file}:{line.number}: the model gives no finite log-probability",
               file=sys.stderr)  # fmt: skip
         return EXIT_FAILED
-    _write(args.output, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
-    print(f"a3 {args.command}: {len(results)} lines, {time.monotonic() - started:.1f} s", file=sys.stderr)
+    if not (getattr(args, "stream", False) and args.output == "-"):
+        _write(args.output, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+    told = f", {skipped} bad lines skipped" if skipped else ""
+    seconds = time.monotonic() - started
+    print(f"a3 {args.command}: {len(results)} lines{told}, {seconds:.1f} s", file=sys.stderr)
     return EXIT_OK
 
 

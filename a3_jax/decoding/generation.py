@@ -1,5 +1,7 @@
 """Blanks to text: requests are planned on the host, decoded in batches, and written out."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -7,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.loop import Program, decode
+from a3_jax.decoding.loop import Program, decode, states
 from a3_jax.decoding.options import GenerateOptions, make_options
 from a3_jax.decoding.requests import BlankRequest, blank_requests, default_context, item_lines
 from a3_jax.decoding.sampling import Sampling
-from a3_jax.decoding.scoring import default_dtype
-from a3_jax.decoding.state import State, final_eos
+from a3_jax.decoding.scoring import default_dtype, score
+from a3_jax.decoding.state import State, final_eos, finished
+from a3_jax.decoding.strategies import Rule
 from a3_jax.errors import InputError
-from a3_jax.ordering.ranks import context_first, l2r, order_ranks
+from a3_jax.ordering.ranks import context_first, contiguous, l2r, order_ranks
 
 _SMALL_PREFILL = 16  # content rows; below, a first forward of its own is not worth compiling
 
@@ -48,8 +51,9 @@ def generate(checkpoint, items, **options) -> list[dict[str, Any]]:
 
     Returns:
       For each item, `num_samples` dicts {"text", "tokens", "logprob", "logprobs", "commit_rank",
-      "forwards", "exact"}, and "sample" if there are several. Log-probabilities are the model's own
-      (temperature 1, no filter), None at given tokens.
+      "forwards", "exact"}, and "sample" if there are several; speculative decoding adds "acceptance", the
+      share of drafts that passed (None without drafts). Log-probabilities are the model's own
+      (temperature 1, no filter), None at given tokens. With `rerank`, one dict an item, with "joint".
 
     Raises:
       InputError: a bad item or option, before anything is computed.
@@ -59,6 +63,63 @@ def generate(checkpoint, items, **options) -> list[dict[str, Any]]:
 
 def generate_lines(checkpoint, lines, options: GenerateOptions) -> list[dict[str, Any]]:
     """`generate` of lines that know where they stand."""
+    tasks, eos_id = _tasks(checkpoint, lines, options)
+    params = decoding_params(checkpoint, options)
+    results: list[dict[str, Any]] = [{} for _ in tasks]
+    for shape, indices, batch_size in batches(tasks, lambda task: task.shape):
+        program = _program(checkpoint.config, options, eos_id, shape)
+        state = _start([tasks[index] for index in indices], shape[0], batch_size, options.seed)
+        final = _fields(decode(params, state, program=program), eos_id)
+        for row, index in enumerate(indices):
+            arrays = {name: field[row] for name, field in final.items()}
+            results[index] = _result(tasks[index], arrays, checkpoint.tokenizer, options)
+    if options.rerank:
+        return best_of(checkpoint, results, [task.request for task in tasks], options)
+    return results
+
+
+def generate_stream(checkpoint, item, **options) -> Iterator[dict[str, Any]]:
+    """Fills the blanks of one item and tells of each step: the same tokens as `generate`.
+
+    Yields:
+      {"columns", "tokens", "logprobs", "commit_rank"} for the tokens committed by a step, in reading order;
+      with order "block", for each block when it is finished. Last, the result of `generate`.
+
+    Raises:
+      InputError: as `generate`; or several samples, which one stream can't tell apart.
+    """
+    settings = make_options(GenerateOptions, options)
+    if settings.num_samples > 1:
+        raise InputError("a stream tells of one sample", field="num_samples")
+    yield from stream_line(checkpoint, item_lines([item])[0], settings)
+
+
+def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str, Any]]:
+    """`generate_stream` of a line that knows where it stands."""
+    (task,), eos_id = _tasks(checkpoint, [line], options)
+    program = _program(checkpoint.config, options, eos_id, task.shape)
+    params = decoding_params(checkpoint, options)
+    told, arrays = ~task.request.blank, {}
+    for state in states(params, _start([task], task.shape[0], 1, options.seed), program):
+        arrays = {name: field[0] for name, field in _fields(state, eos_id).items()}
+        new = arrays["filled"][: len(told)] & ~told
+        if options.order == "block" and not arrays["finished"]:
+            new &= _whole_blocks(task.request.blank, arrays["filled"], options.block_size)
+        new &= np.arange(len(told)) < arrays["length"]
+        if new.any():
+            told |= new
+            yield _committed(np.flatnonzero(new), arrays)
+    yield _result(task, arrays, checkpoint.tokenizer, options)
+
+
+def decoding_params(checkpoint, options):
+    """The parameters in the dtype of the computation, once: no step casts them again."""
+    dtype = jnp.dtype(options.dtype or default_dtype())
+    return jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), checkpoint.params)
+
+
+def _tasks(checkpoint, lines, options) -> tuple[list["_Task"], int | None]:
+    """The completions to make, and the id that ends a text."""
     eos_id = _eos_id(checkpoint, options)
     context = options.context or ("flat" if options.commit == "flat" else default_context(checkpoint))
     requests = blank_requests(lines, checkpoint, options)
@@ -67,43 +128,89 @@ def generate_lines(checkpoint, lines, options: GenerateOptions) -> list[dict[str
         for request in requests
         for sample in range(options.num_samples)
     ]
-    results: list[dict[str, Any]] = [{} for _ in tasks]
-    for shape, indices, batch_size in batches(tasks, lambda task: task.shape):
-        program = _program(checkpoint.config, options, eos_id, shape)
-        state = _start([tasks[index] for index in indices], shape[0], batch_size, options.seed)
-        final = decode(checkpoint.params, state, program=program)
-        ends = None if eos_id is None else np.asarray(final_eos(final, eos_id))
-        names = ("tokens", "filled", "commit_rank", "logprob", "forwards")
-        fields = {name: np.asarray(getattr(final, name)) for name in names}
-        for row, index in enumerate(indices):
-            arrays = {name: field[row] for name, field in fields.items()}
-            length = len(tasks[index].request.tokens)
-            if ends is not None and ends[row].any():
-                length = int(ends[row].argmax()) + 1
-            results[index] = _result(tasks[index], arrays, length, checkpoint.tokenizer, options)
-    return results
+    return tasks, eos_id
+
+
+def _fields(state: State, eos_id) -> dict[str, np.ndarray]:
+    """What results are made of, on the host; `length`: columns up to a final EOS."""
+    names = ("tokens", "filled", "commit_rank", "logprob", "forwards")
+    fields = {name: getattr(state, name) for name in names}
+    if state.drafts is not None:
+        fields |= {"proposed": state.drafts.proposed, "accepted": state.drafts.accepted}
+    fields = {name: np.asarray(field) for name, field in fields.items()}
+    fields["finished"] = np.asarray(finished(state, eos_id))
+    fields["length"] = np.full(len(fields["tokens"]), fields["tokens"].shape[1])
+    if eos_id is not None:
+        ends = np.asarray(final_eos(state, eos_id))
+        fields["length"] = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, fields["length"])
+    return fields
+
+
+def _whole_blocks(blank, filled, block_size) -> np.ndarray:
+    """[T] bool: blanks whose block has no unfilled one."""
+    block = (np.cumsum(blank) - 1) // block_size
+    unfinished = np.unique(block[blank & ~filled[: len(blank)]])
+    return blank & ~np.isin(block, unfinished)
+
+
+def _committed(columns, arrays) -> dict[str, Any]:
+    return {
+        "columns": columns.tolist(),
+        "tokens": arrays["tokens"][columns].tolist(),
+        "logprobs": arrays["logprob"][columns].tolist(),
+        "commit_rank": arrays["commit_rank"][columns].tolist(),
+    }
+
+
+def best_of(checkpoint, results, requests, options: GenerateOptions) -> list[dict[str, Any]]:
+    """Of the samples of each request the likeliest by one yardstick: left to right, given all given tokens.
+
+    Its exact joint log-probability goes with it, as "joint".
+    """
+    count, context = options.num_samples, options.context or default_context(checkpoint)
+    items = []
+    for number, result in enumerate(results):
+        blank = requests[number // count].blank[: len(result["tokens"])]
+        ranks = context_first(np.arange(len(blank)), ~blank, context)
+        items.append(
+            {"tokens": result["tokens"], "ranks": ranks.tolist(), "scored": blank.astype(int).tolist()}
+        )
+    scores = score(checkpoint, items, dtype=options.dtype, context=options.context)
+    kept = []
+    for first in range(0, len(results), count):
+        joints = [score["logprob"] for score in scores[first : first + count]]
+        best = int(np.argmax(joints))
+        kept.append(results[first + best] | {"joint": joints[best]})
+    return kept
 
 
 def _eos_id(checkpoint, options) -> int | None:
     """The id that ends a text, or None where EOS is a token like any other."""
+    eos_id = None if checkpoint.tokenizer is None else checkpoint.tokenizer.eos_id
     if not options.stop_at_eos:
-        return None
-    if checkpoint.tokenizer is None or checkpoint.tokenizer.eos_id is None:
+        return eos_id if options.order == "block" else None
+    if eos_id is None:
         raise InputError("the checkpoint's tokenizer names no EOS token", field="--stop_at_eos")
-    return checkpoint.tokenizer.eos_id
+    return eos_id
 
 
 def _planned_ranks(request: BlankRequest, sample: int, context: str, options: GenerateOptions) -> np.ndarray:
-    """[T] int32: given tokens first; the blanks one by one for model "ar", by own ranks, or by order."""
+    """[T] int32: given tokens first; the blanks by own ranks, by order, or as one where steps choose."""
     blank, count = request.blank, int(request.blank.sum())
     ranks = np.zeros(len(blank), np.int32)
     if options.model == "ar":
         ranks[blank] = l2r(count)
+    elif options.strategy == "dynamic":
+        ranks[blank] = contiguous(count, options.block_size) if options.order == "block" else 0
     elif request.ranks is not None:
         ranks[blank] = request.ranks[blank]
     else:
         rng = np.random.default_rng([options.seed, request.number, sample])
-        ranks[blank] = order_ranks(options.order, count, min(options.group_size, max(count, 1)), rng)
+        group_size = 1 if options.strategy == "speculative" else min(options.group_size, max(count, 1))
+        ranks[blank] = order_ranks(
+            options.order, count, group_size, rng,
+            block_size=options.block_size, block_order=options.block_order,
+        )  # fmt: skip
     return context_first(ranks, ~blank, context)
 
 
@@ -116,8 +223,11 @@ def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tup
         # A step adds the token before it, and the given ones up to its own blank.
         steps = np.diff(np.flatnonzero(blank), prepend=0)
         prefill, content_rows, query_rows = int(steps[:1].sum()), bucket(int(steps[1:].max(initial=1)), 4), 1
+    elif options.strategy == "speculative":
+        content_rows, query_rows = options.window + 1, 2 * options.window + 1
     elif options.strategy == "dynamic":
-        query_rows, content_rows = bucket(count), options.step_size
+        offered = min(count, options.block_size) if options.order == "block" else count
+        query_rows, content_rows = bucket(offered), _rule(options).max_commit
     elif request.ranks is None:
         query_rows = content_rows = options.group_size
     else:
@@ -125,7 +235,16 @@ def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tup
     prefill = bucket(prefill)
     if prefill <= _SMALL_PREFILL:
         content_rows = max(prefill, content_rows)
-    return columns, prefill, min(content_rows, columns), min(query_rows, columns)
+    if options.strategy != "speculative":
+        content_rows, query_rows = min(content_rows, columns), min(query_rows, columns)
+    return columns, prefill, content_rows, query_rows
+
+
+def _rule(options: GenerateOptions) -> Rule:
+    """How many blanks dynamic commits a step."""
+    bounds = (options.entropy_bound, options.threshold, options.factor)
+    most = options.step_size if bounds == (None, None, None) else options.max_commit
+    return Rule(most, *bounds, min_gap=options.min_gap)
 
 
 def _program(config, options: GenerateOptions, eos_id, shape) -> Program:
@@ -136,13 +255,14 @@ def _program(config, options: GenerateOptions, eos_id, shape) -> Program:
         model=options.model,
         strategy=options.strategy,
         criterion=options.criterion,
-        step_size=min(options.step_size, columns),
         commit=options.commit,
         sampling=Sampling(float(options.temperature), options.top_k, float(options.top_p)),
         eos_id=eos_id,
         prefill_rows=prefill_rows,
         content_rows=content_rows,
         query_rows=query_rows,
+        rule=dataclasses.replace(_rule(options), max_commit=min(_rule(options).max_commit, columns)),
+        window=options.window,
     )
 
 
@@ -182,9 +302,10 @@ def _keys(seed, numbers, samples):
     )
 
 
-def _result(task: _Task, arrays, length: int, tokenizer, options: GenerateOptions) -> dict[str, Any]:
+def _result(task: _Task, arrays, tokenizer, options: GenerateOptions) -> dict[str, Any]:
     """One output object: the first `length` columns, in the order they are read."""
     blank = task.request.blank
+    length = min(int(arrays["length"]), len(blank))
     tokens = arrays["tokens"][:length].tolist()
     logprobs = [
         float(value) if is_blank else None for value, is_blank in zip(arrays["logprob"], blank[:length])
@@ -198,6 +319,9 @@ def _result(task: _Task, arrays, length: int, tokenizer, options: GenerateOption
         "forwards": int(arrays["forwards"]),
         "exact": bool(options.commit == "chain" and _stands_alone(arrays, blank, length, options)),
     }
+    if "proposed" in arrays:
+        proposed = int(arrays["proposed"])
+        result["acceptance"] = int(arrays["accepted"]) / proposed if proposed else None
     return result | ({"sample": task.sample} if options.num_samples > 1 else {})
 
 

@@ -6,7 +6,7 @@ import math
 from a3_jax.errors import MAX_SEED, InputError, nearest
 
 MODELS = ("a3", "ar")
-STRATEGIES = ("groupwise", "dynamic")
+STRATEGIES = ("groupwise", "dynamic", "speculative")
 CRITERIA = ("confidence", "entropy", "margin", "random")
 COMMITS = ("chain", "flat")
 CONTEXTS = ("flat", "l2r")
@@ -65,16 +65,28 @@ class GenerateOptions(ScoreOptions):
     """Options of `generate`, over those it shares with `score`.
 
     Attributes:
-      strategy: "groupwise" (fixed groups, one forward a group) or "dynamic" (each step looks at every
-        blank and commits the best `step_size` by `criterion`).
-      order, group_size: the groups of groupwise, where the input gives no ranks.
+      strategy: "groupwise" (fixed groups, one forward a group), "dynamic" (each step looks at every
+        blank and commits the best by `criterion`) or "speculative" (one at a time by law, several a
+        forward: parallel drafts, verified).
+      order, group_size: the groups of groupwise, where the input gives no ranks; speculative takes the
+        order in singles. "block" also holds for dynamic, inside each block.
+      block_size, block_order: of order "block": blanks a block, and the order inside.
+      step_size: blanks that dynamic commits a step, where no bound says how many.
+      entropy_bound, threshold, factor: dynamic commits as many as this allows, see `strategies.Rule`; the
+        entropy bound also limits the windows of speculative.
+      max_commit: of dynamic with a bound, at most so many a step.
+      min_gap: of dynamic, positions between two commits of a step.
+      window: of speculative, drafts a forward.
       commit: "chain" (a token keeps the rank of its commit: exact log-probability) or "flat" (all
         tokens so far are one group, recomputed each step: the authors' release).
       temperature: 0 is greedy.
       top_k, top_p: filters on what is drawn from; 0 and 1.0 filter nothing.
       num_samples: completions an input.
+      rerank: of these the one with the largest exact joint log-probability, left to right given all
+        given tokens, is kept.
       stop_at_eos: an EOS placed behind all other given tokens, with every blank before it filled, ends
-        the text; what was generated behind it is dropped.
+        the text; what was generated behind it is dropped. Implied by order "block", where the tokenizer
+        has an EOS.
     """
 
     strategy: str = "groupwise"
@@ -82,18 +94,37 @@ class GenerateOptions(ScoreOptions):
     group_size: int = 4
     criterion: str = "confidence"
     step_size: int = 1
+    entropy_bound: float | None = None
+    threshold: float | None = None
+    factor: float | None = None
+    max_commit: int = 16
+    min_gap: int = 1
+    window: int = 8
+    block_size: int = 32
+    block_order: str = "random"
     commit: str = "chain"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
     num_samples: int = 1
+    rerank: bool = False
     stop_at_eos: bool = False
 
     def __post_init__(self):
-        from a3_jax.ordering.ranks import ORDERS
+        from a3_jax.ordering.ranks import INNER_ORDERS, ORDERS
 
         super().__post_init__()
+        one_of("block_order", self.block_order, INNER_ORDERS)
+        for name in ("max_commit", "min_gap", "window", "block_size"):
+            whole_number(name, getattr(self, name), 1)
+        for name, low, high in (
+            ("entropy_bound", 0, math.inf), ("threshold", 0, 1), ("factor", 0, math.inf)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and low <= value <= high and value < math.inf):
+                upper = "" if high == math.inf else f" and at most {high}"
+                raise InputError(f"must be a number, at least {low}{upper}, got {value!r}", field=name)
         one_of("strategy", self.strategy, STRATEGIES)
         one_of("order", self.order, ORDERS)
         one_of("criterion", self.criterion, CRITERIA)
@@ -117,6 +148,28 @@ class GenerateOptions(ScoreOptions):
         if self.model == "ar" and self.commit == "flat":
             raise InputError(
                 "'flat' contradicts model 'ar', which has every token in its own group", field="commit"
+            )
+        bounds = [
+            name for name in ("entropy_bound", "threshold", "factor") if getattr(self, name) is not None
+        ]
+        if len(bounds) > 1:
+            raise InputError(
+                f"contradicts {bounds[0]}: one of them says how much is committed", field=bounds[1]
+            )
+        allowed = {"dynamic": bounds, "speculative": ["entropy_bound"], "groupwise": []}[self.strategy]
+        for name in bounds:
+            if name not in allowed:
+                raise InputError(f"strategy {self.strategy!r} does not read it", field=name)
+        if bounds and self.strategy == "dynamic" and self.step_size != 1:
+            raise InputError(
+                f"{self.step_size} contradicts {bounds[0]}; --max_commit limits it", field="step_size"
+            )
+        if self.min_gap > 1 and self.strategy != "dynamic":
+            raise InputError(f"strategy {self.strategy!r} does not read it", field="min_gap")
+        if self.commit == "flat" and self.strategy == "speculative":
+            raise InputError(
+                "'flat' contradicts strategy 'speculative', whose commits have ranks of their own",
+                field="commit",
             )
         if self.model == "ar" and self.strategy != "groupwise":
             raise InputError(

@@ -64,8 +64,14 @@ class BlankRequest:
     ranks: np.ndarray | None
 
 
-def read_lines(path) -> list[Line]:
-    """The JSON values of a JSONL file, or of standard input for `-`; empty lines are passed over."""
+def read_lines(path, bad: list[InputError]) -> list[Line]:
+    """The JSON values of a JSONL file, or of standard input for `-`; empty lines are passed over.
+
+    Complaints of lines that are not JSON are added to `bad`.
+
+    Raises:
+      InputError: a file that can't be read.
+    """
     if path == "-":
         file = "<stdin>"
         try:
@@ -75,7 +81,15 @@ def read_lines(path) -> list[Line]:
     else:
         file, text = str(path), read_text(path)
     lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
-    return [Line(_parsed(line, file, number), number, file) for number, line in lines if line.strip()]
+    values = []
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            values.append(Line(_parsed(line, file, number), number, file))
+        except InputError as error:
+            bad.append(error)
+    return values
 
 
 def item_lines(items) -> list[Line]:

@@ -57,6 +57,14 @@ def filtered_logprobs(logits_V, sampling: Sampling):
     return jax.nn.log_softmax(logits_V)
 
 
+def law(logprobs_V, sampling: Sampling):
+    """What `draw` follows, log-probabilities [V]: `filtered_logprobs`, or all on the likeliest if greedy."""
+    if not sampling.greedy:
+        return logprobs_V
+    chosen = jnp.arange(logprobs_V.shape[0]) == jnp.argmax(logprobs_V)
+    return jnp.where(chosen, 0.0, -jnp.inf)
+
+
 def draw(logprobs_V, key, sampling: Sampling):
     """A token id (int32 scalar) from `filtered_logprobs` [V]; greedy: the likeliest, lowest on a tie."""
     if sampling.greedy:
@@ -77,14 +85,19 @@ def candidate_score(logprobs_V, key, criterion: str):
     if criterion == "confidence":
         return jnp.max(logprobs_V)
     if criterion == "entropy":
-        kept = logprobs_V > -jnp.inf
-        return jnp.sum(jnp.where(kept, jnp.exp(logprobs_V) * jnp.where(kept, logprobs_V, 0.0), 0.0))
+        return -entropy(logprobs_V)
     if criterion == "margin":
         two_best = jax.lax.top_k(jnp.exp(logprobs_V), min(2, logprobs_V.shape[0]))[0]
         return two_best[0] - (two_best[1] if two_best.shape[0] == 2 else 0.0)
     if criterion == "random":
         return jax.random.uniform(key)
     raise ValueError(f"unknown criterion {criterion!r}")
+
+
+def entropy(logprobs_V):
+    """Of log-probabilities [..., V], in nats, [...]."""
+    kept = logprobs_V > -jnp.inf
+    return -jnp.sum(jnp.where(kept, jnp.exp(logprobs_V) * jnp.where(kept, logprobs_V, 0.0), 0.0), axis=-1)
 
 
 def map_rows(function, rows, vocab_size: int):

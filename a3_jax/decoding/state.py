@@ -10,6 +10,23 @@ import jax.numpy as jnp
 from flax import struct
 
 
+class Drafts(struct.PyTreeNode):
+    """Proposed tokens of the next W unfilled columns (`upcoming`), to be verified by the next forward.
+
+    Attributes:
+      tokens: [B, W] int32.
+      count: [B] int32, how many there are.
+      laws: [B, W, V] float32, the log-probabilities that each was drawn from.
+      proposed, accepted: [B] int32, how many were verified so far, and passed.
+    """
+
+    tokens: Any
+    count: Any
+    laws: Any
+    proposed: Any
+    accepted: Any
+
+
 class State(struct.PyTreeNode):
     """B examples of at most N columns.
 
@@ -20,13 +37,14 @@ class State(struct.PyTreeNode):
       given: [B, N] bool, filled from the start.
       filled: [B, N] bool.
       stored: [B, N] bool, all False without a cache.
-      plan: [B, N] int32, the rank at which groupwise decoding fills a column.
+      plan: [B, N] int32: columns of lower rank are filled first.
       commit_rank: [B, N] int32, the rank at which it was filled (context ranks at given columns).
       logprob: [B, N] float32, the model's own log-probability (natural logarithm), 0 where not generated.
       next_rank: [B] int32, the rank of the next commit.
       forwards: [B] int32, forwards so far; also the step number that randomness is derived from.
       key: [B] PRNG keys, one an example, whatever batch it is in.
-      cache: `model.two_stream.Cache` with N slots, or None.
+      cache: `model.two_stream.Cache`, or None.
+      drafts: `Drafts` of speculative decoding, or None.
     """
 
     tokens: Any
@@ -42,6 +60,7 @@ class State(struct.PyTreeNode):
     forwards: Any
     key: Any
     cache: Any = None
+    drafts: Any = None
 
     @property
     def unfilled(self):
@@ -78,21 +97,72 @@ def compact(mask, size: int):
     return columns, jnp.take_along_axis(mask, columns, axis=1)
 
 
-def commit(state: State, columns, chosen, tokens, logprobs) -> State:
-    """Fills the chosen columns at the next rank; examples without a chosen column stay as they are.
+def upcoming(state: State):
+    """The unfilled columns as planned, in reading order where ranks are equal; then the others.
+
+    Returns:
+      columns [B, N] int32, and how many are unfilled, [B] int32.
+    """
+    last = jnp.iinfo(state.plan.dtype).max
+    columns = jnp.argsort(jnp.where(state.unfilled, state.plan, last), axis=1, stable=True)
+    return columns.astype(jnp.int32), jnp.sum(state.unfilled, axis=1, dtype=jnp.int32)
+
+
+def lay_drafts(state: State):
+    """The drafts in their columns, each at a rank of its own.
+
+    Returns:
+      tokens and ranks [B, N] int32 with those of the drafts among them, and where those are, [B, N] bool.
+    """
+    nowhere = jnp.zeros_like(state.filled)
+    if state.drafts is None:
+        return state.tokens, state.commit_rank, nowhere
+    size = state.drafts.tokens.shape[1]
+    columns, place = upcoming(state)[0][:, :size], jnp.arange(size, dtype=jnp.int32)
+    put = _at(state, columns, place < state.drafts.count[:, None])
+    return (
+        put(state.tokens, state.drafts.tokens),
+        put(state.commit_rank, state.next_rank[:, None] + place),
+        put(nowhere, True),
+    )
+
+
+def commit(state: State, columns, chosen, tokens, logprobs, place=None) -> State:
+    """Fills the chosen columns; examples without a chosen column stay as they are.
 
     Args:
       columns: [B, Q] int32.  chosen: [B, Q] bool.  tokens: [B, Q] int32.  logprobs: [B, Q] float32.
+      place: [B, Q] or [Q] int32, which of the next ranks a column gets; None: all are one group.
     """
+    place = jnp.broadcast_to(jnp.int32(0) if place is None else place, columns.shape)
+    put = _at(state, columns, chosen)
+    ranks_used = jnp.max(jnp.where(chosen, place + 1, 0), axis=1)
+    return state.replace(
+        tokens=put(state.tokens, tokens),
+        filled=put(state.filled, True),
+        commit_rank=put(state.commit_rank, state.next_rank[:, None] + place),
+        logprob=put(state.logprob, logprobs),
+        next_rank=state.next_rank + ranks_used,
+        forwards=state.forwards + jnp.any(chosen, axis=1),
+    )
+
+
+def keep_drafts(state: State, accepted) -> State:
+    """Takes the first `accepted` [B] drafts' keys, already written, as stored: the pointer moves over them.
+
+    Called before they are committed: `upcoming` still begins with them.
+    """
+    if state.cache is None:
+        return state
+    size = state.drafts.tokens.shape[1]
+    columns = upcoming(state)[0][:, :size]
+    put = _at(state, columns, jnp.arange(size) < accepted[:, None])
+    cache = state.cache.replace(length=state.cache.length + accepted)
+    return state.replace(cache=cache, stored=put(state.stored, True))
+
+
+def _at(state, columns, chosen):
+    """A function (array [B, N], values [B, Q]) -> the array with the values at the chosen columns."""
     batch = jnp.arange(columns.shape[0])[:, None]
     target = jnp.where(chosen, columns, state.tokens.shape[1])  # out of range: dropped by the scatter
-    ranks = jnp.broadcast_to(state.next_rank[:, None], columns.shape)
-    moved = jnp.any(chosen, axis=1).astype(jnp.int32)
-    return state.replace(
-        tokens=state.tokens.at[batch, target].set(tokens, mode="drop"),
-        filled=state.filled.at[batch, target].set(True, mode="drop"),
-        commit_rank=state.commit_rank.at[batch, target].set(ranks, mode="drop"),
-        logprob=state.logprob.at[batch, target].set(logprobs, mode="drop"),
-        next_rank=state.next_rank + moved,
-        forwards=state.forwards + moved,
-    )
+    return lambda array, values: array.at[batch, target].set(values, mode="drop")

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from a3_jax.model.attention import attention
+from a3_jax.model.attention import FEW_ROWS, attention
+from a3_jax.model.attention_cached import cached_attention
 from a3_jax.model.attention_chunked import RESIDUALS
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.layers import embed, gated_mlp, rms_norm, rotary_angles, rotary_frequencies, rotate
@@ -68,7 +69,7 @@ class Cache:
     """Keys and values of committed tokens: append-only, a slot is a commit.
 
     Attributes:
-      key, value: [L, B, S, K, H].
+      key, value: [L, B, K, S, H]: a head's keys stand next to each other.
       length: [B] int32, slots in use. Setting it back forgets the slots behind it.
     """
 
@@ -121,14 +122,12 @@ class Geometry:
     Attributes:
       start, limit: [B, R] int32, R = content rows + query rows.
       cos, sin: [tables, B, R, H / 2] float32.
-      slots: [B, T] int32, where the cache keeps each content row; None without a cache.
     """
 
     start: Any
     limit: Any
     cos: Any
     sin: Any
-    slots: Any = None
 
 
 class Block(nn.Module):
@@ -188,14 +187,21 @@ class Block(nn.Module):
         cos, sin = geometry.cos[record.rotary_table], geometry.sin[record.rotary_table]
         q = rotate(q, cos[:, first:], sin[:, first:])
         k = rotate(k, cos[:, : self.content_rows], sin[:, : self.content_rows])
+        start = _windowed(geometry, record.window, self.content_rows)[:, first:]
+        limit, scale = geometry.limit[:, first:], c.head_size**-0.5
         if cache is not None:
-            k, v, cache = _append(cache, k, v, record.index, geometry.slots)
-
-        start = _windowed(geometry, record.window, self.content_rows)
-        out = attention(
-            q, k, v, start[:, first:], geometry.limit[:, first:],
-            scale=c.head_size**-0.5, precision=self.precision, implementation=self.attention,
-        )  # fmt: skip
+            cache = _append(cache, k, v, record.index)
+        if cache is not None and q.shape[1] <= FEW_ROWS:
+            out = cached_attention(
+                q, cache.key, cache.value, record.index, start, limit, scale=scale, precision=self.precision
+            )
+        else:
+            if cache is not None:
+                k, v = (_layer_keys(array, record.index, q.dtype) for array in (cache.key, cache.value))
+            out = attention(
+                q, k, v, start, limit,
+                scale=scale, precision=self.precision, implementation=self.attention,
+            )  # fmt: skip
         out_weight = self.weight("o", ("heads", "head_size", "embed"), (c.num_heads, c.head_size, c.d_model),
                                  c.num_heads * c.head_size)  # fmt: skip
         return jnp.einsum("BTNH,NHD->BTD", out, out_weight, precision=self.precision), cache
@@ -211,6 +217,8 @@ class TwoStream(nn.Module):
         "dots" (matrix products and attention), "block" (each block's input), "offload" (the same, in
         the host's memory).
       attention: how attention is computed, see `attention.IMPLEMENTATIONS`.
+      unroll: layers as one straight program instead of a loop: compiles longer, and takes each layer's
+        weights where they are instead of copying them out of their stack.
     """
 
     config: ModelConfig
@@ -218,6 +226,7 @@ class TwoStream(nn.Module):
     precision: Any = None
     remat: str = "none"
     attention: str = "auto"
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -228,7 +237,8 @@ class TwoStream(nn.Module):
         Args:
           content: rows with tokens, [B, T]. Without a cache, `start` and `limit` of all rows index these
             rows, so they must be sorted (`ordering.intervals.sort_order`). With a cache they are appended to
-            it, but those that see nothing (padding), and `start` and `limit` index its slots.
+            it, but for those that see nothing (padding), which come last; `start` and `limit` index its
+            slots, of which there must be T behind its length.
           query: rows without tokens, [B, Tq], or None.
           outputs: "query", "content" or "both"; work that feeds none of them is not done.
           cache: keys and values of earlier calls, or None.
@@ -242,7 +252,7 @@ class TwoStream(nn.Module):
             query = None
         c, rows = self.config, content.tokens.shape[1]
         x_BRD = self._embedded(content, query)
-        geometry = _geometry(c, content, query, cache)
+        geometry = _geometry(c, content, query)
         first_output = rows if outputs == "query" else 0
         x_BRD, new_cache = self._layers(x_BRD, cache, geometry, rows, first_output)
         scale = _parameter(self, "final_norm", ("norm",), (c.d_model,)).astype(self.dtype)
@@ -286,6 +296,7 @@ class TwoStream(nn.Module):
                 split_rngs={"params": True},
                 in_axes=cast(Any, (0, nn.broadcast)),
                 length=self.config.num_layers - 1,
+                unroll=self.config.num_layers - 1 if self.unroll else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             first_layers = jax.tree.map(lambda x: x[:-1], records)
@@ -341,9 +352,11 @@ def param_shardings(mesh, config: ModelConfig):
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
-    """An empty cache for `slots` commits an example."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_size)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
+    """An empty cache for `slots` commits an example: sharded by example and kv head on a mesh."""
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_size)
+    axes = ("layers", "batch", "kv_heads", "length", "head_size")
+    key, value = (constrain(jnp.zeros(shape, dtype), axes) for _ in range(2))
+    return Cache(key, value, jnp.zeros((batch,), jnp.int32))
 
 
 def _init(config, key):
@@ -368,7 +381,7 @@ def _normal(scale, key, shape, dtype=jnp.float32):
     return (scale * drawn.reshape(-1)[:size]).reshape(shape).astype(dtype)
 
 
-def _geometry(config, content, query, cache) -> Geometry:
+def _geometry(config, content, query) -> Geometry:
     sets = [content] if query is None else [content, query]
     positions, start, limit = (
         jnp.concatenate([getattr(rows, field) for rows in sets], axis=1)
@@ -376,12 +389,7 @@ def _geometry(config, content, query, cache) -> Geometry:
     )
     tables = [rotary_angles(positions, frequencies) for frequencies in frequency_tables(config)]
     cos, sin = (jnp.stack(parts) for parts in zip(*tables, strict=True))
-    slots = None
-    if cache is not None:
-        real = content.limit > content.start
-        after_last = cache.key.shape[2]  # out of range: dropped by the scatter
-        slots = jnp.where(real, cache.length[:, None] + jnp.cumsum(real, axis=1) - 1, after_last)
-    return Geometry(start=start, limit=limit, cos=cos, sin=sin, slots=slots)
+    return Geometry(start=start, limit=limit, cos=cos, sin=sin)
 
 
 def _windowed(geometry, window, content_rows):
@@ -390,16 +398,22 @@ def _windowed(geometry, window, content_rows):
     return jnp.maximum(geometry.start, geometry.limit - seen)
 
 
-def _append(cache, k_BTKH, v_BTKH, layer, slots):
-    """The layer's keys and values [B, S, K, H] with the new rows among them, and the whole cache."""
-    batch = jnp.arange(k_BTKH.shape[0])[:, None]
-    key = cache.key.at[layer, batch, slots].set(k_BTKH.astype(cache.key.dtype), mode="drop")
-    value = cache.value.at[layer, batch, slots].set(v_BTKH.astype(cache.value.dtype), mode="drop")
-    return (
-        key[layer].astype(k_BTKH.dtype),
-        value[layer].astype(v_BTKH.dtype),
-        cache.replace(key=key, value=value),
-    )
+def _append(cache, k_BTKH, v_BTKH, layer):
+    """The cache with the layer's new rows behind those in use; what padding leaves there is never read."""
+
+    def put(kept, new):  # an example's [K, S, H]
+        def one(kept, new, length):
+            return jax.lax.dynamic_update_slice(kept, new[None], (layer, 0, length, 0))
+
+        new = new.astype(kept.dtype).swapaxes(1, 2)
+        return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(kept, new, cache.length)
+
+    return cache.replace(key=put(cache.key, k_BTKH), value=put(cache.value, v_BTKH))
+
+
+def _layer_keys(array, layer, dtype):
+    """One layer of the cache as attention takes it, [B, S, K, H]."""
+    return array[layer].astype(dtype).swapaxes(1, 2)
 
 
 def _advanced(cache, content):

@@ -7,6 +7,7 @@ predicted in parallel. For a document of seven tokens and groups of three:
     l2r             0  1  2  3  4  5  6
     contiguous(3)   0  0  0  1  1  1  2
     random(3)       1  0  2  0  1  1  0     a random permutation, cut into groups
+    spread(1)       0  4  2  5  1  6  3     halving strides: 0, then 4, then 2 and 6, then the odd ones
 
 In training, `draw` is a function of (seed, running number of the example over all epochs): an
 example has the same order on every host and after every restart, and a new one each epoch.
@@ -21,7 +22,8 @@ from a3_jax.errors import InputError, nearest
 if TYPE_CHECKING:
     from a3_jax.ordering.curriculum import Stage
 
-ORDERS = ("l2r", "random")  # of generation and scoring
+ORDERS = ("l2r", "random", "spread", "block")  # of generation and scoring
+INNER_ORDERS = ("l2r", "random", "spread")  # inside a block
 TRAINING_ORDERS = ("l2r", "contiguous", "random")
 CONTEXTS = ("flat", "l2r")
 
@@ -45,23 +47,71 @@ def random(length: int, size: int, rng: np.random.Generator) -> np.ndarray:
     return _shuffle_segments(np.ones(length, np.int32), bits) // np.int32(size)
 
 
-def order_ranks(order: str, length: int, group_size: int, rng: np.random.Generator) -> np.ndarray:
+def spread(length: int, size: int) -> np.ndarray:
+    """[T] int32: halving strides, so that the tokens of a group stand far apart (arXiv 2506.19037).
+
+    Index 0 is level 0; the other indices of level l are the odd multiples of 2^(L - l), midway between
+    indices of lower levels, where L = ceil(log2 T). Levels come one after the other, each left to
+    right, in groups of up to `size` that never cross a level and never hold more tokens than come
+    before them.
+    """
+    index = np.arange(length)
+    levels = max(length - 1, 0).bit_length()
+    trailing = np.log2(np.maximum(index & -index, 1)).astype(np.int32)
+    level = np.where(index == 0, 0, levels - trailing)
+    ranks, rank, placed = np.zeros(length, np.int32), 0, 0
+    for wanted in range(levels + 1):
+        members = np.flatnonzero(level == wanted)
+        while len(members) and placed < size:  # the first few groups, each as large as what is placed
+            group, members = np.split(members, [min(max(placed, 1), len(members))])
+            ranks[group] = rank
+            rank, placed = rank + 1, placed + len(group)
+        ranks[members] = rank + np.arange(len(members)) // size
+        rank, placed = rank + -(-len(members) // size), placed + len(members)
+    return ranks
+
+
+def block(length: int, size: int, block_size: int, inner: str, rng: np.random.Generator) -> np.ndarray:
+    """[T] int32: blocks of `block_size` left to right, each in its `inner` order in groups of `size`."""
+    ranks, before = np.zeros(length, np.int32), 0
+    for first in range(0, length, block_size):
+        count = min(block_size, length - first)
+        own = order_ranks(inner, count, min(size, count), rng)
+        ranks[first : first + count] = before + own
+        before += int(own.max()) + 1
+    return ranks
+
+
+def order_ranks(
+    order: str,
+    length: int,
+    group_size: int,
+    rng: np.random.Generator,
+    *,
+    block_size: int = 32,
+    block_order: str = "random",
+) -> np.ndarray:
     """[T] int32: the ranks that `order` and `group_size` mean when generating or scoring.
 
     Args:
-      order: "l2r" (contiguous groups where `group_size` > 1) or "random".
+      order: "l2r" (contiguous groups where `group_size` > 1), "random", "spread" or "block".
       length: number of tokens to rank: all of a text, or its blanks alone.
       group_size: tokens a group.
-      rng: read by "random" only.
+      rng: read by random orders only.
+      block_size, block_order: of "block": tokens a block, and the order inside.
 
     Raises:
-      InputError: an unknown order, or a group size below 1.
+      InputError: an unknown order, or a size below 1.
     """
     if order not in ORDERS:
         known = ", ".join(ORDERS)
         raise InputError(f"must be one of {known}, got {order!r}{nearest(order, ORDERS)}", field="order")
     if group_size < 1:
         raise InputError(f"must be at least 1, got {group_size}", field="group_size")
+    if order == "block":
+        return block(length, group_size, block_size, block_order, rng)
+    if order == "spread":
+        return spread(length, group_size)
     return random(length, group_size, rng) if order == "random" else contiguous(length, group_size)
 
 
