@@ -224,7 +224,7 @@ def test_what_is_drawn_on_the_chain_has_its_pairs(transition):
 
 
 def test_the_rules_bound_holds_on_the_chain(transition):
-    """Committed together under an entropy bound: KL(joint | product), enumerated for pairs, stays below it."""
+    """Committed together under an entropy bound: KL(joint | product) of pairs, enumerated, stays below."""
     powers = [np.linalg.matrix_power(transition, n) for n in range(9)]
     stationary = np.linalg.matrix_power(transition, 500)[0]
     for gap in (1, 2, 5):
