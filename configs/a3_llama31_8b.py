@@ -3,7 +3,8 @@
 Paper       A3, arXiv 2601.13228: Llama-3.1-8B, FineWeb, about 2B tokens, sequences of 2048, bfloat16
 Recipe      learning rate 2e-5, weight decay 0.01; the paper states neither batch nor warm-up:
             256 x 2048 = 524,288 tokens a step, 954 steps a stage, 4 x 954 x 524,288 = 2.0e9 tokens
-Hardware    microbatches of 64 rows for v5p:4x4x4 (64 chips of 95 GB), 1 row a chip
+Hardware    v5p:4x4x4 (64 chips of 95 GiB), microbatches of 64 rows, 1 a chip: 19.7 GiB;
+            v5e:8x8 (64 chips of 16 GiB) with --config.remat=block: 9.2 GiB (compiled, not run)
 Hours       not measured
 Expect      the paper's tables (`paper_tables`): not reproduced yet
 
@@ -45,7 +46,7 @@ def get_config():
     config.clip = 1.0
 
     config.dtype = "bfloat16"
-    config.remat = "block"
+    config.remat = "dots"
     config.mesh = ConfigDict({"data": 0, "fsdp": -1, "tensor": 1})
     config.checkpoint_every = 100
     config.keep = 2
