@@ -2,7 +2,10 @@
 a Python loop over the dense float64 model."""
 
 import dataclasses
+import math
+import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,7 +14,9 @@ from a3_jax.decoding.generation import _program, _start, _Task
 from a3_jax.decoding.loop import decode
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
-from tests import oracles
+from a3_jax.model.sharding import make_mesh
+from a3_jax.model.two_stream import param_shardings
+from tests import oracles, tiny
 from tests.tiny_checkpoint import blanks, tiny_checkpoint
 
 
@@ -55,7 +60,8 @@ def test_cached_equals_recomputed(options):
     requests = blank_requests(item_lines(prompts), checkpoint, options)
     tasks = [_Task(request, 0, options.context or "flat", options) for request in requests]
     state = _start(tasks, 16, 4, options.seed)
-    program = _program(checkpoint.config, options, None, tasks[0].shape)
+    shape = tuple(map(max, *(task.shape for task in tasks)))
+    program = _program(checkpoint.config, options, None, shape)
     cached = decode(checkpoint.params, state, program=program)
     recomputed = decode(checkpoint.params, state, program=dataclasses.replace(program, cached=False))
     for field in ("tokens", "commit_rank", "forwards", "filled"):
@@ -108,3 +114,39 @@ def test_from_the_left_against_a_python_loop():
 def close(logprobs, expected):
     assert [value is None for value in logprobs] == [value is None for value in expected]
     np.testing.assert_allclose(np.array(logprobs, float), np.array(expected, float), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": "random", "group_size": 2, "temperature": 1.0},
+        {"strategy": "dynamic", "threshold": 0.3},
+        {"strategy": "speculative", "window": 3, "temperature": 1.0},
+        {"model": "ar"},
+    ],
+    ids=["groupwise", "dynamic", "speculative", "left to right"],
+)
+def test_new_prompts_of_a_known_bucket_compile_nothing(options):
+    checkpoint, rng = tiny_checkpoint(), np.random.default_rng(7)
+    generate(checkpoint, [{"tokens": [1, 2, *[None] * 9]}], **options)
+    before = decode._cache_size()
+    for length in (8, 10, 14):
+        tokens = [*rng.integers(0, 20, 2).tolist(), *[None] * length]
+        generate(checkpoint, [{"tokens": tokens}], **options)
+    assert decode._cache_size() == before
+
+
+@pytest.mark.parametrize("strategy", ["groupwise", "dynamic", "speculative"])
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 1, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}])
+def test_a_mesh_changes_nothing(strategy, sizes):
+    checkpoint = tiny_checkpoint(dataclasses.replace(tiny.CONFIG, vocab_size=24))
+    rng, mesh = np.random.default_rng(8), make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    params = jax.device_put(checkpoint.params, param_shardings(mesh, checkpoint.config))
+    sharded = types.SimpleNamespace(**{**vars(checkpoint), "params": params})
+    prompts = [{"tokens": blanks(rng, length)} for length in (7, 12, 9, 14)]
+    options = {"strategy": strategy, "order": "random", "temperature": 1.0}
+    expected = generate(checkpoint, prompts, **options)
+    for result, alone in zip(generate(sharded, prompts, **options), expected, strict=True):
+        assert result["tokens"] == alone["tokens"]
+        assert result["forwards"] == alone["forwards"]
+        close(result["logprobs"], alone["logprobs"])

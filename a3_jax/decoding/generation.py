@@ -1,6 +1,7 @@
 """Blanks to text: requests are planned on the host, decoded in batches, and written out."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ from a3_jax.decoding.scoring import default_dtype, score
 from a3_jax.decoding.state import State, final_eos, finished
 from a3_jax.decoding.strategies import Rule
 from a3_jax.errors import InputError
+from a3_jax.model.sharding import axis_parts, constrain, mesh_of
 from a3_jax.ordering.ranks import context_first, contiguous, l2r, order_ranks
 
-_SMALL_PREFILL = 16  # content rows; below, a first forward of its own is not worth compiling
+_SMALL_PREFILL = 8  # content rows; up to here a first forward of its own is not worth compiling
 
 
 class _Task:
@@ -68,8 +70,10 @@ def generate_lines(checkpoint, lines, options: GenerateOptions) -> list[dict[str
     results: list[dict[str, Any]] = [{} for _ in tasks]
     for shape, indices, batch_size in batches(tasks, lambda task: task.shape):
         program = _program(checkpoint.config, options, eos_id, shape)
-        state = _start([tasks[index] for index in indices], shape[0], batch_size, options.seed)
-        final = _fields(decode(params, state, program=program), eos_id)
+        with mesh_of(params):
+            batch_size = math.lcm(batch_size, axis_parts("batch"))
+            state = _start([tasks[index] for index in indices], shape[0], batch_size, options.seed)
+            final = _fields(decode(params, state, program=program), eos_id)
         for row, index in enumerate(indices):
             arrays = {name: field[row] for name, field in final.items()}
             results[index] = _result(tasks[index], arrays, checkpoint.tokenizer, options)
@@ -100,7 +104,9 @@ def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str
     program = _program(checkpoint.config, options, eos_id, task.shape)
     params = decoding_params(checkpoint, options)
     told, arrays = ~task.request.blank, {}
-    for state in states(params, _start([task], task.shape[0], 1, options.seed), program):
+    with mesh_of(params):
+        start = _start([task], task.shape[0], axis_parts("batch"), options.seed)
+    for state in states(params, start, program):
         arrays = {name: field[0] for name, field in _fields(state, eos_id).items()}
         new = arrays["filled"][: len(told)] & ~told
         if options.order == "block" and not arrays["finished"]:
@@ -232,7 +238,7 @@ def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tup
         query_rows = content_rows = options.group_size
     else:
         query_rows = content_rows = bucket(int(np.bincount(ranks[blank]).max(initial=1)), 4)
-    prefill = bucket(prefill)
+    prefill = bucket(prefill, 4)
     if prefill <= _SMALL_PREFILL:
         content_rows = max(prefill, content_rows)
     if options.strategy != "speculative":
@@ -277,7 +283,7 @@ def _start(tasks, columns: int, batch_size: int, seed: int) -> State:
         present[row, :length], given[row, :length] = True, ~blank
         next_rank[row] = task.ranks[blank].min() if blank.any() else 0
         numbers[row], samples[row] = task.request.number, task.sample
-    return State(
+    state = State(
         tokens=jnp.asarray(tokens),
         positions=jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), shape),
         present=jnp.asarray(present),
@@ -291,6 +297,7 @@ def _start(tasks, columns: int, batch_size: int, seed: int) -> State:
         forwards=jnp.zeros(batch_size, jnp.int32),
         key=_keys(np.uint32(seed), numbers, samples),
     )
+    return jax.tree.map(lambda leaf: constrain(leaf, ("batch",)), state)
 
 
 @jax.jit

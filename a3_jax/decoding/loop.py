@@ -21,6 +21,7 @@ from a3_jax.decoding.speculative import no_drafts, speculative
 from a3_jax.decoding.state import State, finished
 from a3_jax.decoding.strategies import ONE_BEST, Rule, Strategy, dynamic, groupwise
 from a3_jax.model.config import ModelConfig
+from a3_jax.model.sharding import mesh_of
 from a3_jax.model.two_stream import TwoStream, init_cache, logits
 
 
@@ -105,19 +106,19 @@ def step(state: State, network: Network, program: Program) -> State:
 
 def states(params, state: State, program: Program) -> Iterator[State]:
     """The state after each step, on the host's time: for streams. The same steps as `decode`."""
-    state = _open(params, state, program=program)
+    with mesh_of(params):
+        state = _open(params, state, program=program)
     yield state
     while not bool(jnp.all(finished(state, program.eos_id))):
-        state = _next(params, state, program=program)
+        with mesh_of(params):  # never across a yield: it would be the caller's too
+            state = _next(params, state, program=program)
         yield state
 
 
 def two_stream(config: ModelConfig, dtype: str) -> TwoStream:
     """The model in a dtype by name; float32 means float32 proper, on accelerators too."""
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-    # CPU programs copy a layer's weights out of their stack: a step on few rows costs little else.
-    unroll = jax.default_backend() == "cpu"
-    return TwoStream(config, dtype=jnp.dtype(dtype), precision=precision, unroll=unroll)
+    return TwoStream(config, dtype=jnp.dtype(dtype), precision=precision)
 
 
 def start_state(state: State, program: Program) -> State:

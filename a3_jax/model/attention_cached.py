@@ -1,4 +1,4 @@
-"""Attention of a few rows over a decoding cache, read in place and no further than it is filled.
+"""A decoding cache: written in place, and read in place, no further than it is filled.
 
     cache  [L, B, K, S, H]   slots  0 . . 1 . . 2 . . | . . .
     rows                            x x x x x x x . .   two blocks of keys read, the third and what lies
@@ -8,10 +8,43 @@ A block of one layer's keys is a slice of the cache, taken in the loop: the cach
 step costs by what is committed, not by what there is room for.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from a3_jax.model.sharding import axis_parts, partition_spec
+
 KEYS = 256  # of a block
+_CACHE = ("layers", "batch", "kv_heads", "length", "head_size")
+_KEY = ("batch", "length", "kv_heads", "head_size")
+_QUERY, _ROW = ("batch", "length", "heads", "head_size"), ("batch", "length")
+
+
+def append(kept, new, layer, length):
+    """The cache with an example's new rows behind those in use.
+
+    Args:
+      kept: [L, B, K, S, H], keys or values.
+      new: [B, T, K, H].
+      layer: int32 scalar.
+      length: [B] int32; length + T <= S.
+
+    Returns:
+      [L, B, K, S, H]: the same buffer, where its old content is not needed any more.
+    """
+
+    def put(kept, new, layer, length):
+        new = new.astype(kept.dtype).swapaxes(1, 2)
+
+        def one(b, kept):  # a scatter over examples would transpose the whole cache
+            block = jax.lax.dynamic_slice_in_dim(new, b, 1)[None]
+            return jax.lax.dynamic_update_slice(kept, block, (layer, b, 0, length[b], 0))
+
+        return jax.lax.fori_loop(0, new.shape[0], one, kept)
+
+    specs = (_CACHE, _KEY, (), ("batch",))
+    return _each_device(put, specs, _CACHE, kept)(kept, new, layer, length)
 
 
 def cached_attention(query, keys, values, layer, start, limit, *, scale, logit_softcap=None, precision=None):
@@ -27,6 +60,21 @@ def cached_attention(query, keys, values, layer, start, limit, *, scale, logit_s
     Returns:
       [B, T, N, H] in query's dtype; exactly zero in rows with an empty interval.
     """
+    attend = functools.partial(_attend, scale=scale, logit_softcap=logit_softcap, precision=precision)
+    specs = (_QUERY, _CACHE, _CACHE, (), _ROW, _ROW)
+    return _each_device(attend, specs, _QUERY, keys)(query, keys, values, layer, start, limit)
+
+
+def _each_device(function, in_axes, out_axes, cache):
+    """`function` on each device's examples and heads; as it is without a mesh or where they don't divide."""
+    batch, heads = axis_parts("batch"), axis_parts("kv_heads")
+    if batch * heads == 1 or cache.shape[1] % batch or cache.shape[2] % heads:
+        return function
+    specs = tuple(partition_spec(axes) for axes in in_axes)
+    return jax.shard_map(function, in_specs=specs, out_specs=partition_spec(out_axes), check_vma=False)
+
+
+def _attend(query, keys, values, layer, start, limit, *, scale, logit_softcap, precision):
     (batch, rows, heads, size), (kv_heads, slots) = query.shape, keys.shape[2:4]
     block, group = min(KEYS, slots), heads // kv_heads
     query_BKRH = query.reshape(batch, rows, kv_heads, group, size).transpose(0, 2, 3, 1, 4)

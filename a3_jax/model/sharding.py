@@ -1,5 +1,6 @@
 """Which mesh axis each logical axis lies on: one table, and the mesh itself."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -133,3 +134,11 @@ def constrain(array, axes: Sequence[str]):
     if jax.sharding.get_abstract_mesh().empty:
         return array
     return jax.lax.with_sharding_constraint(array, partition_spec(axes))
+
+
+def mesh_of(params) -> contextlib.AbstractContextManager:
+    """The context of the mesh that parameters lie on: what runs in it is sharded like them."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
+        return jax.set_mesh(sharding.mesh)
+    return contextlib.nullcontext()

@@ -22,7 +22,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from a3_jax.model.attention import FEW_ROWS, attention
-from a3_jax.model.attention_cached import cached_attention
+from a3_jax.model.attention_cached import append, cached_attention
 from a3_jax.model.attention_chunked import RESIDUALS
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.layers import embed, gated_mlp, rms_norm, rotary_angles, rotary_frequencies, rotate
@@ -217,8 +217,6 @@ class TwoStream(nn.Module):
         "dots" (matrix products and attention), "block" (each block's input), "offload" (the same, in
         the host's memory).
       attention: how attention is computed, see `attention.IMPLEMENTATIONS`.
-      unroll: layers as one straight program instead of a loop: compiles longer, and takes each layer's
-        weights where they are instead of copying them out of their stack.
     """
 
     config: ModelConfig
@@ -226,7 +224,6 @@ class TwoStream(nn.Module):
     precision: Any = None
     remat: str = "none"
     attention: str = "auto"
-    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -296,7 +293,6 @@ class TwoStream(nn.Module):
                 split_rngs={"params": True},
                 in_axes=cast(Any, (0, nn.broadcast)),
                 length=self.config.num_layers - 1,
-                unroll=self.config.num_layers - 1 if self.unroll else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             first_layers = jax.tree.map(lambda x: x[:-1], records)
@@ -400,14 +396,7 @@ def _windowed(geometry, window, content_rows):
 
 def _append(cache, k_BTKH, v_BTKH, layer):
     """The cache with the layer's new rows behind those in use; what padding leaves there is never read."""
-
-    def put(kept, new):  # an example's [K, S, H]
-        def one(kept, new, length):
-            return jax.lax.dynamic_update_slice(kept, new[None], (layer, 0, length, 0))
-
-        new = new.astype(kept.dtype).swapaxes(1, 2)
-        return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(kept, new, cache.length)
-
+    put = functools.partial(append, layer=layer, length=cache.length)
     return cache.replace(key=put(cache.key, k_BTKH), value=put(cache.value, v_BTKH))
 
 
