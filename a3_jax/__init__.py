@@ -22,6 +22,7 @@ _HOMES = {
     "open_checkpoint": "a3_jax.checkpoints.conversion",
     "train": "a3_jax.training.run",
     "generate": "a3_jax.decoding.generation",
+    "generate_stream": "a3_jax.decoding.generation",
     "score": "a3_jax.decoding.scoring",
     "InputError": "a3_jax.errors",
 }

@@ -5,17 +5,24 @@ others; both take the `Checkpoint` of `a3_jax.open_checkpoint`. Behind them:
 
     options, requests   what the user asks for, checked before the model runs
     batching            requests of one shape are run together, so that a new length compiles nothing
-    generation, loop    state -> choose candidates -> one forward -> commit, in one `while_loop`
+    generation          requests to states and back, whole or as a stream
+    loop, state         offer candidates -> forward -> judge -> accept, in one `while_loop`
     strategies          which blanks are offered, and which of them are committed
-    sampling            logits -> token, its own log-probability, how good a candidate it is
+    speculative         a strategy more: drafts in parallel, the law of one token at a time
+    forwards            what a step computes: over the cache, without it, or left to right
+    judge, sampling     logits -> token, its own log-probability, how good a candidate it is
     scoring             one forward for any subset given any other
 """
 
 import importlib
 
-_HOMES = {"generate": "a3_jax.decoding.generation", "score": "a3_jax.decoding.scoring"}
+_HOMES = {
+    "generate": "a3_jax.decoding.generation",
+    "generate_stream": "a3_jax.decoding.generation",
+    "score": "a3_jax.decoding.scoring",
+}
 
-__all__ = ["generate", "score"]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name):
