@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import jax
 import numpy as np
@@ -140,5 +141,5 @@ def mesh_of(params) -> contextlib.AbstractContextManager:
     """The context of the mesh that parameters lie on: what runs in it is sharded like them."""
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
-        return jax.set_mesh(sharding.mesh)
+        return jax.set_mesh(cast(Mesh, sharding.mesh))
     return contextlib.nullcontext()
