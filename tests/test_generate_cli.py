@@ -74,6 +74,9 @@ BAD_LINES = [
     ({"tokens": [1, None], "ranks": [0]}, ["ranks", "[0]"]),
     ({"tokens": [1, None, False]}, ["tokens", "false"]),
     ({"tokens": [260, None]}, ["tokens", "260"]),
+    ({"tokens": [1, None, 2], "ranks": [0, 1, 0, 0]}, ["ranks", "4 values for 3 tokens"]),
+    ({"tokens": [None] * 257}, ["tokens", "257", "256"]),
+    ({"text": "[[9999999999]]"}, ["text", "[[9999999999]]"]),
 ]
 
 
@@ -101,12 +104,149 @@ def test_bad_lines(model, tmp_path, capsys, line, parts):
         (["--seed=-1"], ["--seed", "-1"]),
         (["--step_size=x"], ["--step_size", "x"]),
         (["--tempurature=1"], ["--tempurature", "--temperature"]),
+        (["--strategy=speculativ"], ["--strategy", "did you mean 'speculative'"]),
+        (["--order=sprad"], ["--order", "did you mean 'spread'"]),
+        (["--block_order=block"], ["--block_order", "'block'"]),
+        (["--criterion=margins"], ["--criterion", "did you mean 'margin'"]),
+        (["--commit=flat", "--strategy=speculative"], ["--commit", "'speculative'"]),
+        (
+            ["--threshold=0.9", "--entropy_bound=1", "--strategy=dynamic"],
+            ["--threshold", "contradicts entropy_bound"],
+        ),
+        (["--threshold=0.9"], ["--threshold", "'groupwise'"]),
+        (["--threshold=0.9", "--strategy=speculative"], ["--threshold", "'speculative'"]),
+        (["--threshold=1.1", "--strategy=dynamic"], ["--threshold", "1.1"]),
+        (["--entropy_bound=nan", "--strategy=dynamic"], ["--entropy_bound", "nan"]),
+        (["--factor=1", "--step_size=2", "--strategy=dynamic"], ["--step_size", "factor"]),
+        (["--window=0"], ["--window", "at least 1", "0"]),
+        (["--min_gap=2"], ["--min_gap", "'groupwise'"]),
+        (["--model=ar", "--strategy=speculative"], ["--strategy", "'ar'"]),
+        (["--stream", "--num_samples=2"], ["--num_samples", "one sample"]),
+        (["--stream", "--rerank"], ["--rerank", "one sample"]),
+        (["--orders=2"], ["--orders"]),
     ],
     ids=str,
 )
 def test_bad_options(model, tmp_path, capsys, flags, parts):
     source = write_lines(tmp_path / "in.jsonl", {"text": "a[[1]]"})
-    assert_refused(run(capsys, "generate", model, source, "-", *flags), *parts)
+    outcome = run(capsys, "generate", model, source, "-", *flags)
+    assert_refused(outcome, *parts)
+    assert len(outcome[2]) == 1, "nothing but the complaint"
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]], ids=str)
+def test_bad_lines_may_be_skipped(model, tmp_path, capsys, flags):
+    """The good lines are filled as they are at their places in the file."""
+    good = [{"text": "ab[[2]]"}, {"tokens": [4, None, 5]}]
+    bad = ["{", {"text": "a[[1]]", "rank": [0]}, {"tokens": [None, 260]}]
+    source = write_lines(tmp_path / "in.jsonl", bad[0], good[0], bad[1], good[1], bad[2])
+    arguments = ("generate", model, source, tmp_path / "out.jsonl", "--temperature=1", *flags)
+    assert_refused(run(capsys, *arguments), f"{source}:1:", "not JSON")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    status, out, err = run(capsys, *arguments, "--skip_bad")
+    assert (status, out, len(err)) == (0, [], 4)
+    for number, part, told in zip((1, 3, 5), ("not JSON", "did you mean 'ranks'", "260"), err, strict=False):
+        assert f"{source}:{number}:" in told
+        assert part in told
+    assert "3 bad lines skipped" in err[-1]
+    results = [line for line in read_lines(tmp_path / "out.jsonl") if "text" in line]
+    full = write_lines(tmp_path / "full.jsonl", good[0], good[0], good[0], good[1])
+    filled = run(capsys, "generate", model, full, "-", "--temperature=1")[1]
+    assert [line["tokens"] for line in results] == [filled[1]["tokens"], filled[3]["tokens"]]
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"], ["--rerank", "--num_samples=2"]], ids=str)
+def test_nothing_but_bad_lines(model, tmp_path, capsys, flags):
+    source = write_lines(tmp_path / "in.jsonl", "nope", {"text": 5}, "")
+    outcome = run(capsys, "generate", model, source, "-", *flags, "--skip_bad")
+    assert outcome[:2] == (0, [])
+    assert "0 lines, 2 bad lines skipped" in outcome[2][-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (["--order=l2r", "--group_size=2"], [[2, 3], [4, 5], [6, 8]]),
+        (["--order=block", "--block_size=4", "--group_size=2"], [[2, 3, 4, 5], [6, 8]]),
+        (["--order=block", "--block_size=3", "--strategy=dynamic"], [[2, 3, 4], [5, 6, 8]]),
+        (["--order=spread", "--strategy=speculative", "--window=2"], None),
+    ],
+    ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else "",
+)
+def test_a_stream_tells_what_the_result_holds(model, tmp_path, capsys, flags, steps):
+    """Events before each result, whose union is the result; the same tokens without a stream."""
+    source = write_lines(tmp_path / "in.jsonl", {"text": "ab[[5]]c[[1]]"}, {"text": "abc"})
+    arguments = ("generate", model, source, "-", "--temperature=1", "--seed=3", *flags)
+    status, (*events, result, nothing), _ = run(capsys, *arguments, "--stream")
+    assert status == 0
+    assert steps is None or [event["columns"] for event in events] == steps
+    told = dict.fromkeys(("tokens", "logprobs", "commit_rank"))
+    assert all(list(event) == ["columns", *told] for event in events)
+    columns = joined(events, "columns")
+    assert sorted(columns) == [2, 3, 4, 5, 6, 8]
+    for name in told:
+        assert joined(events, name) == [result[name][column] for column in columns], name
+    assert nothing["tokens"] == list(b"abc")
+    whole = run(capsys, *arguments)[1]
+    assert [line["tokens"] for line in whole] == [result["tokens"], nothing["tokens"]]
+    assert whole[0]["logprob"] == pytest.approx(result["logprob"], abs=1e-4)
+    assert whole[0]["commit_rank"] == result["commit_rank"]
+    arguments = (*arguments[:3], tmp_path / "out.jsonl", *arguments[4:], "--stream")
+    assert run(capsys, *arguments)[:2] == (0, [])
+    assert read_lines(tmp_path / "out.jsonl") == [*events, result, nothing]
+
+
+def joined(events, name):
+    return [value for event in events for value in event[name]]
+
+
+@pytest.mark.parametrize("context", ["flat", "l2r"])
+def test_rerank_keeps_the_likeliest_sample(model, tmp_path, capsys, context):
+    """Its joint is the largest of the four that `score` gives with ranks from left to right."""
+    items = [{"text": "ab[[4]]c[[2]]"}, {"tokens": [1, None, None, 3]}]
+    source = write_lines(tmp_path / "in.jsonl", *items)
+    arguments = (model, source, "-", "--num_samples=4", "--temperature=1", f"--context={context}")
+    _, samples, _ = run(capsys, "generate", *arguments)
+    _, kept, _ = run(capsys, "generate", *arguments, "--rerank")
+    assert len(kept) == 2
+    for number, best in enumerate(kept):
+        four = samples[4 * number : 4 * number + 4]
+        scored = [[int(value is not None) for value in line["logprobs"]] for line in four]
+        ranks = left_to_right(scored[0], context)
+        lines = [
+            {"tokens": line["tokens"], "ranks": ranks, "scored": blank}
+            for line, blank in zip(four, scored, strict=True)
+        ]
+        file = write_lines(tmp_path / "filled.jsonl", *lines)
+        joints = [line["logprob"] for line in run(capsys, "score", model, file, "-")[1]]
+        assert len(set(joints)) == 4
+        sample = joints.index(max(joints))
+        assert best == four[sample] | {"joint": best["joint"]}
+        assert best["sample"] == sample
+        assert best["joint"] == pytest.approx(joints[sample], abs=1e-4)
+
+
+def left_to_right(blank, context):
+    """Ranks of given tokens first, as one group or one by one, then the blanks one by one."""
+    given = blank.count(0)
+    ranks, next_given, next_blank = [], 0, given if context == "l2r" else 1
+    for is_blank in blank:
+        ranks.append(next_blank if is_blank else next_given)
+        next_blank += is_blank
+        next_given += not is_blank and context == "l2r"
+    return ranks
+
+
+def test_acceptance_is_that_of_speculative(model, tmp_path, capsys):
+    """The share of drafts that passed; none are made where one token is all there is to fill."""
+    source = write_lines(tmp_path / "in.jsonl", {"text": "ab[[9]]"}, {"text": "ab[[1]]c"})
+    flags = ("--strategy=speculative", "--window=3")
+    _, (many, one), _ = run(capsys, "generate", model, source, "-", *flags)
+    assert list(many) == [*FIELDS, "acceptance"]
+    assert 0 <= many["acceptance"] <= 1
+    assert one["acceptance"] is None
+    passed = 9 - many["forwards"]  # each forward adds a token of its own to the drafts that passed
+    assert (many["acceptance"] > 0) == (passed > 0)
 
 
 def test_left_to_right_needs_a_first_token(model, tmp_path, capsys):
@@ -155,9 +295,38 @@ def test_weights_that_give_no_number_fail_the_run(tmp_path, capsys, monkeypatch)
     """Exit status 1, no output: NaN is no JSON."""
     broken = tiny_checkpoint()
     broken.params = broken.params | {"final_norm": broken.params["final_norm"] * float("nan")}
-    monkeypatch.setattr("a3_jax.checkpoints.conversion.open_checkpoint", lambda path: broken)
+    monkeypatch.setattr("a3_jax.checkpoints.conversion.open_checkpoint", lambda path, **_: broken)
     source = write_lines(tmp_path / "in.jsonl", {"tokens": [1, 2]})
     status, out, err = run(capsys, "score", "model", source, tmp_path / "out.jsonl")
     assert (status, out) == (1, [])
     assert f"{source}:1" in err[-1]
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_mesh_changes_nothing(model, tmp_path, capsys):
+    """The command on eight devices: examples over data and fsdp, heads over tensor."""
+    source = write_lines(tmp_path / "in.jsonl", {"text": "ab[[3]]cd[[2]]"}, {"text": "[[4]]x"})
+    for command, flags in (("generate", ["--strategy=speculative"]), ("score", [])):
+        lines = source
+        if command == "score":
+            lines = write_lines(tmp_path / "score.jsonl", {"text": "abcd"}, {"text": "x y z"})
+        alone = run(capsys, command, model, lines, "-", *flags)
+        status, sharded, _ = run(capsys, command, model, lines, "-", *flags, "--mesh=data=2,fsdp=2,tensor=2")
+        assert status == alone[0] == 0
+        for result, expected in zip(sharded, alone[1], strict=True):
+            assert result["tokens"] == expected["tokens"]
+            assert result["logprob"] == pytest.approx(expected["logprob"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts"),
+    [
+        ("fsdp", ["--mesh", "'fsdp'"]),
+        ("fsdp=x", ["'fsdp=x'"]),
+        ("rows=2", ["rows"]),
+        ("fsdp=3", ["8 devices"]),
+    ],
+)
+def test_a_mesh_that_is_none(model, tmp_path, capsys, mesh, parts):
+    source = write_lines(tmp_path / "in.jsonl", {"text": "ab[[3]]"})
+    assert_refused(run(capsys, "generate", model, source, "-", f"--mesh={mesh}"), *parts)

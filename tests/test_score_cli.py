@@ -94,6 +94,22 @@ def test_left_to_right_model(model, checkpoint, tmp_path, capsys):
     np.testing.assert_allclose(values(backward)[::-1], expected, atol=1e-4)
 
 
+def test_several_orders(model, tmp_path, capsys):
+    """Text also carries its tokens; the first order is the plain run's; standard input is a file like any."""
+    lines = [{"text": "abcdef", "group_size": 1, "seed": 2}, {"tokens": [1, 2, 3], "absent": [0, 1, 0]}]
+    source = write_lines(tmp_path / "in.jsonl", *lines)
+    status, (text, tokens), _ = run(capsys, "score", model, source, "-", "--orders=3")
+    fields = ["logprobs", "logprob", "log_mean_exp", "order_gap", "orders"]
+    assert status == 0
+    assert (list(text), list(tokens)) == (["tokens", *fields], fields)
+    assert text["tokens"] == list(b"abcdef")
+    assert [len(line["orders"]) for line in (text, tokens)] == [3, 3]
+    assert tokens["logprobs"][1] is None
+    source = write_lines(tmp_path / "plain.jsonl", {**lines[0], "order": "random"})
+    _, (plain,), _ = run(capsys, "score", model, source, "-")
+    assert text["orders"][0] == pytest.approx(plain["logprob"], abs=1e-5)
+
+
 def test_bfloat16_is_close(model, checkpoint, tmp_path, capsys):
     source = write_lines(tmp_path / "in.jsonl", {"tokens": [1, 2, 3, 4], "ranks": [0, 1, 2, 3]})
     _, (result,), _ = run(capsys, "score", model, source, "-", "--dtype=bfloat16")
@@ -131,6 +147,12 @@ BAD_LINES = [
     ({"tokens": [1, 2], "positions": [3, 3]}, ["positions", "3", "more than once"]),
     ({"tokens": [1, 2], "scored": [1]}, ["scored", "[1]"]),
     ({"tokens": [1, 2], "scored": [1, 2]}, ["scored", "2"]),
+    ({"tokens": [1, 2], "absent": [1]}, ["absent", "[1]", "2 tokens"]),
+    ({"tokens": [1, 2], "absent": [0, 2]}, ["absent", "2"]),
+    ({"tokens": [1, 2], "absent": [1, 1]}, ["absent", "every token"]),
+    ({"tokens": [1, 2], "absent": [0, 1], "scored": [1, 1]}, ["absent", "value 1", "scored"]),
+    ({"tokens": [1, 2], "absent": [0, 1], "ranks": [None, 0]}, ["ranks", "null"]),
+    ({"tokens": [1, 2], "absend": [0, 1]}, ["absend", "did you mean 'absent'"]),
     ({"tokens": [1, 2], "context": 3}, ["context", "3"]),
     ({"tokens": [1, 2], "context": -1}, ["context", "-1"]),
     ({"tokens": [1, 2], "context": True}, ["context", "True"]),
@@ -150,6 +172,49 @@ def test_bad_lines(model, tmp_path, capsys, line, parts):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ({"tokens": [1, 2], "ranks": [0, 1]}, ["ranks", "one order", "--orders"]),
+        ({"tokens": [1, 2], "order": "l2r"}, ["order", "'l2r'", "random, block"]),
+        ({"tokens": [1, 2], "order": "spread"}, ["order", "'spread'", "random, block"]),
+    ],
+    ids=str,
+)
+def test_lines_of_one_order(model, tmp_path, capsys, line, parts):
+    source = write_lines(tmp_path / "in.jsonl", {"tokens": [1, 2]}, line)
+    assert_refused(run(capsys, "score", model, source, "-", "--orders=2"), f"{source}:2:", *parts)
+    assert run(capsys, "score", model, source, "-", "--orders=1")[0] == 0
+
+
+@pytest.mark.parametrize("output", ["-", "out.jsonl"])
+def test_bad_lines_may_be_skipped(model, tmp_path, capsys, output):
+    """The good lines in order; a line on standard error for each bad one, as in the file, and a count."""
+    good = [{"tokens": [1, 2, 3]}, {"tokens": [4, 5]}]
+    lines = [good[0], "nope", {"tokens": [1], "rank": [0]}, good[1], {"tokens": [1, 300]}, ""]
+    source = write_lines(tmp_path / "in.jsonl", *lines)
+    output = output if output == "-" else tmp_path / output
+    assert_refused(run(capsys, "score", model, source, output), f"{source}:2:", "not JSON", "nope")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    status, results, err = run(capsys, "score", model, source, output, "--skip_bad")
+    results = results if output == "-" else read_lines(output)
+    alone = write_lines(tmp_path / "good.jsonl", *good)
+    assert (status, results) == (0, run(capsys, "score", model, alone, "-")[1])
+    expected = [(2, "not JSON"), (3, "did you mean 'ranks'"), (5, "300")]
+    assert len(err) == 4
+    for (number, part), told in zip(expected, err, strict=False):
+        assert f"{source}:{number}:" in told
+        assert part in told
+    assert "2 lines, 3 bad lines skipped" in err[-1]
+
+
+def test_nothing_but_bad_lines(model, tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", "nope", {"tokens": []})
+    status, _, err = run(capsys, "score", model, source, tmp_path / "out.jsonl", "--skip_bad")
+    assert (status, read_lines(tmp_path / "out.jsonl")) == (0, [])
+    assert "0 lines, 2 bad lines skipped" in err[-1]
+
+
 def test_text_needs_a_tokenizer(tmp_path, capsys):
     write_tiny_llama(tmp_path / "model", tokenizer=None, query_embed=True)
     source = write_lines(tmp_path / "in.jsonl", {"text": "abc"})
@@ -164,6 +229,9 @@ def test_bad_options_and_paths(model, tmp_path, capsys):
     )
     assert_refused(run(capsys, "score", model, source, "-", "--dtype=fp16"), "--dtype", "fp16")
     assert_refused(run(capsys, "score", model, source, "-", "--modle=ar"), "--modle", "--model")
+    assert_refused(run(capsys, "score", model, source, "-", "--orders=0"), "--orders", "at least 1", "0")
+    assert_refused(run(capsys, "score", model, source, "-", "--orders=many"), "--orders", "many")
+    assert_refused(run(capsys, "score", model, source, "-", "--orders=2", "--model=ar"), "--orders", "'ar'")
     assert_refused(
         run(capsys, "score", model, tmp_path / "absent.jsonl", "-"), "absent.jsonl", "no such file"
     )

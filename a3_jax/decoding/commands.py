@@ -27,10 +27,11 @@ input, one JSON object a line:
   {"text": "The [[3]] sat on [[8]]."}        [[n]] is a blank of n tokens
   {"tokens": [5, null, null, 2]}             null is a blank of one token
   optionally "ranks": one integer a token, read at the blanks (lower = earlier, equal = together);
-  in groupwise decoding they take the place of --order and --group_size
+  in groupwise and speculative decoding they take the place of --order and --group_size
 output, in input order:
   {"text", "tokens", "logprob", "logprobs", "commit_rank", "forwards", "exact"}
   Where "exact" is true, `a3 score` of the tokens with ranks = commit_rank gives the same logprob.
+  Speculative adds "acceptance", the share of its drafts that passed.
 
 example:
   echo '{"text": "the [[2]] sat ."}' | a3 generate runs/tiny - - --temperature=0.8 --num_samples=3
@@ -43,13 +44,16 @@ input, one JSON object a line:
   optionally, in either:
     "context": C          the first C tokens (after BOS) are given, not scored
     "scored": [0/1, ...]  which tokens to score; the others keep their place in the order
+    "absent": [0/1, ...]  tokens neither given nor scored: gaps
     "positions": [...]    places in the document, for tokens with others absent between them
   Lists have one value a token; BOS counts, if the text gets one.
 output, in input order:
   {"logprobs": [...], "logprob": sum}, natural logarithm, null where not scored; text also has "tokens"
+  With --orders these are means over the orders, and there are "log_mean_exp", "order_gap", "orders".
 
-example:
+examples:
   echo '{"text": "the cat sat .", "order": "random", "group_size": 1}' | a3 score runs/tiny - -
+  echo '{"text": "the cat sat .", "group_size": 1}' | a3 score runs/tiny - - --orders=8
 """
 
 
@@ -108,6 +112,11 @@ def add_score(subparsers) -> None:
         subparsers, "score", "exact log-probabilities under any grouping and order", _SCORE_EPILOG
     )
     _add_shared(parser)
+    parser.add_argument(
+        "--orders", type=int, default=1, metavar="M",
+        help='score each line under M orders drawn from its seed: "order" random, the default then, or '
+             "block; default 1",
+    )  # fmt: skip
     parser.set_defaults(run=run_score)
 
 
@@ -126,7 +135,7 @@ def run_generate(args) -> int:
         for line in lines:
             for event in stream_line(checkpoint, line, options):
                 if args.output == "-":
-                    print(json.dumps(event, ensure_ascii=False), flush=True)
+                    _write("-", json.dumps(event, ensure_ascii=False) + "\n")
                 yield event
 
     return _run(args, GenerateOptions, blank_requests, stream)
@@ -161,6 +170,10 @@ def _add_shared(parser) -> None:
     option("dtype", DTYPES, None, "default float32 on CPU, bfloat16 on accelerators")
     option("bos", BOS, "auto", "BOS before text; default auto: if its tokenizer adds one")
     parser.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="devices along data, fsdp and tensor, such as fsdp=2,tensor=4; "
+        "default: one device",
+    )  # fmt: skip
+    parser.add_argument(
         "--skip_bad", action="store_true", help="pass over lines that can't be used, and count them"
     )
 
@@ -178,13 +191,14 @@ def _run(args, options_class, check, compute) -> int:
     from a3_jax.decoding.requests import read_lines
 
     bad: list[InputError] = []
-    lines = read_lines(args.input, bad)
-    checkpoint = open_checkpoint(args.checkpoint)
-    for line in list(lines):
+    lines = []
+    candidates = read_lines(args.input, bad)
+    checkpoint = open_checkpoint(args.checkpoint, mesh=_mesh(args))
+    for line in candidates:
         try:
             check([line], checkpoint, options)
+            lines.append(line)
         except InputError as error:
-            lines.remove(line)
             bad.append(error)
     bad.sort(key=lambda error: error.line or 0)
     if bad and not args.skip_bad:
@@ -192,6 +206,21 @@ def _run(args, options_class, check, compute) -> int:
     for error in bad:
         print(f"a3 {args.command}: skipped: {error}", file=sys.stderr)
     return _compute(args, lines, lambda: list(compute(checkpoint, lines, options)), len(bad))
+
+
+def _mesh(args):
+    """The mesh of `--mesh`; None: one device."""
+    if args.mesh is None:
+        return None
+    from a3_jax.model.sharding import make_mesh
+
+    sizes = {}
+    for part in args.mesh.split(","):
+        axis, _, size = part.partition("=")
+        if not size.removeprefix("-").isdecimal():
+            raise InputError(f"expected AXIS=N, got {part!r}", file=f"a3 {args.command}", field="--mesh")
+        sizes[axis] = int(size)
+    return make_mesh(sizes)
 
 
 def _compute(args, lines, compute, skipped) -> int:

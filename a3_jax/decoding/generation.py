@@ -93,8 +93,8 @@ def generate_stream(checkpoint, item, **options) -> Iterator[dict[str, Any]]:
       InputError: as `generate`; or several samples, which one stream can't tell apart.
     """
     settings = make_options(GenerateOptions, options)
-    if settings.num_samples > 1:
-        raise InputError("a stream tells of one sample", field="num_samples")
+    if settings.num_samples > 1 or settings.rerank:
+        raise InputError("a stream tells of one sample", field="rerank" if settings.rerank else "num_samples")
     yield from stream_line(checkpoint, item_lines([item])[0], settings)
 
 
@@ -176,12 +176,12 @@ def best_of(checkpoint, results, requests, options: GenerateOptions) -> list[dic
     count, context = options.num_samples, options.context or default_context(checkpoint)
     items = []
     for number, result in enumerate(results):
-        blank = requests[number // count].blank[: len(result["tokens"])]
+        blank = requests[number].blank[: len(result["tokens"])]
         ranks = context_first(np.arange(len(blank)), ~blank, context)
         items.append(
             {"tokens": result["tokens"], "ranks": ranks.tolist(), "scored": blank.astype(int).tolist()}
         )
-    scores = score(checkpoint, items, dtype=options.dtype, context=options.context)
+    scores = score(checkpoint, items, model=options.model, dtype=options.dtype, context=options.context)
     kept = []
     for first in range(0, len(results), count):
         joints = [score["logprob"] for score in scores[first : first + count]]

@@ -34,8 +34,8 @@ def whole_number(name: str, value, low: int, high: int | None = None) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreOptions:
-    """Options of `score`.
+class SharedOptions:
+    """Options of `generate` and of `score`.
 
     Attributes:
       model: "a3", or "ar" for the content stream as the plain left-to-right model.
@@ -61,7 +61,24 @@ class ScoreOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateOptions(ScoreOptions):
+class ScoreOptions(SharedOptions):
+    """Options of `score`, over those it shares with `generate`.
+
+    Attributes:
+      orders: under how many sampled orders each input is scored.
+    """
+
+    orders: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        whole_number("orders", self.orders, 1)
+        if self.model == "ar" and self.orders > 1:
+            raise InputError(f"{self.orders} contradicts model 'ar', which has one order", field="orders")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(SharedOptions):
     """Options of `generate`, over those it shares with `score`.
 
     Attributes:

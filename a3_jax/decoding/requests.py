@@ -4,8 +4,10 @@ Every complaint is an `InputError` that names the file, the line, the field and 
 """
 
 import dataclasses
+import functools
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,11 @@ from a3_jax.ordering.ranks import context_first, order_ranks
 from a3_jax.paths import not_utf8, read_text
 from a3_jax.tokenizer import Tokenizer, encode_blanks
 
-SCORE_FIELDS = ("text", "tokens", "ranks", "order", "group_size", "seed", "context", "scored", "positions")
+SCORE_FIELDS = (
+    "text", "tokens", "ranks", "order", "group_size", "seed", "context", "scored", "absent", "positions"
+)  # fmt: skip
 GENERATE_FIELDS = ("text", "tokens", "ranks")
+SAMPLED_ORDERS = ("random", "block")  # a function of a seed
 _INT32 = 2**31
 
 
@@ -35,15 +40,18 @@ class ScoreRequest:
     """What to score: T tokens in the input's order.
 
     Attributes:
-      tokens, positions, ranks: [T] int32; position = place in the document, lower ranks come earlier.
-      scored: [T] bool.
+      tokens, positions: [T] int32; position = place in the document.
+      present, scored: [T] bool; what is not present has no row, and is not scored.
+      ranks: number of an order, from 0 -> [T] int32, lower ranks come earlier; read where present. Made
+        when asked for: the orders of all lines together may not fit the memory.
       from_text: whether the output repeats the tokens.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
-    ranks: np.ndarray
+    present: np.ndarray
     scored: np.ndarray
+    ranks: Callable[[int], np.ndarray]
     from_text: bool
 
 
@@ -149,14 +157,19 @@ def _score_request(line, checkpoint, options, context) -> ScoreRequest:
     positions = _positions(item, length, checkpoint.config.max_length)
     front = 1 if source == "text" and _has_bos(checkpoint.tokenizer, options.bos) else 0
     given = np.arange(length) < front + _context(item, length - front)
-    scored = _scored(item, length) & ~given
-    order, ranks = _order(item), _ranks(item, length)
+    present, scored = _present_and_scored(item, length)
+    scored &= ~given
+    order, ranks = _order(item, options.orders), _ranks(item, length, present)
     if options.model == "ar":
         ranks = positions
-        scored &= positions != positions.min()  # nothing stands left of the first token
-    elif ranks is None:
-        ranks = _ordered(order, positions, given, context)
-    return ScoreRequest(np.asarray(tokens, np.int32), positions, ranks, scored, source == "text")
+        scored &= positions != positions[present].min()  # nothing stands left of the first token
+    if ranks is None:
+        ranks_of = functools.partial(_ordered, order, positions, present, given, context)
+    else:
+        ranks_of = functools.partial(_one_order, ranks)
+    return ScoreRequest(
+        np.asarray(tokens, np.int32), positions, present, scored, ranks_of, from_text=source == "text"
+    )
 
 
 def _blank_request(line, checkpoint, options) -> BlankRequest:
@@ -263,46 +276,78 @@ def _context(item, length) -> int:
     return context
 
 
-def _scored(item, length) -> np.ndarray:
-    if "scored" not in item:
-        return np.ones(length, bool)
-    values = _list(item, "scored", length)
+def _present_and_scored(item, length) -> tuple[np.ndarray, np.ndarray]:
+    """[T] bool each: which tokens have a row, and which of those are scored; all, unless it says less."""
+    present, scored = ~_flags(item, "absent", length, False), _flags(item, "scored", length, True)
+    if not present.any():
+        raise InputError("every token is absent", field="absent")
+    both = np.flatnonzero(scored & ~present)
+    if "scored" in item and both.size:
+        raise InputError(f"value {both[0]} is 1, and so is that of 'scored'", field="absent")
+    return present, scored & present
+
+
+def _flags(item, field, length, default: bool) -> np.ndarray:
+    """[T] bool from a list of 0 and 1; the default everywhere if the item has none."""
+    if field not in item:
+        return np.full(length, default)
+    values = _list(item, field, length)
     for index, value in enumerate(values):
         if not isinstance(value, int) or value not in (0, 1):
-            raise InputError(f"value {index} is {_shown(value)}, expected 0 or 1", field="scored")
+            raise InputError(f"value {index} is {_shown(value)}, expected 0 or 1", field=field)
     return np.asarray(values, bool)
 
 
-def _ranks(item, length, blank=None) -> np.ndarray | None:
-    """[T] int32, or None where the item has none; with `blank` [T], read there only."""
+def _ranks(item, length, read) -> np.ndarray | None:
+    """[T] int32, 0 but where `read` [T]; None where the item has none."""
     if "ranks" not in item:
         return None
     values = _list(item, "ranks", length)
-    if blank is not None:
-        values = [value if read else 0 for value, read in zip(values, blank, strict=True)]
+    values = [value if is_read else 0 for value, is_read in zip(values, read, strict=True)]
     return np.asarray(_integers(values, "ranks"), np.int32)
 
 
-def _order(item) -> tuple[str, int, int]:
-    """(order, group_size, seed) of a scored line, by default those of `generate`."""
+def _order(item, orders) -> tuple[str, int, int]:
+    """(order, group_size, seed) of a scored line, by default those of `generate`; several are random."""
     defaults = GenerateOptions()
-    order = item.get("order", defaults.order)
+    order = item.get("order", defaults.order if orders == 1 else "random")
     group_size, seed = item.get("group_size", defaults.group_size), item.get("seed", defaults.seed)
     whole_number("group_size", group_size, 1)
     whole_number("seed", seed, 0)
     order_ranks(order, 1, 1, np.random.default_rng(0))  # complains about an unknown order
+    if orders > 1 and "ranks" in item:
+        raise InputError(f"fix one order, where {orders} are to be sampled (--orders)", field="ranks")
+    if orders > 1 and order not in SAMPLED_ORDERS:
+        known = ", ".join(SAMPLED_ORDERS)
+        raise InputError(
+            f"{order!r} is one order, {orders} are to be sampled (--orders): {known}", field="order"
+        )
     return order, group_size, seed
 
 
-def _ordered(order, positions, given, context) -> np.ndarray:
-    """[T] int32: the given tokens first, then the rest in the wanted order, counted in reading order."""
+def _one_order(ranks, number) -> np.ndarray:
+    """[T] int32: the ranks themselves, which are order 0."""
+    del number
+    return ranks
+
+
+def _ordered(order, positions, present, given, context, number) -> np.ndarray:
+    """[T] int32: the given tokens first, then the rest in the wanted order, counted in reading order.
+
+    Args:
+      order: (name, group size, seed).
+      positions, present, given: [T]; what is not present takes no part, its rank is 0.
+      number: which of the orders that the seed gives; 0 is the one of the seed by itself.
+    """
     name, group_size, seed = order
+    rng = np.random.default_rng([seed, number] if number else seed)
     reading = np.argsort(positions, kind="stable")
+    reading = reading[present[reading]]
     rest = ~given[reading]
     count = int(rest.sum())
-    ranks = np.zeros(len(positions), np.int32)
-    ranks[rest] = order_ranks(name, count, min(group_size, max(count, 1)), np.random.default_rng(seed))
-    result = np.empty_like(ranks)
+    ranks = np.zeros(len(reading), np.int32)
+    ranks[rest] = order_ranks(name, count, min(group_size, max(count, 1)), rng)
+    result = np.zeros(len(positions), np.int32)
     result[reading] = context_first(ranks, ~rest, context)
     return result
 

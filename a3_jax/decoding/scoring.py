@@ -2,11 +2,13 @@
 
     p(x_A | x_B):  content rows for B and A, query rows for A alone, sorted by rank
 
-Tokens neither given nor scored are simply absent: no row, while positions keep their gap.
+Tokens neither given nor scored are simply absent: no row, while positions keep their gap. A request of
+several orders is as many rows of a batch, like several requests.
 """
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from a3_jax.decoding.options import ScoreOptions, make_options
 from a3_jax.decoding.requests import ScoreRequest, item_lines, score_requests
 from a3_jax.decoding.sampling import map_rows
 from a3_jax.model.config import ModelConfig
+from a3_jax.model.sharding import axis_parts, mesh_of
 from a3_jax.model.two_stream import Rows, logits, run_rows
 from a3_jax.ordering.intervals import bounds, sort_order, take_rows
 
@@ -28,16 +31,19 @@ def score(checkpoint, items, **options) -> list[dict[str, Any]]:
 
         score(checkpoint, [{"tokens": [5, 7, 2], "ranks": [1, 0, 1]}])
         score(checkpoint, [{"text": "The cat sat.", "order": "random", "group_size": 2, "context": 1}])
+        score(checkpoint, [{"text": "The cat sat.", "seed": 3}], orders=8)
 
     Args:
       checkpoint: of `a3_jax.open_checkpoint`.
       items: dicts with "tokens" or "text", and "ranks" or "order", "group_size", "seed"; also "context",
-        "scored", "positions".
+        "scored", "absent", "positions".
       options: fields of `ScoreOptions`.
 
     Returns:
       For each item {"logprobs", "logprob"} in natural logarithms, lists in the item's token order, None
-      where not scored; items of text also carry "tokens".
+      where not scored; items of text also carry "tokens". With `orders` above 1 they are means over the
+      orders, and there are also "orders" (the log-probability under each), "log_mean_exp" (that of the
+      orders' mixture) and "order_gap" (their standard deviation, nats a scored token).
 
     Raises:
       InputError: a bad item or option, before anything is computed.
@@ -50,13 +56,17 @@ def score_lines(checkpoint, lines, options: ScoreOptions) -> list[dict[str, Any]
     requests = score_requests(lines, checkpoint, options)
     dtype = options.dtype or default_dtype()
     logprobs_of = left_logprobs if options.model == "ar" else any_order_logprobs
-    results: list[dict[str, Any]] = [{} for _ in requests]
-    for shape, indices, batch_size in batches(requests, _shape_of):
-        batch = _pack([requests[index] for index in indices], shape, batch_size)
-        logprobs = np.asarray(logprobs_of(checkpoint.params, batch, config=checkpoint.config, dtype=dtype))
+    passes = [_Pass(request, number) for request in requests for number in range(options.orders)]
+    tallies = [_Tally(request) for request in requests]
+    for shape, indices, batch_size in batches(passes, _shape_of):
+        with mesh_of(checkpoint.params):
+            rows = math.lcm(batch_size, axis_parts("batch"))
+            batch = _pack([passes[index] for index in indices], shape, rows)
+            logprobs = logprobs_of(checkpoint.params, batch, config=checkpoint.config, dtype=dtype)
+        logprobs = np.asarray(logprobs)
         for row, index in enumerate(indices):
-            results[index] = _result(requests[index], logprobs[row])
-    return results
+            tallies[index // options.orders].add(logprobs[row])
+    return [_result(tally) for tally in tallies]
 
 
 def default_dtype() -> str:
@@ -64,14 +74,42 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def _shape_of(request: ScoreRequest) -> tuple[int, int]:
-    """(content rows, query rows), padded."""
-    return bucket(len(request.tokens)), bucket(int(request.scored.sum()))
+class _Pass(NamedTuple):
+    """A request under one of its orders: what one forward computes."""
+
+    request: ScoreRequest
+    number: int
+
+
+class _Tally:
+    """What the orders of a request gave so far; they come in the order of their numbers.
+
+    Attributes:
+      logprobs: [Q] float64, of the Q scored tokens, summed over the orders.
+      joints: the log-probability of all of them, of each order.
+    """
+
+    def __init__(self, request: ScoreRequest):
+        self.request = request
+        self.logprobs = np.zeros(int(request.scored.sum()))
+        self.joints: list[float] = []
+
+    def add(self, scored_logprobs) -> None:
+        """Another order's log-probabilities, padding behind them; their sum is taken in float64."""
+        values = np.asarray(scored_logprobs[: len(self.logprobs)], np.float64)
+        self.logprobs += values
+        self.joints.append(float(sum(values.tolist())))
+
+
+def _shape_of(pass_: _Pass) -> tuple[int, int]:
+    """(content rows, query rows), padded: rows of what is present, and of what is scored."""
+    request = pass_.request
+    return bucket(int(request.present.sum())), bucket(int(request.scored.sum()))
 
 
 @struct.dataclass
 class Batch:
-    """Padded requests in the input's order.
+    """Padded requests in the input's order, what is absent left out.
 
     Attributes:
       tokens, positions, ranks: [B, T] int32.
@@ -88,18 +126,19 @@ class Batch:
     is_scored: Any
 
 
-def _pack(requests, shape, batch_size) -> Batch:
+def _pack(passes: list[_Pass], shape, batch_size) -> Batch:
     rows, scored_rows = shape
     batch = Batch(
         *(np.zeros((batch_size, rows), np.int32) for _ in range(4)),
         scored=np.zeros((batch_size, scored_rows), np.int32),
         is_scored=np.zeros((batch_size, scored_rows), bool),
     )
-    for index, request in enumerate(requests):
-        length, columns = len(request.tokens), np.flatnonzero(request.scored)
-        batch.tokens[index, :length] = request.tokens
-        batch.positions[index, :length] = request.positions
-        batch.ranks[index, :length] = request.ranks
+    for index, (request, number) in enumerate(passes):
+        present = request.present
+        length, columns = int(present.sum()), np.flatnonzero(request.scored[present])
+        batch.tokens[index, :length] = request.tokens[present]
+        batch.positions[index, :length] = request.positions[present]
+        batch.ranks[index, :length] = request.ranks(number)[present]
         batch.segment_ids[index, :length] = 1
         batch.scored[index, : len(columns)] = columns
         batch.is_scored[index, : len(columns)] = True
@@ -154,10 +193,32 @@ def _target_logprobs(params, batch, hidden_BTD, config, precision):
     return map_rows(one_row, (hidden_BTD, targets), config.vocab_size)
 
 
-def _result(request: ScoreRequest, scored_logprobs) -> dict[str, Any]:
-    """One output object; the sum is taken in float64."""
-    values = iter([float(value) for value in scored_logprobs[: int(request.scored.sum())]])
-    logprobs = [next(values) if scored else None for scored in request.scored]
+def _result(tally: _Tally) -> dict[str, Any]:
+    """One output object: means over the orders, and what several orders say of each other."""
+    request, count = tally.request, len(tally.joints)
+    values = iter((tally.logprobs / count).tolist())
     result: dict[str, Any] = {"tokens": request.tokens.tolist()} if request.from_text else {}
-    total = sum(value for value in logprobs if value is not None)
-    return result | {"logprobs": logprobs, "logprob": float(total)}
+    result |= {
+        "logprobs": [next(values) if scored else None for scored in request.scored],
+        "logprob": float(np.mean(tally.joints)),
+    }
+    return result if count == 1 else result | _spread(tally)
+
+
+def _spread(tally: _Tally) -> dict[str, Any]:
+    """How the orders of a line differ.
+
+    Returns:
+      log_mean_exp: log(1/M sum exp(joint)), the likelihood of the mixture of the M orders; at least
+        the mean of the joints.
+      order_gap: standard deviation of the joints over the number of scored tokens, in nats a token; 0
+        for a model that is consistent over these orders.
+      orders: the joints, by the number of the order.
+    """
+    joints = np.array(tally.joints)
+    largest = joints.max()  # taken out, lest all exponentials underflow
+    return {
+        "log_mean_exp": float(largest + np.log(np.mean(np.exp(joints - largest)))),
+        "order_gap": float(joints.std() / max(len(tally.logprobs), 1)),
+        "orders": tally.joints,
+    }
