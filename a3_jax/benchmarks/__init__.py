@@ -2,7 +2,7 @@
 
     command      flags to `Settings`, the table of benchmarks, rows to a table or JSON
     a benchmark  `measure(settings) -> rows`; a module of its own: attention, train, memory, scaling, release,
-                 compile
+                 decode, compile
     steps        our train step, compiled and ready to call      torch_steps   PyTorch's, the same way
     worker       one step in a fresh process, its peak memory
 

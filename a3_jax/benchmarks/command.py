@@ -11,6 +11,7 @@ EPILOG = """examples:
   a3 bench train                                        two-stream step against AR step, length 1024
   a3 bench attention --lengths 512 1024 2048 --json > attention.json
   a3 bench memory --lengths 1024 2048 4096 --remat=block
+  a3 bench decode --release=Any-order-Any-subset-AR --lengths 256 --threads=2
   a3 bench compile --config=configs/a3_llama32_1b.py --topology=v5e:4x4 --config.remat=block
   a3 bench release --release=Any-order-Any-subset-AR --lengths 512 2048 --threads=2
 
@@ -61,6 +62,11 @@ BENCHMARKS = {
         "a train step against the authors' PyTorch code: time and memory",
         (_STEP - {"dtype"}) | {"release"},
         {"lengths": (512, 2048), "threads": 2, "repeats": 3},
+    ),
+    "decode": Benchmark(
+        "filling a whole length against recomputation, the authors' code, a cached AR model",
+        (_MODEL | _ROWS) | {"release"},
+        {"lengths": (256, 1024), "batch": 1, "repeats": 3},
     ),
     "compile": Benchmark(
         "a config's train step compiled for a TPU topology: memory a chip",

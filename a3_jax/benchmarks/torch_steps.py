@@ -99,12 +99,50 @@ def release_step(
     """
     import torch
 
-    torch.manual_seed(seed)
-    model = getattr(module, RELEASE_CLASS)(_hf_config(config))
-    _draw_weights(model, config.d_model)
+    model = release_model(module, config, threads, seed)
     tokens, group_ids = (torch.from_numpy(np.asarray(rows[name], np.int64)) for name in ("tokens", "ranks"))
     inputs = {"input_ids": tokens, "labels": tokens, "group_ids": group_ids, "use_cache": False}
     return TorchStep(model, inputs | {"return_dict": True}, threads)
+
+
+def release_model(module: ModuleType, config: ModelConfig, threads: int, seed: int) -> Any:
+    """The authors' model with random weights."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    model = getattr(module, RELEASE_CLASS)(_hf_config(config))
+    _draw_weights(model, config.d_model)
+    return model.eval()
+
+
+def llama_fill(config: ModelConfig, tokens, length: int, threads: int, seed: int):
+    """A call in which a `transformers` Llama goes on from tokens [B, T] to `length`: greedy, cached."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    hf_config = _hf_config(config)
+    hf_config.use_cache = True
+    model: Any = LlamaForCausalLM(hf_config).eval()
+    model.set_attn_implementation("sdpa")
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    tokens = torch.from_numpy(np.asarray(tokens, np.int64))
+    more = length - tokens.shape[1]
+
+    generate = model.generate
+
+    def fill():
+        with torch.no_grad():
+            out = generate(
+                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, use_cache=True,
+                min_new_tokens=more, max_new_tokens=more,
+            )  # fmt: skip
+        assert out.shape[1] == length
+
+    return fill
 
 
 def save_release(model: Any, config: ModelConfig, directory: str) -> None:

@@ -21,6 +21,7 @@ from a3_jax.errors import InputError
 from a3_jax.model.sharding import axis_parts, constrain, mesh_of
 from a3_jax.ordering.ranks import context_first, contiguous, l2r, order_ranks
 
+_LAWS_BYTES = 2**29  # of speculative decoding's distributions
 _SMALL_PREFILL = 8  # content rows; up to here a first forward of its own is not worth compiling
 
 
@@ -68,7 +69,8 @@ def generate_lines(checkpoint, lines, options: GenerateOptions) -> list[dict[str
     tasks, eos_id = _tasks(checkpoint, lines, options)
     params = decoding_params(checkpoint, options)
     results: list[dict[str, Any]] = [{} for _ in tasks]
-    for shape, indices, batch_size in batches(tasks, lambda task: task.shape):
+    most = _most_examples(checkpoint.config, options)
+    for shape, indices, batch_size in batches(tasks, lambda task: task.shape, most):
         program = _program(checkpoint.config, options, eos_id, shape)
         with mesh_of(params):
             batch_size = math.lcm(batch_size, axis_parts("batch"))
@@ -230,7 +232,8 @@ def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tup
         steps = np.diff(np.flatnonzero(blank), prepend=0)
         prefill, content_rows, query_rows = int(steps[:1].sum()), bucket(int(steps[1:].max(initial=1)), 4), 1
     elif options.strategy == "speculative":
-        content_rows, query_rows = options.window + 1, 2 * options.window + 1
+        window = min(options.window, columns)
+        content_rows, query_rows = window + 1, 2 * window + 1
     elif options.strategy == "dynamic":
         offered = min(count, options.block_size) if options.order == "block" else count
         query_rows, content_rows = bucket(offered), _rule(options).max_commit
@@ -244,6 +247,13 @@ def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tup
     if options.strategy != "speculative":
         content_rows, query_rows = min(content_rows, columns), min(query_rows, columns)
     return columns, prefill, content_rows, query_rows
+
+
+def _most_examples(config, options: GenerateOptions) -> int | None:
+    """Of a batch, where a step keeps whole distributions: two a query row, and one a draft."""
+    if options.strategy != "speculative":
+        return None
+    return max(1, _LAWS_BYTES // (4 * config.vocab_size * (5 * options.window + 2)))
 
 
 def _rule(options: GenerateOptions) -> Rule:
@@ -268,7 +278,7 @@ def _program(config, options: GenerateOptions, eos_id, shape) -> Program:
         content_rows=content_rows,
         query_rows=query_rows,
         rule=dataclasses.replace(_rule(options), max_commit=min(_rule(options).max_commit, columns)),
-        window=options.window,
+        window=min(options.window, columns),
     )
 
 

@@ -35,10 +35,14 @@ class Judged(NamedTuple):
 
 
 class Laws(NamedTuple):
-    """[B, Q, V] float32 log-probabilities: what is drawn from, and the model's own."""
+    """Log-probabilities, float32 [B, Q, V]: what is drawn from, and the model's own.
+
+    `entropy` [B, Q], in nats, is that of the filtered distribution, at temperature 0 too.
+    """
 
     law: Any
     own: Any
+    entropy: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Judge:
         def one_row(hidden_D):
             scores_V = self.head(hidden_D).astype(jnp.float32)
             filtered = filtered_logprobs(scores_V, self.sampling)
-            return Laws(law(filtered, self.sampling), jax.nn.log_softmax(scores_V))
+            return Laws(law(filtered, self.sampling), jax.nn.log_softmax(scores_V), entropy(filtered))
 
         return map_rows(one_row, (self.hidden,), self.vocab_size)
 

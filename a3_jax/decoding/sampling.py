@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+_COLDEST = 1e-30  # temperatures below are this one: float32 has no smaller numbers to spare
 _CHUNK_LOGITS = 2**24  # logits alive at a time: 64 MiB
 
 
@@ -41,7 +42,8 @@ def filtered_logprobs(logits_V, sampling: Sampling):
     """
     logits_V = logits_V.astype(jnp.float32)
     if not sampling.greedy:
-        logits_V = logits_V / sampling.temperature
+        # From the largest down: a tiny temperature sends the rest to -inf, not all of it to NaN.
+        logits_V = (logits_V - jnp.max(logits_V)) / max(sampling.temperature, _COLDEST)
     size = logits_V.shape[0]
     if 0 < sampling.top_k < size or sampling.top_p < 1:
         order = jnp.argsort(-logits_V, stable=True)

@@ -19,7 +19,6 @@ What failed leaves keys in the cache behind its length: the pointer moved over w
 import jax
 import jax.numpy as jnp
 
-from a3_jax.decoding.sampling import entropy
 from a3_jax.decoding.state import Drafts, State, commit, keep_drafts, upcoming
 from a3_jax.decoding.strategies import Offer, Strategy
 
@@ -102,7 +101,7 @@ def _propose(offer, rows, judge, wanted, entropy_bound, window) -> Drafts:
         rows.law[:, window + 1 :],
     )
     if entropy_bound is not None:
-        h = entropy(laws)
+        h = rows.entropy[:, window + 1 :]
         excess = jnp.cumsum(h, axis=1) - jax.lax.cummax(h, axis=1)
         real &= excess <= entropy_bound  # grows along the window: a prefix
     count = jnp.where(wanted, jnp.sum(real, axis=1, dtype=jnp.int32), 0)

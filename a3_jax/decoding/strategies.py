@@ -41,6 +41,8 @@ class Strategy(NamedTuple):
 class Rule:
     """How many of the best candidates a dynamic step commits: the longest run allowed, the first in any case.
 
+    Bounds read the distribution that tokens are drawn from, after temperature (1 if it is 0) and filters.
+
     Attributes:
       max_commit: at most so many.
       entropy_bound: while sum H - max H of the run stays at most this, in nats. It bounds the divergence

@@ -1,0 +1,236 @@
+"""`a3 bench decode`: filling a whole length, against recomputation, the authors' code and a cached AR model.
+
+Given is the first token alone, the rest is filled greedily in groups. Timed is the compiled loop, not the
+reading and writing of lines.
+"""
+
+import dataclasses
+import statistics
+import tempfile
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from a3_jax.benchmarks.measurement import MeasurementError, Row, alternate, note, ratio
+from a3_jax.benchmarks.settings import Settings, thread_count
+from a3_jax.benchmarks.train import why_no_torch
+from a3_jax.decoding.generation import _program, _start, _Task
+from a3_jax.decoding.loop import decode
+from a3_jax.decoding.options import GenerateOptions
+from a3_jax.decoding.requests import blank_requests, item_lines
+from a3_jax.decoding.state import State
+from a3_jax.model.two_stream import init_params
+from a3_jax.ordering.ranks import order_ranks
+
+GREEDY = {"context": "flat", "temperature": 0.0}
+STRATEGIES = {
+    "groupwise": {},
+    "dynamic_threshold": {"strategy": "dynamic", "threshold": 0.5, "temperature": 1.0},
+    "speculative_l2r": {"strategy": "speculative", "order": "l2r", "temperature": 1.0},
+    "speculative_random": {"strategy": "speculative", "order": "random", "temperature": 1.0},
+    "speculative_spread": {"strategy": "speculative", "order": "spread", "temperature": 1.0},
+}
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Seconds of a fill by each contender at each length, forwards by strategy, time a token over lengths.
+
+    Raises:
+      InputError: a clone that can't be used.
+      MeasurementError: two contenders that should write the same tokens don't.
+    """
+    module = None
+    if settings.release:
+        from a3_jax.benchmarks.torch_steps import load_release
+
+        module = load_release(settings.release)
+    rows, seconds = [], {}
+    for length in settings.lengths:
+        setting = settings.describe(length, residual="release" if module else "standard")
+        checkpoint, theirs = _open(settings, length, module)
+        fills, times = _measure_ours(settings, length, checkpoint, setting)
+        rows += times
+        seconds[length] = next(row for row in times if row.metric == "cached_fill_time").repeats
+        if theirs is not None:
+            rows += _measure_release(settings, length, theirs, fills["cached"], seconds[length], setting)
+        rows += _measure_transformers(settings, length, fills["ar"], setting)
+        if length == min(settings.lengths):
+            rows += _count_forwards(settings, length, checkpoint, setting)
+    return rows + _over_lengths(settings, seconds)
+
+
+class Fill:
+    """A call decodes a batch; the final state of the last call is kept.
+
+    Args:
+      checkpoint: with params and config.
+      items: the lines of the batch, all of one shape.
+      options: of `GenerateOptions`.
+      cached: False computes all keys anew each step.
+    """
+
+    def __init__(self, checkpoint: Any, items: list[dict], options: dict, *, cached: bool = True):
+        settings = GenerateOptions(**options)
+        requests = blank_requests(item_lines(items), checkpoint, settings)
+        tasks = [_Task(request, 0, settings.context or "flat", settings) for request in requests]
+        program = _program(checkpoint.config, settings, None, tasks[0].shape)
+        program = dataclasses.replace(program, cached=cached)
+        self._params, self._length = checkpoint.params, len(items[0]["tokens"])
+        self._state = _start(tasks, tasks[0].shape[0], len(tasks), settings.seed)
+        self._compiled = decode.lower(self._params, self._state, program=program).compile()
+        self._final: State | None = None
+
+    def __call__(self) -> State:
+        self._final = state = jax.block_until_ready(self._compiled(self._params, self._state))
+        return state
+
+    def tokens(self) -> np.ndarray:
+        """[B, N] int32."""
+        state = self._final or self()
+        return np.asarray(state.tokens)[:, : self._length]
+
+    def forwards(self) -> int:
+        """Of the example that took most."""
+        state = self._final or self()
+        return int(np.asarray(state.forwards).max())
+
+
+def _open(settings, length, module):
+    """(checkpoint, the authors' model or None), of the same weights."""
+    config = settings.model(length, residual="release" if module else "standard")
+    if module is None:
+        params = init_params(config, jax.random.key(settings.seed), settings.dtype)
+        return types.SimpleNamespace(params=params, config=config, tokenizer=None, meta=None), None
+    from a3_jax.benchmarks.torch_steps import release_model, save_release
+    from a3_jax.checkpoints.conversion import open_checkpoint
+
+    theirs = release_model(module, config, thread_count(), settings.seed)
+    with tempfile.TemporaryDirectory() as directory:
+        save_release(theirs, config, directory)
+        return open_checkpoint(directory, dtype=settings.dtype), theirs
+
+
+def _items(settings, length) -> list[dict]:
+    """A batch of lines: one token given, the rest blank, with ranks drawn as for `a3 generate`."""
+    rng = np.random.default_rng(settings.seed)
+    items = []
+    for _ in range(settings.batch_at(length)):
+        ranks = 1 + order_ranks(_order(settings), length - 1, settings.tokens_a_group, rng)
+        first = int(rng.integers(1, settings.vocab))
+        items.append({"tokens": [first, *[None] * (length - 1)], "ranks": [0, *ranks.tolist()]})
+    return items
+
+
+def _order(settings):
+    return "random" if settings.order == "random" else "l2r"
+
+
+def _measure_ours(settings, length, checkpoint, setting):
+    """Cached against recomputed, whose tokens must be equal; and the AR model of the same weights."""
+    note(f"decode: length {length}: compiling")
+    items, options = _items(settings, length), GREEDY | {"dtype": settings.dtype}
+    first_only = [{"tokens": item["tokens"]} for item in items]
+    fills = {
+        "cached": Fill(checkpoint, items, options),
+        "ar": Fill(checkpoint, first_only, options | {"model": "ar"}),
+    }
+    recomputed = Fill(checkpoint, items, options, cached=False)
+    once = alternate({"recomputed": recomputed}, 1, f"decode: length {length}", warm_ups=0)
+    _check_equal(fills["cached"].tokens(), recomputed.tokens(), "recomputation", length)
+    seconds = alternate(fills, settings.repeats, f"decode: length {length}", warm_ups=1)
+    cached = statistics.median(seconds["cached"])
+    forwards = {name: fill.forwards() for name, fill in fills.items()}
+    a_forward = [s / forwards["cached"] for s in seconds["cached"]]
+    an_ar_step = [s / forwards["ar"] for s in seconds["ar"]]
+    tokens = settings.batch_at(length) * (length - 1)
+    rows = [
+        Row("cached_fill_time", "s", setting, seconds["cached"]),
+        Row("recomputed_fill_time", "s", setting, once["recomputed"]),
+        Row("cached_fill_speedup", "ratio", setting, [once["recomputed"][0] / cached]),
+        Row("ar_fill_time", "s", setting, seconds["ar"]),
+        Row("time_per_token", "s", setting, [s / tokens for s in seconds["cached"]]),
+        ratio("fused_forward_time_over_ar_step", a_forward, an_ar_step, setting),
+    ]
+    return fills, rows
+
+
+def _measure_release(settings, length, model, ours, seconds, setting) -> list[Row]:
+    """One fill by the authors' `generate_two_stream`, greedy, in the same groups: equal tokens first."""
+    import torch
+
+    items = _items(settings, length)
+    tokens = torch.tensor([[token or 0 for token in item["tokens"]] for item in items])
+    ranks = torch.tensor([item["ranks"] for item in items])
+    written = []
+
+    def fill():
+        with torch.no_grad():
+            written.append(
+                model.generate_two_stream(
+                    input_ids=tokens, group_ids=ranks, max_length=length, do_sample=False, pad_token_id=0
+                )
+            )
+
+    note(f"decode: length {length}: the release fills once, without a warm-up")
+    theirs = alternate({"release": fill}, 1, f"decode: length {length}", warm_ups=0)["release"]
+    _check_equal(ours.tokens(), written[-1].numpy(), "the release", length)
+    return [
+        Row("release_fill_time", "s", setting, theirs),
+        Row("fill_speedup_over_release", "ratio", setting, [theirs[0] / s for s in seconds]),
+    ]
+
+
+def _measure_transformers(settings, length, ours, setting) -> list[Row]:
+    """A `transformers` Llama of our shape, greedy, with its key-value cache."""
+    reason = why_no_torch(settings)
+    if reason:
+        note(f"decode: no transformers: {reason}")
+        return []
+    from a3_jax.benchmarks.torch_steps import llama_fill
+
+    tokens = np.array([[item["tokens"][0]] for item in _items(settings, length)])
+    fill: Callable = llama_fill(settings.model(length), tokens, length, thread_count(), settings.seed)
+    seconds = alternate(
+        {"transformers_ar": fill, "ar": ours},
+        min(settings.repeats, 2),
+        f"decode: length {length}",
+        warm_ups=1,
+    )
+    return [
+        Row("transformers_ar_fill_time", "s", setting, seconds["transformers_ar"]),
+        ratio("ar_fill_speedup_over_transformers", seconds["transformers_ar"], seconds["ar"], setting),
+    ]
+
+
+def _count_forwards(settings, length, checkpoint, setting) -> list[Row]:
+    """Forwards a blank by strategy; of the drafts, how many passed. Random weights: no language."""
+    rows, items = [], [{"tokens": item["tokens"]} for item in _items(settings, length)]
+    shared = {"order": _order(settings), "group_size": settings.tokens_a_group, "dtype": settings.dtype}
+    for name, options in STRATEGIES.items():
+        fill = Fill(checkpoint, items, shared | options)
+        final = fill()
+        share = fill.forwards() / (length - 1)
+        rows.append(Row(f"{name}_forwards_per_token", "forwards/token", setting, [share]))
+        if final.drafts is not None:
+            proposed = float(np.sum(final.drafts.proposed))
+            passed = float(np.sum(final.drafts.accepted)) / max(proposed, 1.0)
+            rows.append(Row(f"{name}_acceptance", "share", setting, [passed]))
+    return rows
+
+
+def _over_lengths(settings, seconds) -> list[Row]:
+    shortest, longest = min(seconds), max(seconds)
+    if shortest == longest:
+        return []
+    a_token = {length: [s / (length - 1) for s in seconds[length]] for length in (shortest, longest)}
+    setting = settings.describe(longest, against_length=shortest)
+    return [ratio("time_per_token_over_shorter", a_token[longest], a_token[shortest], setting)]
+
+
+def _check_equal(ours, theirs, name, length) -> None:
+    wrong = int((ours != theirs).sum())
+    if wrong:
+        raise MeasurementError(f"decode: length {length}: {wrong} greedy tokens differ from those of {name}")
