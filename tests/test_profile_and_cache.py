@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -16,6 +18,19 @@ from a3_jax.training.progress import ProgressLine
 from tests.training_fixtures import LINES, tiny_run
 
 PEAK = 1e12
+# A process of its own: JAX's profiler may crash one that has loaded PyTorch or a TPU's compiler too.
+PROGRAM = """
+import sys
+import jax
+from a3_jax.training import run as opening
+from tests.training_fixtures import tiny_run
+
+directory, peak = sys.argv[1], float(sys.argv[2])
+opening.peak_flops = lambda devices: peak * len(devices)
+config = tiny_run(directory + "/text.txt", profile_steps=(2, 3), compilation_cache=directory + "/compiled")
+opening.train(config, directory + "/run", devices=jax.devices()[:1])
+assert jax.config.values["jax_compilation_cache_dir"] is None, "settings are given back"
+"""
 
 
 def cache_directory():
@@ -35,12 +50,13 @@ def watched(tmp_path_factory):
     """The directory of a run of six steps, and the programs that a second process would find."""
     directory = tmp_path_factory.mktemp("watched")
     (directory / "text.txt").write_text("\n\n".join(LINES))
-    config = tiny_run(
-        str(directory / "text.txt"), profile_steps=(2, 3), compilation_cache=str(directory / "compiled")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(directory), str(PEAK)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "peak_flops", lambda devices: PEAK * len(devices))
-        opening.train(config, directory / "run", devices=jax.devices()[:1])
+    assert done.returncode == 0, done.stderr[-3000:]
     return directory
 
 
@@ -60,9 +76,8 @@ def test_the_chosen_steps_are_in_the_profile(watched):
     assert steps == ["2", "3"]
 
 
-def test_the_compiled_step_is_kept_and_settings_are_given_back(watched):
+def test_the_compiled_step_is_kept(watched):
     assert any(path.name.startswith("jit_step") for path in (watched / "compiled").iterdir())
-    assert cache_directory() is None
 
 
 def test_a_program_is_taken_from_the_cache(tmp_path):
