@@ -145,17 +145,19 @@ def test_the_progress_line_shows_utilisation_only_if_it_is_known(capsys):
     assert "mfu 41 %" in first and "mfu" not in second
 
 
-def test_a_profile_that_a_failure_cuts_short_is_written(tmp_path):
-    notes = []
+def test_a_profile_that_a_failure_cuts_short_is_written(tmp_path, monkeypatch):
+    calls, notes = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: calls.append(directory))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     profiler = Profiler(tmp_path, (4, 9), notes.append)
-    for step in (3, 5):  # the run goes on within the range
+    for step in (3, 5, 6):  # the run goes on within the range
         profiler.start_before(step)
         assert not profiler.ends_with(step)
-        assert not list(tmp_path.rglob("*.xplane.pb"))
+    assert calls == [str(tmp_path)]
     profiler.close()
-    assert list(tmp_path.rglob("*.xplane.pb")) and notes == [f"profile: {tmp_path}"]
+    assert calls == [str(tmp_path), "stop"] and notes == [f"profile: {tmp_path}"]
     profiler.close()
-    assert len(notes) == 1
+    assert len(notes) == 1 and len(calls) == 2
 
 
 @pytest.mark.parametrize(
