@@ -171,8 +171,18 @@ def test_order_ranks(order, length, size):
     drawn = ranks.order_ranks(order, length, size, np.random.default_rng(0))
     if order == "l2r":
         assert drawn.tolist() == [position // size for position in range(length)]
-    elif length:
+    elif order == "random" and length:
         assert_dense_groups(drawn, size)
+    elif length:  # the first groups of a spread order and the last of each block may be smaller
+        sizes = np.bincount(drawn)
+        assert sizes.min() >= 1 and sizes.max() <= size
+
+
+def test_blocks_come_from_left_to_right():
+    drawn = ranks.order_ranks("block", 20, 2, np.random.default_rng(0), block_size=8, block_order="spread")
+    blocks = [drawn[first : first + 8] for first in (0, 8, 16)]
+    assert all(left.max() < right.min() for left, right in zip(blocks, blocks[1:], strict=False))
+    assert (drawn[8:16] - drawn[8:16].min() == ranks.spread(8, 2)).all()
 
 
 def test_bad_orders():
