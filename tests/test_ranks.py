@@ -181,7 +181,7 @@ def test_order_ranks(order, length, size):
 def test_blocks_come_from_left_to_right():
     drawn = ranks.order_ranks("block", 20, 2, np.random.default_rng(0), block_size=8, block_order="spread")
     blocks = [drawn[first : first + 8] for first in (0, 8, 16)]
-    assert all(left.max() < right.min() for left, right in zip(blocks, blocks[1:], strict=False))
+    assert all(left.max() < right.min() for left, right in itertools.pairwise(blocks))
     assert (drawn[8:16] - drawn[8:16].min() == ranks.spread(8, 2)).all()
 
 
