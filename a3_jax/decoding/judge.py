@@ -78,9 +78,8 @@ class Judge:
 
         return map_rows(one_row, (self.hidden, self._row_keys(offer.columns)), self.vocab_size)
 
-    def laws(self, offer) -> Laws:
+    def laws(self) -> Laws:
         """The whole distributions of all rows at once: for few rows."""
-        del offer
 
         def one_row(hidden_D):
             scores_V = self.head(hidden_D).astype(jnp.float32)

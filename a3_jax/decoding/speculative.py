@@ -34,7 +34,7 @@ def speculative(window: int, entropy_bound: float | None = None) -> Strategy:
     """
 
     def accept(state, offer, judge):
-        rows = judge.laws(offer)
+        rows = judge.laws()
         return _verify(state, offer, rows, judge, entropy_bound)
 
     return Strategy(lambda state: _offer(state, window), accept)
