@@ -42,10 +42,6 @@ def test_lengths_and_strategies(capsys):
         once, fills = (rows[f"{name}_fill_time", length]["repeats"] for name in ("recomputed", "cached"))
         assert rows["cached_fill_speedup", length]["value"] == pytest.approx(once[0] / (sum(fills) / 2))
         assert rows["time_per_token", length]["repeats"] == [s / (length - 1) for s in fills]
-    assert rows["groupwise_forwards_per_token", 12]["value"] == pytest.approx(3 / 11)
-    for order in ("l2r", "random", "spread"):
-        assert 1 / 11 <= rows[f"speculative_{order}_forwards_per_token", 12]["value"] <= 1
-        assert 0 <= rows[f"speculative_{order}_acceptance", 12]["value"] <= 1
     for row in result["rows"]:
         tells_better = "_over_" in row["metric"] or row["metric"].endswith("_speedup")
         assert (row["unit"] == "ratio") == tells_better, row["metric"]
@@ -61,10 +57,11 @@ def test_the_releases_tokens_must_be_ours(tmp_path, capsys, visible):
     captured = capsys.readouterr()
     if visible == "other <= own":
         assert status == 1 and captured.out == ""
-        assert captured.err.splitlines()[-1].endswith("greedy tokens differ from those of the release")
+        assert "greedy tokens differ from those of the release, by up to" in captured.err.splitlines()[-1]
         return
     rows = {row["metric"]: row for row in json.loads(captured.out)["rows"]}
     assert status == 0
     theirs, ours = rows["release_fill_time"]["repeats"], rows["cached_fill_time"]["repeats"]
+    assert 0 <= rows["release_token_below_our_best"]["value"] < 1e-3
     assert rows["fill_speedup_over_release"]["repeats"] == [theirs[0] / s for s in ours]
     assert rows["ar_fill_speedup_over_transformers"]["value"] > 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from a3_jax.benchmarks.chain import exact_network, transition_matrix
 from a3_jax.decoding import generate
 from a3_jax.decoding.generation import _program, _start, _Task
 from a3_jax.decoding.loop import Network, run_steps, start_state
@@ -164,49 +165,16 @@ def test_a_context_blind_model_accepts_everything(window):
 SYMBOLS, BLANKS = 16, 64
 
 
-def markov_network(transition):
-    """Exact conditionals of a stationary chain: of the nearest seen symbols on both sides."""
-    powers = [np.eye(SYMBOLS)]
-    for _ in range(BLANKS):
-        powers.append(powers[-1] @ transition)
-    powers = jnp.asarray(np.stack(powers), jnp.float32)
-    far = BLANKS  # no neighbour: hardly anything is left of it after so many steps
-
-    def forward(state, offer, active):
-        del active
-        tokens, ranks, drafted = lay_drafts(state)
-        here = offer.columns[..., None]
-        seen = (state.filled | drafted)[:, None] & state.present[:, None]
-        seen &= ranks[:, None] < state.next_rank[:, None, None] + offer.behind[..., None]
-        column = jnp.arange(tokens.shape[1])
-        left = jnp.max(jnp.where(seen & (column < here), column, -1), axis=-1)
-        right = jnp.min(jnp.where(seen & (column > here), column, tokens.shape[1]), axis=-1)
-
-        def token_at(place):
-            return jnp.take_along_axis(tokens, jnp.clip(place, 0, tokens.shape[1] - 1), axis=1)
-
-        before = jnp.where(left < 0, far, offer.columns - left)
-        after = jnp.where(right >= tokens.shape[1], far, right - offer.columns)
-        law = powers[before, token_at(left)]
-        towards = jnp.moveaxis(powers[after], -2, -1)  # [B, Q, to, from]
-        behind = jnp.take_along_axis(towards, token_at(right)[..., None, None], axis=-2)[..., 0, :]
-        law = law * jnp.where(after[..., None] == far, 1.0, behind)
-        return jnp.log(law / jnp.sum(law, axis=-1, keepdims=True)), state
-
-    return Network(forward, lambda hidden: hidden)
-
-
 @pytest.fixture(scope="module")
 def transition():
-    rows = np.random.default_rng(0).dirichlet([0.3] * SYMBOLS, size=SYMBOLS)
-    return (rows + 1e-6) / (rows + 1e-6).sum(-1, keepdims=True)
+    return transition_matrix(SYMBOLS, seed=0)
 
 
 @pytest.mark.parametrize(("order", "most"), [("l2r", 64), ("random", 20), ("spread", 10)])
 def test_forwards_on_a_chain_whose_conditionals_are_exact(transition, order, most):
     """16 symbols, 64 blanks, window 8: orders far apart leave little for one token to say of the next."""
     options = GenerateOptions(strategy="speculative", window=8, temperature=1.0, order=order)
-    state = run_network(markov_network(transition), options, BLANKS, 64, SYMBOLS)
+    state = run_network(exact_network(transition, BLANKS), options, BLANKS, 64, SYMBOLS)
     assert float(jnp.mean(state.forwards)) <= most
     assert int(state.forwards.max()) <= BLANKS
 
@@ -214,7 +182,7 @@ def test_forwards_on_a_chain_whose_conditionals_are_exact(transition, order, mos
 def test_what_is_drawn_on_the_chain_has_its_pairs(transition):
     """Neighbours follow the transition matrix, whatever the order they were drawn in."""
     options = GenerateOptions(strategy="speculative", window=8, temperature=1.0, order="random")
-    state = run_network(markov_network(transition), options, BLANKS, 512, SYMBOLS)
+    state = run_network(exact_network(transition, BLANKS), options, BLANKS, 512, SYMBOLS)
     tokens = np.asarray(state.tokens)
     pairs = np.zeros((SYMBOLS, SYMBOLS))
     np.add.at(pairs, (tokens[:, 20:-21].ravel(), tokens[:, 21:-20].ravel()), 1)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 
-from a3_jax.decoding.state import State, lay_drafts
+from a3_jax.decoding.state import State, earliest, lay_drafts
 from a3_jax.decoding.strategies import Offer
 from a3_jax.model.two_stream import Rows, TwoStream, run_rows
 from a3_jax.ordering.intervals import bounds, sort_order, take_rows
@@ -79,7 +79,7 @@ def _new_rows(state: State, tokens, ranks, waiting, size: int) -> Rows:
       tokens, ranks: [B, N] int32.  waiting: [B, N] bool, at most `size` an example.
     """
     segments = waiting.astype(jnp.int32)
-    order = sort_order(ranks, segments)[:, :size]
+    order = earliest(ranks, waiting, size)
     tokens, positions, ranks, segments = take_rows(order, tokens, state.positions, ranks, segments)
     visible = bounds(ranks, ranks, segments)
     limit = jnp.where(segments > 0, state.cache.length[:, None] + visible.content_limit, 0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.loop import Program, decode, states
+from a3_jax.decoding.loop import Program, decode, lay_out, states
 from a3_jax.decoding.options import GenerateOptions, make_options
 from a3_jax.decoding.requests import BlankRequest, blank_requests, default_context, item_lines
 from a3_jax.decoding.sampling import Sampling
@@ -121,9 +121,13 @@ def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str
 
 
 def decoding_params(checkpoint, options):
-    """The parameters in the dtype of the computation, once: no step casts them again."""
+    """The parameters in the dtype and layout of the computation, once: no step casts or moves them again."""
     dtype = jnp.dtype(options.dtype or default_dtype())
-    return jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), checkpoint.params)
+    params = jax.tree.map(
+        lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), checkpoint.params
+    )
+    with mesh_of(params):
+        return lay_out(params, checkpoint.config)
 
 
 def _tasks(checkpoint, lines, options) -> tuple[list["_Task"], int | None]:

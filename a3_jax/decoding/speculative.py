@@ -49,7 +49,7 @@ def no_drafts(batch: int, window: int, vocab_size: int) -> Drafts:
 
 def _offer(state: State, window: int) -> Offer:
     """Rows 0..W verify the drafts and draw the token after them; rows W+1..2W propose what follows that."""
-    columns, unfilled = upcoming(state)
+    columns, unfilled = upcoming(state, 2 * window + 1)
     drafted, unfilled = state.drafts.count[:, None], unfilled[:, None]
     verify = jnp.broadcast_to(jnp.arange(window + 1, dtype=jnp.int32), (columns.shape[0], window + 1))
     propose = drafted + 1 + jnp.arange(window, dtype=jnp.int32)

@@ -6,6 +6,7 @@ given or committed, and *stored* when its key and value are in the cache.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -93,19 +94,33 @@ def compact(mask, size: int):
     Returns:
       columns [B, size] int32 and real [B, size] bool, False where a row has fewer.
     """
-    columns = jnp.argsort(~mask, axis=1, stable=True)[:, :size].astype(jnp.int32)
+    columns = jax.lax.top_k(mask.astype(jnp.int32), min(size, mask.shape[1]))[1]
     return columns, jnp.take_along_axis(mask, columns, axis=1)
 
 
-def upcoming(state: State):
-    """The unfilled columns as planned, in reading order where ranks are equal; then the others.
+def earliest(ranks, among, size: int):
+    """The `size` columns of lowest rank, in reading order where ranks are equal; then others.
+
+    A few of many columns: on CPU a sort of them all would cost as much as a layer.
+
+    Args:
+      ranks: [B, N] int32, at least 0.  among: [B, N] bool.
 
     Returns:
-      columns [B, N] int32, and how many are unfilled, [B] int32.
+      [B, min(size, N)] int32.
     """
-    last = jnp.iinfo(state.plan.dtype).max
-    columns = jnp.argsort(jnp.where(state.unfilled, state.plan, last), axis=1, stable=True)
-    return columns.astype(jnp.int32), jnp.sum(state.unfilled, axis=1, dtype=jnp.int32)
+    first = jnp.where(among, ~ranks, jnp.iinfo(jnp.int32).min)
+    return jax.lax.top_k(first, min(size, ranks.shape[1]))[1]
+
+
+def upcoming(state: State, size: int):
+    """The next `size` unfilled columns as planned, in reading order where ranks are equal; then others.
+
+    Returns:
+      columns [B, size] int32, and how many are unfilled in all, [B] int32.
+    """
+    columns = earliest(state.plan, state.unfilled, size)
+    return columns, jnp.sum(state.unfilled, axis=1, dtype=jnp.int32)
 
 
 def lay_drafts(state: State):
@@ -118,7 +133,7 @@ def lay_drafts(state: State):
     if state.drafts is None:
         return state.tokens, state.commit_rank, nowhere
     size = state.drafts.tokens.shape[1]
-    columns, place = upcoming(state)[0][:, :size], jnp.arange(size, dtype=jnp.int32)
+    columns, place = upcoming(state, size)[0], jnp.arange(size, dtype=jnp.int32)
     put = _at(state, columns, place < state.drafts.count[:, None])
     return (
         put(state.tokens, state.drafts.tokens),
@@ -155,7 +170,7 @@ def keep_drafts(state: State, accepted) -> State:
     if state.cache is None:
         return state
     size = state.drafts.tokens.shape[1]
-    columns = upcoming(state)[0][:, :size]
+    columns = upcoming(state, size)[0]
     put = _at(state, columns, jnp.arange(size) < accepted[:, None])
     cache = state.cache.replace(length=state.cache.length + accepted)
     return state.replace(cache=cache, stored=put(state.stored, True))

@@ -217,6 +217,7 @@ class TwoStream(nn.Module):
         "dots" (matrix products and attention), "block" (each block's input), "offload" (the same, in
         the host's memory).
       attention: how attention is computed, see `attention.IMPLEMENTATIONS`.
+      unrolled: layers one by one, with the parameters of `unstack_layers`, instead of in a scan.
     """
 
     config: ModelConfig
@@ -224,6 +225,7 @@ class TwoStream(nn.Module):
     precision: Any = None
     remat: str = "none"
     attention: str = "auto"
+    unrolled: bool = False
 
     @nn.compact
     def __call__(
@@ -276,7 +278,7 @@ class TwoStream(nn.Module):
         return constrain(x_BRD, ("batch", "length", "embed_act"))
 
     def _layers(self, x_BRD, cache, geometry, content_rows, first_output):
-        """All blocks but the last in one scan; the last alone, as less of it may be wanted."""
+        """All blocks but the last in one scan or one by one; the last alone, as less of it may be wanted."""
         records = layer_records(self.config)
         block = Block
         if self.remat != "none":
@@ -286,7 +288,11 @@ class TwoStream(nn.Module):
             "attention": self.attention, "content_rows": content_rows,
         }  # fmt: skip
         carry = (x_BRD, cache)
-        if self.config.num_layers > 1:
+        if self.unrolled:
+            for layer in range(self.config.num_layers - 1):
+                record = jax.tree.map(lambda x, layer=layer: x[layer], records)
+                carry, _ = block(**arguments, name=_layer_name(layer))(carry, record, geometry)
+        elif self.config.num_layers > 1:
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -300,6 +306,20 @@ class TwoStream(nn.Module):
         last_layer = block(**arguments, first_output=first_output, name="last_layer")
         carry, _ = last_layer(carry, jax.tree.map(lambda x: x[-1], records), geometry)
         return carry
+
+
+def unstack_layers(params, config: ModelConfig):
+    """The parameter tree of an unrolled model: an array a layer in place of the stacked ones."""
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    layers = {
+        _layer_name(layer): jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
+        for layer in range(config.num_layers - 1)
+    }
+    return rest | layers
+
+
+def _layer_name(layer: int) -> str:
+    return f"layer_{layer}"
 
 
 def run_rows(
@@ -317,11 +337,22 @@ def run_rows(
 def logits(params, config: ModelConfig, hidden, precision=None):
     """Scores over the vocabulary, float32 [..., V], of hidden states [..., D] after the final norm."""
     if config.tie_embeddings:
-        equation, weight = "...D,VD->...V", params["embed"]
-    else:
-        equation, weight = "...D,DV->...V", params["head"]
-    weight = weight.astype(hidden.dtype)
-    return jnp.einsum(equation, hidden, weight, precision=precision, preferred_element_type=jnp.float32)
+        return logits_of_table(params["embed"], hidden, precision)
+    head_DV = params["head"].astype(hidden.dtype)
+    return jnp.einsum(
+        "...D,DV->...V", hidden, head_DV, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def logits_of_table(table_VD, hidden, precision=None):
+    """The same, of a head that lies as an embedding table does.
+
+    The table comes first: with few rows CPUs then read it as it lies, and don't pack it.
+    """
+    table_VD = table_VD.astype(hidden.dtype)
+    return jnp.einsum(
+        "VD,...D->...V", table_VD, hidden, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def init_params(config: ModelConfig, key, dtype=jnp.float32):
