@@ -21,6 +21,7 @@ setup(
     entry_points={"console_scripts": ["a3 = a3_jax.cli:console"]},
     install_requires=[
         "absl-py>=2.1",
+        "array_record>=0.5",
         "clu>=0.0.12",
         "etils[epath]>=1.12",
         "flax>=0.12",
@@ -31,6 +32,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
+        "pyarrow>=18",
         "rich>=13.7",
         "seqio>=0.0.20",
         "tensorboard>=2.18",  # clu's metric writers import it and don't ask for it
@@ -44,7 +46,6 @@ setup(
         "plot": ["matplotlib>=3.9"],
         "dev": [
             "hypothesis>=6.100",
-            "pyarrow>=18",
             "pyright>=1.1.390",
             "pytest>=8.3",
             "pytest-xdist>=3.6",

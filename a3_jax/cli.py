@@ -11,14 +11,16 @@ import sys
 from a3_jax import __version__
 from a3_jax.benchmarks.command import add_bench
 from a3_jax.checkpoints.command import add_convert
+from a3_jax.data.command import add_data
 from a3_jax.decoding.commands import add_generate, add_score
 from a3_jax.errors import EXIT_BAD_INPUT, InputError, nearest
 from a3_jax.quickstart.command import add_quickstart
-from a3_jax.training.command import add_train
+from a3_jax.training.command import add_show, add_train
 
 EXAMPLES = """examples:
   a3 quickstart                                     the whole path in minutes on a laptop
   a3 convert Llama-3.2-1B llama-a3                  a Hugging Face directory to an A3 checkpoint
+  a3 data prepare 'text/*.jsonl' rows --tokenizer=llama-a3/tokenizer --seq_len=2048
   a3 train --config=configs/tiny.py --workdir=runs/tiny
   echo '{"text": "Long ago [[1]] lost a kite. The kite made Anna famous."}' | a3 generate runs/tiny - -
   a3 COMMAND --help                                 options and examples of one command
@@ -45,7 +47,10 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=f"a3_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (add_quickstart, add_convert, add_train, add_generate, add_score, add_bench):
+    add_quickstart(commands)
+    add_convert(commands)
+    add_data(commands, add_show)
+    for add in (add_train, add_generate, add_score, add_bench):
         add(commands)
     return parser, commands
 
@@ -54,14 +59,19 @@ def _parse(arguments):
     parser, commands = _parser()
     known, unknown = parser.parse_known_args(arguments)
     if unknown and not getattr(known, "takes_config_flags", False):
-        flags = [
-            flag for action in commands.choices[known.command]._actions for flag in action.option_strings
-        ]
+        flags = _flags(commands.choices[known.command])
         raise InputError(
             f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}", file=known.command
         )
     known.config_flags = unknown
     return known
+
+
+def _flags(parser) -> list[str]:
+    """The flags of a command and of the commands below it."""
+    below = [action.choices.values() for action in parser._actions if action.nargs == argparse.PARSER]
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    return flags + [flag for parsers in below for other in parsers for flag in _flags(other)]
 
 
 def main(arguments=None) -> int:

@@ -89,6 +89,19 @@ class Tokenizer:
         policy = json.dumps([self.bos_id, self.eos_id, self.adds_bos])
         return hashlib.sha256(f"{main}\n{policy}".encode("utf-8", "surrogatepass")).hexdigest()
 
+    def encodes_like(self, other: "Tokenizer") -> bool:
+        """Whether the other gives every text the same ids, BOS and EOS aside."""
+        return json.loads(self._files[_MAIN_FILE]) == json.loads(other._files[_MAIN_FILE])
+
+    def special_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        """Its special tokens by id."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token: value for token, value in added.items() if value.special}
+
+    def token_text(self, token: int | None) -> str:
+        """A token as the vocabulary writes it; empty for None."""
+        return "" if token is None else self._tokenizer.id_to_token(token) or ""
+
     @functools.cached_property
     def space_starts_word(self) -> bool:
         """Whether a space is part of the word after it: " a" has as many tokens as "a"."""

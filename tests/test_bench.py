@@ -182,7 +182,7 @@ def test_batches_follow_the_rule_of_training():
         (["train", "--remat=dot"], "did you mean 'dots'?"),
         (["train", "--attention=flash"], "attention: must be one of auto"),
         (["train", "--dtype=float16"], "did you mean 'bfloat16'?"),
-        (["train", "--order=spread"], "order: must be one of l2r, contiguous, random"),
+        (["train", "--order=block"], "order: must be one of l2r, contiguous, random, spread"),
         (["train", "--seed=-1"], "seed: must be from 0"),
         (["scaling", "--lengths", "64"], "at least two lengths"),
         (["memory", "--lengths", "48", "64"], "48 does not divide the longest, 64"),

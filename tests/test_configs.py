@@ -12,9 +12,10 @@ from a3_jax.model.two_stream import abstract_params
 from a3_jax.training.ahead import network_of, optimizer_of
 from a3_jax.training.command import read_config
 from a3_jax.training.config import RunConfig
+from a3_jax.training.loop import step_kind
 from a3_jax.training.optimizer import learning_rate
 from a3_jax.training.state import abstract_state
-from a3_jax.training.step import LOSSES, train_step
+from a3_jax.training.step import step_loss, train_step
 from tests.golden_configs import CONFIGS, GOLDEN, golden_text, load, model_of
 
 by_name = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -77,9 +78,9 @@ def test_step_evaluates_by_shape(path):
     rows = jax.ShapeDtypeStruct((run.batch_size, run.seq_len), jnp.int32)
     batch = dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), rows)
     batch["weights"] = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
-    for objective in {stage.objective for stage in run.stages}:
+    for loss in (step_loss(*kind) for kind in {step_kind(stage) for stage in run.stages}):
         new_state, metrics = jax.eval_shape(
-            lambda state, batch, rate, loss=LOSSES[objective]: train_step(
+            lambda state, batch, rate, loss=loss: train_step(
                 model, optimizer, loss, run.microbatches, state, batch, rate
             ),
             state, batch, jax.ShapeDtypeStruct((), jnp.float32),

@@ -14,6 +14,7 @@ from a3_jax.ordering.curriculum import (
     release_stages,
     stage_at,
     stages_from_config,
+    trained_context,
 )
 
 
@@ -64,6 +65,37 @@ def test_stages_survive_json(preset):
     assert stages_from_config(fields) == stages
 
 
+def test_every_field_survives_json():
+    orders = (
+        Order("spread", (1, 2, 4, 8, 16), 0.5, ("none", "both", "blocks"), "group"),
+        Order("l2r", context_shapes=("prefix",)),
+    )
+    stages = (Stage("a", 3, orders=orders, bos_given=True, absent=0.25, content_loss_weight=0.1),)
+    fields = json.loads(json.dumps([dataclasses.asdict(stage) for stage in stages]))
+    assert stages_from_config(fields) == stages
+
+
+def test_the_presets_give_nothing_beforehand():
+    """The paper's and the release's stages: all of a document is predicted, by the query stream alone."""
+    for stage in (*paper_stages(), *release_stages()):
+        assert (stage.bos_given, stage.absent, stage.content_loss_weight) == (False, 0, 0)
+        assert not any(order.context_shapes for order in stage.orders)
+
+
+def test_context_that_a_stage_was_trained_with():
+    """Recorded where all that draw a context agree, and generation knows it."""
+
+    def trained(*modes, **fields):
+        orders = [Order("random", context_shapes=("prefix",), context=mode) for mode in modes]
+        return trained_context(Stage("a", 1, orders=(Order("random", context="l2r"), *orders), **fields))
+
+    assert trained() is None
+    assert (trained("flat"), trained("l2r"), trained("l2r", "l2r")) == ("flat", "l2r", "l2r")
+    assert trained("flat", "l2r") is None
+    assert trained("group") is None
+    assert trained("l2r", objective="ar") is None
+
+
 def test_defaults():
     stage = stages_from_config([{"name": "a", "steps": 3, "orders": [{"order": "random"}, {}]}])[0]
     assert stage.orders == (Order("random", (4,)), Order("l2r", (1,)))
@@ -93,6 +125,22 @@ BAD_CONFIGS = [
     ([{"name": "a", "steps": 1, "orders": [{"order": "l2r", "group_sizes": [2]}]}], "use order='contiguous'"),
     ([{"name": "a", "steps": 1, "orders": [{"order": "random", "group_sizes": [0]}]}], "group_sizes"),
     ([{"name": "a", "steps": 1, "orders": [{"order": "random", "group_sizes": 4}]}], "group_sizes"),
+    ([{"name": "a", "steps": 1, "orders": [{"order": "spraed"}]}], "did you mean 'spread'"),
+    ([{"name": "a", "steps": 1, "orders": [{"context": "lr"}]}], r"orders\[0\].context: .*flat, l2r, group"),
+    (
+        [{"name": "a", "steps": 1, "orders": [{"context_shapes": ["prefx"]}]}],
+        "context_shapes: .*did you mean 'prefix'",
+    ),
+    ([{"name": "a", "steps": 1, "orders": [{"context_shapes": "prefix"}]}], "context_shapes: .*list"),
+    ([{"name": "a", "steps": 1, "bos_given": 1}], r"stages\[0\].bos_given: .*True or False"),
+    ([{"name": "a", "steps": 1, "absent": 1.5}], r"stages\[0\].absent: .*0 to 1, got 1.5"),
+    ([{"name": "a", "steps": 1, "absent": True}], "absent"),
+    ([{"name": "a", "steps": 1, "content_loss_weight": -1}], "content_loss_weight: .*at least 0"),
+    ([{"name": "a", "steps": 1, "content_loss_weight": float("nan")}], "content_loss_weight"),
+    (
+        [{"name": "a", "steps": 1, "objective": "ar", "content_loss_weight": 0.1}],
+        "content_loss_weight: .*objective 'ar'",
+    ),
     ([{"name": "a", "steps": 1, "orders": [{"weight": 0}]}], "weight"),
     ([{"name": "a", "steps": 1, "orders": [{"weight": float("nan")}]}], "weight"),
 ]

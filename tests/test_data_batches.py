@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a3_jax.data.batches import Plan, batch, eval_batch, examples, permute
-from a3_jax.data.table import Table, pack
+from a3_jax.data.batches import Plan, batch, eval_batch, examples
+from a3_jax.data.permutation import permute
+from a3_jax.data.table import FILLER, GIVEN, PREDICTED, Table, pack
 from a3_jax.errors import InputError
 from a3_jax.ordering.curriculum import Order, Stage, release_stages
 from a3_jax.ordering.ranks import draw
@@ -118,7 +119,7 @@ def test_ranks_are_those_of_the_running_number():
     plan = Plan(table, RANDOM, 5, 4)
     given_rows, made = examples(plan, 3), batch(plan, 3)
     for b in range(4):
-        expected = draw(RANDOM[0], given_rows["positions"][b], given_rows["segment_ids"][b], 5, 12 + b)
+        expected = draw(RANDOM[0], given_rows["positions"][b], given_rows["segment_ids"][b], 5, 12 + b).ranks
         found = dict(zip(made["positions"][b, :4], made["ranks"][b, :4], strict=True))
         assert [found[position] for position in range(4)] == expected[:4].tolist()
 
@@ -128,6 +129,73 @@ def test_padding_is_a_mask():
     made = batch(Plan(small_table(), RANDOM, 1, 7), 0)
     assert (made["weights"] == (made["segment_ids"] > 0)).all()
     assert Counter(made["weights"][made["tokens"] == 0].tolist()) == {1.0: 7, 0.0: 7}
+
+
+BOS = 10  # the first token of row 0 of `small_table`
+
+
+def of_token(made, name):
+    """What stands beside each token of the first document of each row, in reading order: [B, 4]."""
+    order = np.argsort(made["positions"][:, :4] + 99 * (made["segment_ids"][:, :4] != 1), axis=1)
+    return np.take_along_axis(made[name][:, :4], order, axis=1)
+
+
+def test_bos_is_given_where_a_stage_says_so():
+    """At the start of a document alone, and where the plan knows the BOS."""
+    table = pack([np.array([BOS, 3, BOS, 4]), np.array([3, BOS])], 6)
+    for bos_given, bos_id, places in ((True, BOS, [0]), (False, BOS, []), (True, None, []), (True, 3, [4])):
+        stage = Stage("a", 9, orders=RANDOM[0].orders, bos_given=bos_given)
+        for step in range(9):
+            made = batch(Plan(table, (stage,), 1, 1, bos_id=bos_id), step)
+            reading = np.argsort(made["positions"][0] + 4 * (made["segment_ids"][0] - 1))
+            weights, ranks = made["weights"][0, reading], made["ranks"][0, reading]
+            assert np.flatnonzero(weights == 0).tolist() == places
+            assert all(ranks[place] == 0 < ranks[place + 1] for place in places)
+
+
+def test_prompts_are_given_and_filler_has_no_weight():
+    roles = [GIVEN, GIVEN, PREDICTED, FILLER]
+    tokens = np.arange(4)
+    table = pack([tokens] * 5, 6, roles=[np.array(roles, np.uint8)] * 5)
+    for context, of_prompt in (("flat", [0, 0]), ("l2r", [0, 1])):
+        stage = Stage("a", 9, orders=(Order("random", (1,), context=context),))
+        ranks = set()
+        for step in range(9):
+            made = batch(Plan(table, (stage,), 1, 4), step)
+            assert set(made) == {"tokens", "positions", "segment_ids", "ranks", "weights"}
+            assert (of_token(made, "weights") == [0, 0, 1, 0]).all()
+            assert (made["weights"][:, 4:] == 0).all()
+            assert (of_token(made, "ranks")[:, :2] == of_prompt).all()
+            ranks |= {tuple(row - of_prompt[1]) for row in of_token(made, "ranks")[:, 2:]}
+        assert ranks == {(1, 2), (2, 1)}  # filler has its place in the order
+
+
+def test_absent_tokens_stand_with_the_padding():
+    stage = Stage("a", 30, orders=RANDOM[0].orders, absent=1.0)
+    table = small_table()
+    sizes = Counter()
+    for step in range(30):
+        made = batch(Plan(table, (stage,), 1, 7), step)
+        assert (made["weights"] == (made["segment_ids"] > 0)).all()
+        present = (made["segment_ids"] == 1).sum(axis=1)
+        assert all((made["segment_ids"][row, count] == 2) for row, count in enumerate(present))
+        assert (made["ranks"][made["segment_ids"] == 0] == 0).all()
+        sizes.update(present.tolist())
+    assert set(sizes) == {2, 3}  # of four
+
+
+def test_held_out_batches_score_what_training_predicts():
+    table = pack([np.array([BOS, 3, 5, 4])] * 3, 6, roles=[np.array([GIVEN, PREDICTED, GIVEN, FILLER])] * 3)
+    for objective in ("any_order", "ar"):
+        (made,) = eval_batch(table, "l2r", 1, 0, 4, objective=objective, context="flat")
+        assert (of_token(made, "weights")[:3] == [0, 1, 0, 0]).all()
+        expected = [0, 1, 0, 2] if objective == "any_order" else [0, 1, 2, 3]
+        assert (of_token(made, "ranks")[:3] == expected).all()
+        assert (made["weights"][3] == 0).all()
+    plain = pack([np.array([BOS, 3, 5, 4])] * 3, 6)
+    for bos_given in (True, False):
+        (made,) = eval_batch(plain, "random", 1, 0, 4, bos_given=bos_given, bos_id=BOS)
+        assert (of_token(made, "weights")[:3] == [not bos_given, 1, 1, 1]).all()
 
 
 def test_one_order_for_a_batch():

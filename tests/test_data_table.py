@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a3_jax.data import table
-from a3_jax.data.table import first_fit, pack
+from a3_jax.data.table import first_fit, long_first_fit, pack
 from a3_jax.errors import InputError
 
 LENGTHS = st.lists(st.integers(0, 25), max_size=30)
@@ -106,3 +106,64 @@ def test_padding_of_a_large_set():
 def test_bad_seq_len():
     with pytest.raises(InputError, match="seq_len"):
         pack([], 0)
+
+
+@given(LENGTHS, st.integers(1, 10))
+def test_concatenation_pads_the_last_row_alone(lengths, seq_len):
+    packed = pack(documents_of(np.array(lengths, int)), seq_len, "concat")
+    assert packed.tokens.ravel()[: sum(lengths)].tolist() == list(range(sum(lengths)))
+    assert packed.num_tokens == sum(lengths)
+    assert packed.num_rows == -(-sum(lengths) // seq_len)
+    for tokens, positions in segments_of(packed):
+        assert positions.tolist() == list(range(len(tokens)))
+        assert (np.diff(np.searchsorted(np.cumsum(lengths), tokens, side="right")) == 0).all()  # one document
+
+
+def test_concatenation_hand_drawn():
+    packed = pack([np.array([7, 8, 9]), np.array([1, 2]), np.array([3, 4, 5, 6, 0])], 4, "concat")
+    assert packed.tokens.tolist() == [[7, 8, 9, 1], [2, 3, 4, 5], [6, 0, 0, 0]]
+    assert packed.positions.tolist() == [[0, 1, 2, 0], [0, 0, 1, 2], [0, 1, 0, 0]]
+    assert packed.segment_ids.tolist() == [[1, 1, 1, 2], [1, 2, 2, 2], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("packing", table.PACKINGS)
+def test_roles_stay_with_their_tokens(packing):
+    documents = documents_of(np.array([3, 7, 5, 1]))
+    packed = pack(documents, 4, packing, [(document % 3).astype(np.uint8) for document in documents])
+    is_token = packed.segment_ids > 0
+    assert (packed.roles[is_token] == packed.tokens[is_token] % 3).all()
+    assert packed.roles.dtype == np.uint8 and not packed.roles[~is_token].any()
+
+
+def test_bad_packing():
+    with pytest.raises(InputError, match="packing: must be one of"):
+        pack([], 4, "tight")
+
+
+@given(st.lists(st.integers(1, 10), max_size=60))
+def test_long_first_fit_fills_rows_without_overlap(lengths):
+    rows, offsets, segments = long_first_fit(np.array(lengths, int), 10)
+    assert sorted(set(rows.tolist())) == list(range(len(set(rows.tolist()))))
+    for row in set(rows.tolist()):
+        here = np.flatnonzero(rows == row)
+        here = here[np.argsort(segments[here])]
+        ends = offsets[here] + np.array(lengths)[here]
+        assert segments[here].tolist() == list(range(1, len(here) + 1))
+        assert offsets[here].tolist() == [0, *ends[:-1]] and ends[-1] <= 10
+    firsts = [int(np.flatnonzero(rows == row)[0]) for row in range(len(set(rows.tolist())))]
+    assert firsts == sorted(firsts)  # rows are in the order of their first documents
+
+
+def test_long_first_fit_hand_drawn():
+    documents = [np.array([1]), np.array([2, 2]), np.array([3, 3, 3]), np.array([4, 4, 4]), np.array([5])]
+    packed = pack(documents, 5, long_first=True)
+    assert packed.tokens.tolist() == [[3, 3, 3, 1, 5], [4, 4, 4, 2, 2]]
+    assert packed.segment_ids.tolist() == [[1, 1, 1, 2, 3], [1, 1, 1, 2, 2]]
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.8, 1.0, 1.2])
+def test_long_first_leaves_next_to_no_padding(sigma):
+    lengths = np.random.default_rng(0).lognormal(np.log(400), sigma, 1000).astype(int) + 1
+    packed = pack([np.ones(length, np.int32) for length in lengths], 2048, long_first=True)
+    assert packed.num_tokens == lengths.sum()
+    assert 1 - packed.num_tokens / packed.tokens.size <= 0.01

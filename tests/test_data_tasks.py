@@ -146,7 +146,8 @@ def test_registered_tasks_of_others_are_read():
         ("a.txt", b"", "a.txt: holds no text"),
         ("a.txt", b"\xff", "a.txt:1: not UTF-8"),
         ("a.jsonl", b'{"text": 3}', "a.jsonl:1: text: must be a text"),
-        ("a.parquet", b"x", "a.parquet: data: not a .txt or .jsonl file"),
+        ("a.csv", b"x", "a.csv: data: not a .txt or .jsonl file"),
+        ("a.parquet", b"x", "a.parquet:1: can't be read"),
     ],
 )
 def test_bad_data(tmp_path, name, content, message):

@@ -56,6 +56,7 @@ def test_rooms_import_to_their_left_only():
         "import a3_jax.cli",
         "from a3_jax import convert, generate, score, open_checkpoint",
         "import a3_jax.data",
+        "import a3_jax.data.prepare, a3_jax.data.sources",
         "import a3_jax.training.step",
     ],
 )

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from a3_jax.ordering.contexts import CONTEXT_SHAPES
+from a3_jax.ordering.curriculum import Order, Stage
+from a3_jax.ordering.ranks import TRAINING_CONTEXTS, draw
 from tests import tiny
 
 
@@ -54,3 +57,31 @@ def test_content_rows_see_their_own_group():
         axis=-1
     )
     np.testing.assert_array_equal(difference > 0, ranks >= ranks[2])
+
+
+@pytest.mark.parametrize("mode", TRAINING_CONTEXTS)
+def test_what_is_given_sees_nothing_that_is_predicted_and_absent_tokens_are_seen_by_none(mode):
+    """As training draws them. Exactly zero, in both streams; what is given reaches all that is predicted."""
+    rng = np.random.default_rng(4)
+    tokens, positions, segments, _ = tiny.packed_row(rng, [9, 7], padding=2)
+    order = Order("random", (2,), 1.0, CONTEXT_SHAPES[1:], mode)
+    drawn = draw(Stage("test", 1, orders=(order,), absent=1.0), positions, segments, 0, 3)
+    given, absent = (drawn.segment_ids > 0) & ~drawn.predicted, (segments > 0) & (drawn.segment_ids == 0)
+    assert given.any() and absent.any()
+
+    def logits(tokens):
+        row = (tokens, positions, drawn.segment_ids, drawn.ranks)
+        return np.stack([tiny.run(row, outputs=stream) for stream in ("content", "query")])
+
+    before = logits(tokens)
+    for changed in np.flatnonzero(segments):
+        other = tokens.copy()
+        other[changed] = (tokens[changed] + 1) % tiny.CONFIG.vocab_size
+        content, query = np.abs(logits(other) - before).max(axis=-1) > 0
+        document = drawn.segment_ids == segments[changed]
+        if absent[changed]:
+            assert not (content | query)[drawn.segment_ids > 0].any()
+        elif drawn.predicted[changed]:
+            assert not (content | query)[given].any()
+        else:
+            assert query[document & drawn.predicted].all()

@@ -1,5 +1,6 @@
 """Laws of the orders, by counting; what decides a draw, and what must not."""
 
+import hashlib
 import itertools
 from collections import Counter
 
@@ -24,6 +25,10 @@ def packed(lengths, padding=0):
 
 def stage(*orders, **fields):
     return Stage("test", 1, orders=orders, **fields)
+
+
+def draw_ranks(*arguments):
+    return ranks.draw(*arguments).ranks
 
 
 def assert_dense_groups(document_ranks, size):
@@ -78,7 +83,7 @@ def test_context_first_is_dense_and_keeps_the_order_of_the_rest(tokens, mode):
 @given(DOCUMENTS, st.integers(0, 4), st.integers(0, 2**63), st.integers(0, 2**63), st.sampled_from([1, 2, 4]))
 def test_draw_ranks_each_document_by_itself(lengths, padding, seed, index, size):
     positions, segments = packed(lengths, padding)
-    drawn = ranks.draw(stage(Order("random", (size,))), positions, segments, seed, index)
+    drawn = draw_ranks(stage(Order("random", (size,))), positions, segments, seed, index)
     assert drawn.dtype == np.int32
     assert (drawn[segments == 0] == 0).all()
     for segment in range(1, len(lengths) + 1):
@@ -88,17 +93,17 @@ def test_draw_ranks_each_document_by_itself(lengths, padding, seed, index, size)
 @given(DOCUMENTS, st.integers(0, 4), st.sampled_from([1, 2, 4]))
 def test_draw_in_reading_order(lengths, padding, size):
     positions, segments = packed(lengths, padding)
-    drawn = ranks.draw(stage(Order("contiguous", (size,))), positions, segments, 0, 0)
+    drawn = draw_ranks(stage(Order("contiguous", (size,))), positions, segments, 0, 0)
     assert drawn.tolist() == (positions // size).tolist()
-    assert (ranks.draw(stage(Order("l2r")), positions, segments, 0, 0) == positions).all()
-    assert (ranks.draw(stage(Order("random"), objective="ar"), positions, segments, 0, 0) == positions).all()
+    assert (draw_ranks(stage(Order("l2r")), positions, segments, 0, 0) == positions).all()
+    assert (draw_ranks(stage(Order("random"), objective="ar"), positions, segments, 0, 0) == positions).all()
 
 
 def test_draw_of_a_packed_document_is_uniform():
     """All six orders of a document of three, next to other documents, equally often."""
     positions, segments = packed([2, 3, 4])
     counts = Counter(
-        tuple(ranks.draw(stage(Order("random", (1,))), positions, segments, 5, index)[2:5])
+        tuple(draw_ranks(stage(Order("random", (1,))), positions, segments, 5, index)[2:5])
         for index in range(6000)
     )
     assert len(counts) == 6
@@ -109,7 +114,7 @@ def test_draw_of_a_packed_document_is_uniform():
 
 def test_documents_of_a_row_are_drawn_independently():
     positions, segments = packed([2, 2])
-    drawn = [ranks.draw(stage(Order("random", (1,))), positions, segments, 1, index) for index in range(2000)]
+    drawn = [draw_ranks(stage(Order("random", (1,))), positions, segments, 1, index) for index in range(2000)]
     agreement = np.mean([row[0] == row[2] for row in drawn])
     assert 0.45 < agreement < 0.55
 
@@ -122,7 +127,7 @@ def test_law_of_a_mixture():
     positions, segments = packed([32, 32])
     counts = Counter()
     for index in range(4000):
-        drawn = ranks.draw(mixture, positions, segments, 3, index)
+        drawn = draw_ranks(mixture, positions, segments, 3, index)
         sizes = {int(np.bincount(document).max()) for document in (drawn[:32], drawn[32:])}
         assert len(sizes) == 1
         counts[sizes.pop()] += 1
@@ -137,13 +142,13 @@ def test_draw_depends_on_seed_and_index_alone():
     positions, segments = packed([9, 7], padding=3)
     mixture = stage(Order("random", (1, 2)), Order("l2r"))
     again = stage(Order("random", (1, 2)), Order("l2r"))
-    first = ranks.draw(mixture, positions, segments, 7, 11)
+    first = draw_ranks(mixture, positions, segments, 7, 11)
     np.random.seed(0)
-    ranks.draw(mixture, positions, segments, 7, 12)
-    assert (ranks.draw(again, positions.astype(np.int64), segments.astype(np.int64), 7, 11) == first).all()
+    draw_ranks(mixture, positions, segments, 7, 12)
+    assert (draw_ranks(again, positions.astype(np.int64), segments.astype(np.int64), 7, 11) == first).all()
     single = stage(Order("random", (1,)))
     drawn = {
-        (seed, index): ranks.draw(single, positions, segments, seed, index).tobytes()
+        (seed, index): draw_ranks(single, positions, segments, seed, index).tobytes()
         for seed in (0, 1, 2**31)
         for index in (0, 1, 2**40)
     }
@@ -153,15 +158,44 @@ def test_draw_depends_on_seed_and_index_alone():
 def test_golden_draw():
     """The stream of (seed, index) is a promise to every run that resumes: these numbers stay."""
     positions, segments = packed([6, 3], padding=1)
-    drawn = ranks.draw(stage(Order("random", (2,))), positions, segments, 42, 7)
+    drawn = draw_ranks(stage(Order("random", (2,))), positions, segments, 42, 7)
     assert drawn.tolist() == [2, 2, 1, 1, 0, 0, 0, 1, 0, 0]
+
+
+def test_golden_draws_of_a_mixture():
+    """As before contexts and absent spans could be drawn: their random words come after all others."""
+    mixture = stage(Order("l2r"), Order("contiguous", (2, 4, 8), 2), Order("random", (1, 2, 4, 8, 16), 5))
+    row, digest = packed([40, 1, 17, 70], padding=5), hashlib.sha256()
+    for seed, index in itertools.product((0, 1, 2**40), range(200)):
+        digest.update(draw_ranks(mixture, *row, seed, index).tobytes())
+    assert digest.hexdigest() == "fa6f0b2035e506b3c7c4f7771b8bdc39fe7061a196a0d430ef1d61b9aea56d33"
+
+
+@given(DOCUMENTS, st.integers(0, 4), st.sampled_from([1, 2, 4, 16]))
+def test_draw_of_a_spread_order(lengths, padding, size):
+    """The order of generation and scoring, in each document by itself."""
+    drawn = draw_ranks(stage(Order("spread", (size,))), *packed(lengths, padding), 0, 0)
+    expected = [ranks.order_ranks("spread", length, size, None) for length in lengths]
+    assert drawn.tolist() == np.concatenate([*expected, np.zeros(padding, int)]).tolist()
+    assert drawn.dtype == np.int32
+
+
+def test_draw_of_segments_as_they_stand():
+    """Whatever is packed where: numbers of documents need not ascend, or be without gaps."""
+    positions, segments = packed([3, 5, 2])
+    renumbered = np.array([0, 7, 2, 5], np.int32)[segments]
+    for order in (Order("spread", (2,)), Order("l2r", (), 1.0, ("prefix",))):
+        drawn = draw_ranks(stage(order), positions, renumbered, 0, 0)
+        for segment in (7, 2, 5):
+            own = drawn[renumbered == segment]
+            assert set(own) == set(range(own.max() + 1))
 
 
 def test_one_draw_for_rows_of_several_lengths():
     """Rows that share an index share one order of their slots (the release: one order a batch)."""
     single = stage(Order("random", (1,)))
-    long = ranks.draw(single, *packed([8]), 0, 5)
-    short = ranks.draw(single, *packed([5], padding=3), 0, 5)
+    long = draw_ranks(single, *packed([8]), 0, 5)
+    short = draw_ranks(single, *packed([5], padding=3), 0, 5)
     assert np.argsort(short[:5]).tolist() == [slot for slot in np.argsort(long) if slot < 5]
 
 

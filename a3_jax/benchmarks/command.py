@@ -1,6 +1,7 @@
 """`a3 bench`: the table of benchmarks, and flags to settings."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -68,6 +69,16 @@ BENCHMARKS = {
         (_MODEL | _ROWS) | {"release"},
         {"lengths": (256, 1024), "batch": 1, "repeats": 3},
     ),
+    "score": Benchmark("exact scores against the forward pass of training", (_MODEL | _ROWS) | {"attention"}),
+    "forwards": Benchmark(
+        "forwards a text by strategy and order, on a chain whose conditionals are known",
+        {"seed", "steps"},
+    ),
+    "data": Benchmark(
+        "text to shards against the tokenizer alone, batches against what a step takes",
+        {"lengths", "batch", "group_size", "repeats", "seed", "threads"},
+        {"lengths": (2048,), "repeats": 3},
+    ),
     "compile": Benchmark(
         "a config's train step compiled for a TPU topology: memory a chip",
         {"config", "topology"},
@@ -80,10 +91,11 @@ _HELP = {
     "dtype": "of activations: float32 or bfloat16",
     "remat": "what the backward pass computes again: none, dots, block, offload",
     "attention": "implementation: auto, splash, chunked, dense",
-    "order": "of the groups: l2r, contiguous, random",
+    "order": "of the groups: l2r, contiguous, random, spread",
     "group_size": "tokens a group",
     "seed": "of weights, tokens and ranks",
     "repeats": "measurements of each contender",
+    "steps": "of training the model that is measured",
     "threads": "CPU cores to use",
     "config": "file of a run, such as configs/a3_llama32_1b.py; --config.FIELD=VALUE sets a field of it",
     "topology": "TPU chips that need not be there, such as v5e:4x4",
@@ -125,6 +137,8 @@ def run_bench(args) -> int:
     from a3_jax.benchmarks.settings import set_threads
 
     set_threads(settings.threads)  # before JAX is loaded
+    if settings.release:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # where the authors' code runs, so that both have the same cores
     from a3_jax.benchmarks.steps import check_names
 
     check_names(settings)

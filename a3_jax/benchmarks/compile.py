@@ -9,6 +9,7 @@ from a3_jax.model.accelerators import count_chips, find_accelerator
 from a3_jax.training.ahead import compile_step, topology_devices
 from a3_jax.training.command import read_config
 from a3_jax.training.config import RunConfig, model_config
+from a3_jax.training.loop import step_kind
 from a3_jax.training.run import open_mesh
 
 
@@ -23,7 +24,7 @@ def measure(settings: Settings) -> list[Row]:
     mesh = open_mesh(run, chips)
     note(f"compile: {settings.config} for {settings.topology}: minutes")
     start = time.perf_counter()
-    compiled = compile_step(run, model_config(run), mesh, run.stages[-1].objective)
+    compiled = compile_step(run, model_config(run), mesh, *step_kind(run.stages[-1]))
     seconds = time.perf_counter() - start
     setting = {
         "config": settings.config, "topology": settings.topology, "chips": count_chips(chips),

@@ -4,6 +4,7 @@ Once with the chain's exact conditionals in the model's place, once with a small
 good what is drawn is: nats a symbol under the true law, whose own samples have its entropy.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -75,10 +76,11 @@ def measure(settings: Settings) -> list[Row]:
 def decode_exactly(transition, options: dict):
     """(tokens, forwards, drafts that passed): the strategy over the chain's own conditionals."""
     settings = GenerateOptions(**options)
-    checkpoint = types.SimpleNamespace(config=CONFIG, tokenizer=None, meta=None)
+    config = dataclasses.replace(CONFIG, vocab_size=SYMBOLS)  # the chain has no BOS
+    checkpoint = types.SimpleNamespace(config=config, tokenizer=None, meta=None)
     requests = blank_requests(item_lines([{"tokens": [None] * BLANKS}]), checkpoint, settings)
     tasks = [_Task(requests[0], text, "flat", settings) for text in range(TEXTS)]
-    program = _program(CONFIG, settings, None, tasks[0].shape)
+    program = _program(config, settings, None, tasks[0].shape)
     state = start_state(_start(tasks, tasks[0].shape[0], TEXTS, settings.seed), program)
     network = chain.exact_network(transition, BLANKS)
     final = jax.jit(lambda state: run_steps(state, network, program))(state)
@@ -104,7 +106,7 @@ def train(transition, steps: int, seed: int):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     model, optimizer = TwoStream(CONFIG), make_optimizer(b2=0.99)
     rng = np.random.default_rng(seed)
-    rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARMUP, steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, min(WARMUP, steps - 1), steps)
     with jax.set_mesh(mesh):
         state = init_state(CONFIG, optimizer, mesh, seed=seed)
         step = make_train_step(model, optimizer, mesh, objective="any_order", microbatches=1)

@@ -30,6 +30,7 @@ class Settings:
       order, group_size: of the ranks, as in a training stage.
       repeats: measurements of each contender.
       threads: CPU cores to use; None: all.
+      steps: of training the model that is measured.
       release: directory with the authors' `llama_xlnet.py`.
       config: file of a run.
       overrides: `--config.FIELD=VALUE` for some of its fields.
@@ -52,6 +53,7 @@ class Settings:
     repeats: int = 5
     seed: int = 0
     threads: int | None = None
+    steps: int = 1500
     release: str | None = None
     config: str | None = None
     overrides: tuple[str, ...] = ()
@@ -103,7 +105,8 @@ def draw_rows(settings: Settings, length: int, batch: int, objective: str = "any
     positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
     segment_ids = np.ones((batch, length), np.int32)
     drawn = [
-        ranks.draw(stage, positions[row], segment_ids[row], settings.seed, index=row) for row in range(batch)
+        ranks.draw(stage, positions[row], segment_ids[row], settings.seed, index=row).ranks
+        for row in range(batch)
     ]
     tokens = rng.integers(0, settings.vocab, (batch, length), dtype=np.int32)
     return {"tokens": tokens, "positions": positions, "segment_ids": segment_ids, "ranks": np.stack(drawn)}

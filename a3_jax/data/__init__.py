@@ -1,7 +1,8 @@
 """Text to sorted batches.
 
-`tasks.open_data` reads a source once, through seqio, into tables of packed rows; `batches.stream`
-turns a table into batches, each a function of (seed, step) and of nothing else. seqio and TensorFlow
-are imported here alone, and only by `tensorflow_host`, so `table`, `batches.batch` and `embedded`
-work where both are absent.
+What fits in memory: `tasks.open_data` reads a source once, through seqio, into tables of packed rows.
+What does not: `prepare` turns files into shards of packed rows, once, and `prepared` opens them for
+a run. `batches.stream` turns either into batches, each a function of (seed, step) and of nothing else.
+seqio and TensorFlow are imported here alone, and only by `tensorflow_host`: all else, preparing
+included, works where both are absent.
 """

@@ -35,6 +35,8 @@ class OrderFeatureConverter(seqio.FeatureConverter):
     def __init__(self, plan: Plan):
         super().__init__(pack=False, apply_length_check=False)  # `_convert_features` fixes the shapes
         self.plan = plan
+        if plan.table.has_roles:
+            self.TASK_FEATURES = {**self.TASK_FEATURES, "roles": _Spec(tf.uint8, rank=2, sequence_dim=1)}
 
     def _convert_features(self, ds, task_feature_lengths):
         lengths = self.get_model_feature_lengths(task_feature_lengths)
@@ -75,7 +77,8 @@ def iterate(plan: Plan, first_step: int) -> Iterator[Batch]:
 def dataset(plan: Plan, first_step: int) -> tf.data.Dataset:
     """The pipeline of `iterate`: steps -> packed rows -> sorted batches."""
     share, seq_len = plan.batch_size // plan.num_hosts, plan.table.seq_len
-    features = OrderFeatureConverter.TASK_FEATURES
+    converter = OrderFeatureConverter(plan)
+    features = converter.TASK_FEATURES
 
     @tf.autograph.experimental.do_not_convert
     def read(step):
@@ -85,7 +88,7 @@ def dataset(plan: Plan, first_step: int) -> tf.data.Dataset:
     steps = tf.data.Dataset.range(first_step, total_steps(plan.stages))
     rows = steps.map(read, num_parallel_calls=_PARALLEL_STEPS, deterministic=True)
     lengths = {name: share if name == "number" else seq_len for name in features}
-    return OrderFeatureConverter(plan)(rows, lengths).prefetch(_PREFETCH)
+    return converter(rows, lengths).prefetch(_PREFETCH)
 
 
 def _numpy(function, inputs, features, shapes) -> dict[str, tf.Tensor]:

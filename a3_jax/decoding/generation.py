@@ -123,9 +123,7 @@ def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str
 def decoding_params(checkpoint, options):
     """The parameters in the dtype and layout of the computation, once: no step casts or moves them again."""
     dtype = jnp.dtype(options.dtype or default_dtype())
-    params = jax.tree.map(
-        lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), checkpoint.params
-    )
+    params = jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), checkpoint.params)
     with mesh_of(params):
         return lay_out(params, checkpoint.config)
 

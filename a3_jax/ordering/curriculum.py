@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.ordering.ranks import TRAINING_ORDERS
+from a3_jax.ordering.contexts import CONTEXT_SHAPES
+from a3_jax.ordering.ranks import CONTEXTS, TRAINING_CONTEXTS, TRAINING_ORDERS
 
 OBJECTIVES = ("any_order", "ar")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -24,14 +25,20 @@ class Order:
     """One component of a stage's mixture of orders.
 
     Attributes:
-      order: "l2r" (one token a group), "contiguous" or "random".
+      order: "l2r" (one token a group), "contiguous", "random" or "spread", see `ranks`.
       group_sizes: drawn uniformly, one for an example; (1,) for l2r, else (4,) if left empty.
       weight: relative share of the examples.
+      context_shapes: of a context that comes first and is not predicted, see `contexts`: drawn uniformly,
+        one for a document; () for no context.
+      context: how given tokens (context, BOS, prompts) are ranked: "flat" (one group), "l2r" (one token
+        a group, in reading order) or "group" (contiguous groups of the example's size).
     """
 
     order: str = "l2r"
     group_sizes: tuple[int, ...] = ()
     weight: float = 1.0
+    context_shapes: tuple[str, ...] = ()
+    context: str = "flat"
 
     def __post_init__(self):
         _check_choice("order", self.order, TRAINING_ORDERS)
@@ -44,7 +51,13 @@ class Order:
             raise InputError("l2r has one token a group; use order='contiguous'", field="group_sizes")
         if not _is_number(self.weight) or not 0 < self.weight < float("inf"):
             raise InputError(f"must be a positive number, got {self.weight!r}", field="weight")
+        if not _is_list(self.context_shapes):
+            raise InputError(f"must be a list of names, got {self.context_shapes!r}", field="context_shapes")
+        for shape in self.context_shapes:
+            _check_choice("context_shapes", shape, CONTEXT_SHAPES)
+        _check_choice("context", self.context, TRAINING_CONTEXTS)
         object.__setattr__(self, "group_sizes", sizes)
+        object.__setattr__(self, "context_shapes", tuple(self.context_shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +74,11 @@ class Stage:
       restart_schedule: the schedule spans this stage alone, warm-up included.
       reset_optimizer: fresh moments at the start of the stage.
       one_order_per_batch: all examples of a step share one draw.
+      bos_given: a document's BOS is given, not predicted (where the tokenizer has one).
+      absent: share of the examples, 0 to 1, whose documents each lose a span: positions are kept, but
+        its tokens are neither given nor predicted. Not read by "ar".
+      content_loss_weight: of the next-token loss of the content rows, on examples whose ranks are the
+        positions, beside the query rows' loss; what keeps the left-to-right model alive. 0 for none.
     """
 
     name: str
@@ -73,6 +91,9 @@ class Stage:
     restart_schedule: bool = False
     reset_optimizer: bool = False
     one_order_per_batch: bool = False
+    bos_given: bool = False
+    absent: float = 0.0
+    content_loss_weight: float = 0.0
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
@@ -89,9 +110,17 @@ class Stage:
             _check_whole("warmup_steps", self.warmup_steps, least=0)
         if self.schedule is not None:
             _check_choice("schedule", self.schedule, SCHEDULES)
-        for name in ("restart_schedule", "reset_optimizer", "one_order_per_batch"):
+        for name in ("restart_schedule", "reset_optimizer", "one_order_per_batch", "bos_given"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"must be True or False, got {getattr(self, name)!r}", field=name)
+        if not _is_number(self.absent) or not 0 <= self.absent <= 1:
+            raise InputError(f"must be a share, 0 to 1, got {self.absent!r}", field="absent")
+        weight = self.content_loss_weight
+        if not _is_number(weight) or not 0 <= weight < math.inf:
+            raise InputError(f"must be a number, at least 0, got {weight!r}", field="content_loss_weight")
+        if weight and self.objective == "ar":
+            raise InputError("the loss of objective 'ar' is that of the content rows",
+                             field="content_loss_weight")  # fmt: skip
 
 
 def paper_stages(steps: int | Sequence[int] = PAPER_STEPS) -> tuple[Stage, ...]:
@@ -174,6 +203,13 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, Stage, int]:
             return index, stage, first
         first += stage.steps
     raise ValueError(f"step {step} is outside the {first} steps of the curriculum")
+
+
+def trained_context(stage: Stage) -> str | None:
+    """How a stage ranks the contexts it draws: "flat" or "l2r"; None: draws none, or not always so."""
+    modes = {order.context for order in stage.orders if order.context_shapes}
+    agreed = stage.objective != "ar" and len(modes) == 1 and modes <= set(CONTEXTS)
+    return modes.pop() if agreed else None
 
 
 def _named_stages(orders: Mapping[str, tuple[Order, ...]], steps, **fields) -> tuple[Stage, ...]:

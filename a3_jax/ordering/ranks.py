@@ -10,25 +10,29 @@ predicted in parallel. For a document of seven tokens and groups of three:
     spread(1)       0  4  2  5  1  6  3     halving strides: 0, then 4, then 2 and 6, then the odd ones
 
 In training, `draw` is a function of (seed, running number of the example over all epochs): an
-example has the same order on every host and after every restart, and a new one each epoch.
+example has the same order on every host and after every restart, and a new one each epoch. It also
+draws what is given beforehand (`contexts`), which comes before all of this.
 """
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from a3_jax.errors import InputError, nearest
+from a3_jax.ordering.contexts import draw_absent, draw_context
+from a3_jax.ordering.packed import count, fractions, places, shuffle
 
 if TYPE_CHECKING:
     from a3_jax.ordering.curriculum import Stage
 
 ORDERS = ("l2r", "random", "spread", "block")  # of generation and scoring
 INNER_ORDERS = ("l2r", "random", "spread")  # inside a block
-TRAINING_ORDERS = ("l2r", "contiguous", "random")
+TRAINING_ORDERS = ("l2r", "contiguous", "random", "spread")
 CONTEXTS = ("flat", "l2r")
+TRAINING_CONTEXTS = ("flat", "l2r", "group")
 
 _WORD = (1 << 64) - 1
-_FRACTION = 2.0**-53  # of the top 53 bits of a word: a number in [0, 1)
 
 
 def l2r(length: int) -> np.ndarray:
@@ -44,7 +48,7 @@ def contiguous(length: int, size: int) -> np.ndarray:
 def random(length: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """[T] int32: a uniformly random permutation, cut into groups of `size` (the last may be smaller)."""
     bits = rng.bit_generator.random_raw(length)
-    return _shuffle_segments(np.ones(length, np.int32), bits) // np.int32(size)
+    return shuffle(np.ones(length, np.int32), bits) // np.int32(size)
 
 
 def spread(length: int, size: int) -> np.ndarray:
@@ -146,65 +150,104 @@ def context_first(ranks, given, mode: str = "flat") -> np.ndarray:
     return result
 
 
-def draw(stage: "Stage", positions, segment_ids, seed: int, index: int) -> np.ndarray:
-    """The ranks of one packed row in training.
+class Drawn(NamedTuple):
+    """What one packed row is trained on, [T] each, in the order given.
+
+    Attributes:
+      ranks: int32, 0.. within each document; 0 at padding.
+      segment_ids: int, packed document; 0 = padding, or absent: its position is kept, but it has no row.
+      predicted: bool, tokens that are neither given nor padding.
+    """
+
+    ranks: np.ndarray
+    segment_ids: np.ndarray
+    predicted: np.ndarray
+
+
+def draw(stage: "Stage", positions, segment_ids, seed: int, index: int, given=None) -> Drawn:
+    """The ranks of one packed row in training, and which of its tokens are predicted.
 
     The row draws one of the stage's orders (by weight) and one of its group sizes (uniformly); each
     document is then ranked by itself. Rows drawn with the same index share one permutation of their
     slots, of which a shorter row uses the part it has.
 
+    Given tokens come first, ranked as the order's `context` says; the rest follows, in the order over
+    its own tokens alone. A document of seven, of which three are given, in contiguous groups of two:
+
+        given            1  0  0  1  1  0  0
+        context flat     0  1  1  0  0  2  2        one group
+        context l2r      0  3  3  1  2  4  4        one token a group, in reading order
+        context group    0  2  2  0  1  3  3        contiguous groups of the example's size
+
     Args:
-      stage: only `objective` and `orders` are read; objective "ar" is always left to right.
+      stage: only `objective`, `orders` and `absent` are read; objective "ar" is always left to right.
       positions: [T] int, 0.. within each document.
-      segment_ids: [T] int, packed document, 0 = padding.
+      segment_ids: [T] int, packed document, 0 = padding; a document's slots stand together.
       seed: of the run.
       index: running number of the example over all epochs.
-
-    Returns:
-      [T] int32, in the order given; 0 at padding.
+      given: [T] bool, tokens that are known beforehand; None for none.
     """
     positions, segment_ids = np.asarray(positions), np.asarray(segment_ids)
+    given = None if given is None else np.asarray(given, bool)
     if stage.objective == "ar":
-        return _without_padding(positions, segment_ids)
-    key = np.array([seed & _WORD, index & _WORD], np.uint64)
-    bits = np.random.Philox(key=key).random_raw(2 + positions.size)
-    order = _pick_weighted(stage.orders, bits[0])
-    size = order.group_sizes[int(bits[1] % len(order.group_sizes))]
-    ranks = _shuffle_segments(segment_ids, bits[2:]) if order.order == "random" else positions
-    return _without_padding(ranks // size, segment_ids)
+        return _drawn(positions, segment_ids, given)
+    bits = np.random.Philox(key=np.array([seed & _WORD, index & _WORD], np.uint64))
+    words = bits.random_raw(2 + positions.size)
+    order = _pick_weighted(stage.orders, words[0])
+    size = order.group_sizes[int(words[1] % len(order.group_sizes))]
+    if given is None and not order.context_shapes and not stage.absent:
+        return _drawn(_own_ranks(order.order, size, segment_ids, positions, words[2:]), segment_ids)
+    return _draw_after_given(order, size, stage.absent, segment_ids, given, words[2:], bits)
+
+
+def _draw_after_given(order, size, absent_share, segment_ids, given, words, bits) -> Drawn:
+    """`draw` of a row in which tokens may be given or absent; their random words come after the order's."""
+    present = segment_ids != 0
+    given = np.zeros(present.shape, bool) if given is None else present & given
+    free = present & ~given
+    if absent_share:
+        absent = draw_absent(absent_share, free, segment_ids, bits)
+        free, segment_ids = free & ~absent, np.where(absent, 0, segment_ids)
+    if order.context_shapes:
+        context = draw_context(order.context_shapes, free, segment_ids, bits)
+        free, given = free & ~context, given | context
+
+    width = {"flat": len(given) + 1, "l2r": 1, "group": size}[order.context]
+    groups_before = -(-count(given, segment_ids) // width)
+    own = _own_ranks(order.order, size, np.where(free, segment_ids, 0), places(free, segment_ids), words)
+    ranks = np.where(given, places(given, segment_ids) // width, groups_before[segment_ids] + own)
+    return _drawn(ranks, segment_ids, given)
+
+
+def _drawn(ranks, segment_ids, given=None) -> Drawn:
+    present = segment_ids != 0
+    ranks = np.where(present, ranks, 0).astype(np.int32)
+    return Drawn(ranks, segment_ids, present if given is None else present & ~given)
+
+
+def _own_ranks(order: str, size: int, segment_ids, place, words) -> np.ndarray:
+    """[T] int: an order's ranks of each segment's slots, of which each has this place in it."""
+    if order == "random":
+        return shuffle(segment_ids, words) // size
+    return _spread_segments(segment_ids, size) if order == "spread" else place // size
+
+
+def _spread_segments(segment_ids, size: int) -> np.ndarray:
+    """[T] int32: `spread` of each segment's own slots; 0 in segment 0."""
+    slots = np.argsort(segment_ids, kind="stable")
+    padding, *lengths = np.bincount(segment_ids, minlength=1).tolist()
+    ranks = np.zeros(segment_ids.shape, np.int32)
+    ranks[slots[padding:]] = np.concatenate(
+        [np.zeros(0, np.int32), *(_kept_spread(length, size) for length in lengths)]
+    )
+    return ranks
+
+
+_kept_spread = functools.lru_cache(maxsize=1024)(spread)  # nobody writes into them
 
 
 def _pick_weighted(orders, word):
     """The order in whose share of the summed weights a random 64-bit word falls."""
     shares = np.cumsum([order.weight for order in orders])
-    point = int(word >> np.uint64(11)) * _FRACTION * shares[-1]
+    point = fractions(word) * shares[-1]
     return orders[min(int(np.searchsorted(shares, point, side="right")), len(orders) - 1)]
-
-
-def _shuffle_segments(segment_ids, bits) -> np.ndarray:
-    """[T] int32: each slot's place in a random permutation of its own segment.
-
-    One sort of 64-bit words (segment, random bits, slot): no two are equal, so every sorting
-    algorithm gives the same answer, and the slot is read back from the sorted word.
-    """
-    length = segment_ids.size
-    if length == 0:
-        return np.zeros(0, np.int32)
-    slot_bits = length.bit_length()
-    segment_bits = int(segment_ids.max()).bit_length()
-    random_bits = 64 - segment_bits - slot_bits
-    words = (bits >> np.uint64(64 - random_bits)) << np.uint64(slot_bits)
-    if segment_bits:
-        words |= segment_ids.astype(np.uint64) << np.uint64(64 - segment_bits)
-    words |= np.arange(length, dtype=np.uint64)
-    words.sort()
-    slots = (words & np.uint64((1 << slot_bits) - 1)).astype(np.intp)
-    sizes = np.bincount(segment_ids)
-    first_place = np.cumsum(sizes) - sizes
-    places = np.empty(length, np.int32)
-    places[slots] = np.arange(length, dtype=np.int32)
-    return places - first_place.astype(np.int32)[segment_ids]
-
-
-def _without_padding(ranks, segment_ids) -> np.ndarray:
-    return np.where(segment_ids == 0, 0, ranks).astype(np.int32)

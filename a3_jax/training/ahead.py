@@ -54,20 +54,29 @@ def topology_devices(topology: str, slices: int = 1) -> list:
     return list(described.devices)
 
 
-def compile_step(run: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh, objective: str) -> Any:
+def compile_step(
+    run: RunConfig,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    objective: str,
+    content_loss_weight: float = 0.0,
+) -> Any:
     """The step that `training.run` would compile for this run and mesh; nothing is computed.
 
     Args:
       run: batch, length, dtype, remat, attention and optimiser are read.
       model: of the run.
       mesh: of `run.open_mesh`, over present devices or those of `topology_devices`.
-      objective: "any_order" or "ar".
+      objective, content_loss_weight: of the stage.
 
     Returns:
       `jax.stages.Compiled`.
     """
     network, optimizer = network_of(run, model), optimizer_of(run)
-    step = make_train_step(network, optimizer, mesh, objective=objective, microbatches=run.microbatches)
+    step = make_train_step(
+        network, optimizer, mesh,
+        objective=objective, microbatches=run.microbatches, content_loss_weight=content_loss_weight,
+    )  # fmt: skip
     state = _placed(abstract_state(model, optimizer), state_shardings(model, optimizer, mesh))
     rows = dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), jnp.int32)
     batch = {

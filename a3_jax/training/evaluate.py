@@ -20,20 +20,20 @@ HELD_OUT = {
 def held_out_losses(
     losses: Mapping[str, Callable],
     params: Any,
-    batches: Callable[[str, int], Iterable[Mapping[str, Any]]],
+    batches: Callable[[str, str, int], Iterable[Mapping[str, Any]]],
 ) -> dict[str, float]:
     """Nats a predicted token, by name: three orders of the query stream, and the AR stream.
 
     Args:
       losses: objective -> compiled (params, batch) -> (sum, weight), see `step.make_loss`.
       params: parameter tree.
-      batches: (order, group size) -> batches on the device, the same at every call.
+      batches: (objective, order, group size) -> batches on the device, the same at every call.
 
     Returns:
       A loss for each name of `HELD_OUT`: sums over all batches, divided once.
     """
     sums = [
-        [losses[objective](params, batch) for batch in batches(order, group_size)]
+        [losses[objective](params, batch) for batch in batches(objective, order, group_size)]
         for objective, order, group_size in HELD_OUT.values()
     ]
     return {name: _mean(pairs) for name, pairs in zip(HELD_OUT, jax.device_get(sums), strict=True)}

@@ -19,7 +19,7 @@ class Functions:
     """What the loop calls; all but `learning_rate` are compiled or touch the disk.
 
     Attributes:
-      step: objective -> (state, batch, learning_rate) -> (state, metrics).
+      step: kind of a stage's steps (`step_kind`) -> (state, batch, learning_rate) -> (state, metrics).
       reset_optimizer: state -> state with fresh moments.
       learning_rate: step, from 0 -> rate.
       place: batch of NumPy arrays -> the same on the devices.
@@ -30,7 +30,7 @@ class Functions:
         isn't known.
     """
 
-    step: Mapping[str, Callable]
+    step: Mapping[tuple[str, float], Callable]
     reset_optimizer: Callable
     learning_rate: Callable[[int], float]
     place: Callable
@@ -59,6 +59,11 @@ class Logs:
     tensorboard: TensorBoard
     progress: ProgressLine
     profiler: Profiler
+
+
+def step_kind(stage: Stage) -> tuple[str, float]:
+    """What makes a stage's step another program: (objective, content loss weight)."""
+    return stage.objective, stage.content_loss_weight
 
 
 def train(
@@ -109,7 +114,7 @@ def train(
 
         # 3. The step is dispatched; what it will have measured is read after the next one's dispatch.
         with jax.profiler.StepTraceAnnotation("train", step_num=done):
-            state, metrics = functions.step[stage.objective](state, batch, np.float32(rate))
+            state, metrics = functions.step[step_kind(stage)](state, batch, np.float32(rate))
         reader.read_previous()
         reader.pending = done, stage, rate, metrics
 
@@ -169,6 +174,8 @@ class _MetricsReader:
         }
         if self._utilization is not None:
             row["mfu"] = self._utilization(stage.objective, row["tokens_per_second"])
+        if "content_loss" in values:
+            row["content_loss"] = values["content_loss"]
         self._logs.metrics.append(row)
         self._logs.progress.update(row)
         if step % self._log_every == 0:

@@ -21,6 +21,7 @@ from a3_jax.model.accelerators import peak_flops
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import train_step_flops
 from a3_jax.model.sharding import batch_sharding, make_mesh
+from a3_jax.ordering.curriculum import trained_context
 from a3_jax.paths import as_path, check_parents, read_json, write_json
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
 from a3_jax.training import loop
@@ -58,7 +59,7 @@ class Start:
 def train(config: Mapping[str, Any], workdir, devices=None):
     """Trains a run to its end, from its start or from its newest checkpoint.
 
-        WORKDIR/config.json      the resolved run
+        WORKDIR/config.json      the resolved run; data.json: checksums of its prepared data
         WORKDIR/metrics.jsonl    one object a step; eval.jsonl, samples.jsonl beside it
         WORKDIR/checkpoints/N    an A3 checkpoint after N steps
         WORKDIR/tensorboard      and profile, if steps are to be profiled
@@ -86,11 +87,14 @@ def train(config: Mapping[str, Any], workdir, devices=None):
     mesh = open_mesh(run, devices)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         start = _open_start(run, mesh) if restored is None else _reopen_start(checkpoints / str(restored))
-        data = _open_data(run, start)
+        data_file = workdir / "data.json"
+        saved = read_json(data_file) if restored is not None and data_file.exists() else None
+        data, described = _open_data(run, start, saved)
         first_step = run.first_step if restored is None else restored
         optimizer = optimizer_of(run)
         shardings = state_shardings(start.model, optimizer, mesh)  # the last thing that can be bad input
         _warn(run, start, data)
+        write_json(data_file, described)
         write_json(workdir / "config.json", run.to_dict())
         stack.enter_context(compilation_cache(run.compilation_cache, mesh.devices.flat[0].platform))
         writer = stack.enter_context(StepWriter(checkpoints, keep=run.keep))
@@ -105,7 +109,7 @@ def train(config: Mapping[str, Any], workdir, devices=None):
         functions = _functions(run, start, data, mesh, optimizer, writer, samples, logs.progress.note)
         loop.train(
             state,
-            _batches(run, data, first_step),
+            _batches(run, data, first_step, start.tokenizer.bos_id),
             functions,
             logs,
             stages=run.stages,
@@ -188,6 +192,13 @@ def _reopen_start(checkpoint) -> Start:
 
 
 def _open_tokenizer(run, of_checkpoint) -> Tokenizer:
+    """The run's tokenizer: that of prepared data, which no other may contradict, or the one that is named."""
+    from a3_jax.data.prepared import find_prepared, prepared_tokenizer
+
+    found = find_prepared(run.data)
+    if found:
+        named = [load_tokenizer(run.tokenizer)] if run.tokenizer else []
+        return prepared_tokenizer(found[0], *named, *([of_checkpoint] if of_checkpoint else []))
     if run.tokenizer:
         return load_tokenizer(run.tokenizer)
     if of_checkpoint is not None:
@@ -199,25 +210,40 @@ def _open_tokenizer(run, of_checkpoint) -> Tokenizer:
     return from_files({"tokenizer.json": tokenizer_json()})
 
 
-def _open_data(run, start):
-    """The run's tables, with no id that the model has no embedding for."""
-    from a3_jax.data.tasks import open_data
+def _open_data(run, start, saved):
+    """The run's tables, and what `data.json` says of them.
 
-    data = open_data(run.data, start.tokenizer, run.seq_len, packing=run.packing, holdout=run.holdout)
-    largest = max(int(table.tokens.max()) for table in (data.train, data.heldout) if table is not None)
+    Args:
+      saved: what it said when the run began, None for a new run.
+
+    Raises:
+      InputError: data that can't be used, is no longer the same, or has ids without an embedding.
+    """
+    from a3_jax.data.prepared import check_tokenizer, describe, find_prepared, open_tables
+    from a3_jax.data.tasks import Data, open_data
+
+    found = find_prepared(run.data)
+    if saved is not None and saved != describe(found):
+        raise InputError("is not the data that this run began with", file=run.data, field="data")
+    if found:
+        check_tokenizer(found[0], start.tokenizer)
+        data = Data(*open_tables(found, run.seq_len))
+    else:
+        data = open_data(run.data, start.tokenizer, run.seq_len, packing=run.packing, holdout=run.holdout)
+    largest = max(table.largest_id for table in (data.train, data.heldout) if table is not None)
     if largest >= start.model.vocab_size:
         raise InputError(f"token id {largest} is outside the model's vocabulary of {start.model.vocab_size}",
                          file=run.data or None, field="data")  # fmt: skip
-    return data
+    return data, describe(found)
 
 
-def _batches(run, data, first_step) -> Iterator[Mapping[str, Any]]:
+def _batches(run, data, first_step, bos_id) -> Iterator[Mapping[str, Any]]:
     """This process's rows of each step's batch, from `first_step` on."""
     from a3_jax.data.batches import stream
 
     return stream(
         data.train, run.stages, run.seed, run.batch_size, first_step,
-        host=jax.process_index(), num_hosts=jax.process_count(),
+        host=jax.process_index(), num_hosts=jax.process_count(), bos_id=bos_id,
     )  # fmt: skip
 
 
@@ -252,16 +278,20 @@ def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop
     place = functools.partial(_place, batch_sharding(mesh))
     table = data.heldout if data.heldout is not None else data.train
     make_step = functools.partial(make_train_step, model, optimizer, mesh, microbatches=run.microbatches)
+    contexts = {stage.name: trained_context(stage) for stage in run.stages}
 
     def save(step, stage, state):
-        meta = Meta(start.model, source=start.source, step=step, stage=stage, run_config=run.to_dict())
+        meta = Meta(
+            start.model, source=start.source, step=step, stage=stage, context=contexts[stage],
+            run_config=run.to_dict(),
+        )  # fmt: skip
         train_state = {"step": state.step, "opt_state": state.opt_state}
         writer.save(step, state.params, train_state, meta, start.tokenizer)
 
     return loop.Functions(
         step={
-            objective: make_step(objective=objective)
-            for objective in sorted({stage.objective for stage in run.stages})
+            (objective, weight): make_step(objective=objective, content_loss_weight=weight)
+            for objective, weight in sorted({loop.step_kind(stage) for stage in run.stages})
         },
         reset_optimizer=make_reset(optimizer, model, mesh),
         learning_rate=lambda step: learning_rate(
@@ -269,7 +299,9 @@ def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop
             learning_rate=run.learning_rate, warmup_steps=run.warmup_steps, schedule=run.schedule,
         ),
         place=place,
-        evaluate=None if data.heldout is None else _evaluation(run, model, data.heldout, place),
+        evaluate=None if data.heldout is None else _evaluation(
+            run, model, data.heldout, place, start.tokenizer.bos_id
+        ),
         sample=make_sampler(table, start.model, start.tokenizer, samples, note, run.seed),
         save=save,
         utilization=_utilization(run, start.model, mesh),
@@ -294,13 +326,19 @@ def _utilization(run, model, mesh):
     return lambda objective, tokens_per_second: token_flops[objective] * tokens_per_second / peak
 
 
-def _evaluation(run, model, heldout, place):
+def _evaluation(run, model, heldout, place, bos_id):
+    """A function of parameters: held-out losses. What any stage takes as given is not scored."""
     from a3_jax.data.batches import eval_batch
 
-    def batches(order, group_size):
+    bos_given = any(stage.bos_given for stage in run.stages)
+    contexts = {order.context for stage in run.stages for order in stage.orders}
+    context = contexts.pop() if len(contexts) == 1 else "flat"
+
+    def batches(objective, order, group_size):
         rows = eval_batch(
             heldout, order, group_size, run.seed, run.batch_size // run.microbatches, run.eval_batches,
             host=jax.process_index(), num_hosts=jax.process_count(),
+            objective=objective, context=context, bos_given=bos_given, bos_id=bos_id,
         )  # fmt: skip
         return map(place, rows)
 

@@ -9,6 +9,7 @@ from a3_jax.training.metrics import JsonLines
 
 SAMPLES = 4
 MAX_TOKENS = 64
+_LOOKED_AT = 64  # rows
 
 
 def blanked(tokens: np.ndarray) -> list[int | None]:
@@ -26,14 +27,15 @@ def make_sampler(
     """A function (steps done, params) that fills the same blanks each time and writes them down.
 
     Args:
-      table: rows with `tokens` and `segment_ids` [R, T]; the first document of the first rows is used.
+      table: rows, as `data.table.Table`; the first document of the first rows is used.
       config: of the model.
       tokenizer: makes the text.
       log: gets {"step", "text", "filled", "truth"} a sample.
       note: shows a line, the first sample, to whoever watches.
       seed: of the sampling.
     """
-    documents = [tokens[segments == 1] for tokens, segments in zip(table.tokens, table.segment_ids)]
+    rows = table.take(np.arange(min(table.num_rows, _LOOKED_AT)))
+    documents = [tokens[segments == 1] for tokens, segments in zip(rows["tokens"], rows["segment_ids"])]
     documents = [document for document in documents if len(document) > 1][:SAMPLES]
 
     def sample(step: int, params: Any) -> None:

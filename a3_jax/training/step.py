@@ -6,6 +6,9 @@
 
 Gradients of sums are added and divided once, by the weight of the whole batch: microbatches with
 different numbers of predicted tokens give the same step as one large batch.
+
+A stage may add a next-token loss of the content rows (`content_loss_weight`): then a step minimises
+(query sum + weight * content sum) / predicted tokens, and tells both losses apart.
 """
 
 import functools
@@ -24,6 +27,7 @@ from a3_jax.training.loss import cross_entropy
 from a3_jax.training.state import TrainState, state_shardings
 
 Batch = dict[str, Any]  # tokens, positions, segment_ids, ranks: int32 [B, T]; weights: float32 [B, T]
+Pairs = dict[str, tuple[jax.Array, jax.Array]]  # loss -> (sum in nats, sum of weights): float32 scalars
 
 
 def any_order_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -48,72 +52,115 @@ def ar_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Arra
     """
     content, _ = _rows(batch)
     outputs = run_rows(model, params, content, outputs="content")
-    segments, next_row = batch["segment_ids"], functools.partial(jnp.roll, shift=-1, axis=1)
-    has_next = (segments != 0) & (next_row(segments) == segments)
+    segments = batch["segment_ids"]
+    has_next = (segments != 0) & (_next_row(segments) == segments)
     has_next = has_next.at[:, -1].set(False)  # what follows there is the row's own beginning
-    return _loss(
-        model, params, outputs.content, next_row(batch["tokens"]), next_row(batch["weights"]) * has_next
-    )
+    weights = _next_row(batch["weights"]) * has_next
+    return _loss(model, params, outputs.content, _next_row(batch["tokens"]), weights)
+
+
+def mixed_loss(model: TwoStream, params, batch: Batch, content_loss_weight: float) -> tuple[jax.Array, Pairs]:
+    """The any-order loss, and the next-token loss of the content rows that may have one, in one pass.
+
+    Returns:
+      (sum of both, the content rows' times `content_loss_weight`; each loss by itself).
+    """
+    content, query = _rows(batch)
+    outputs = run_rows(model, params, content, query, outputs="both")
+    any_order = _loss(model, params, outputs.query, batch["tokens"], batch["weights"])
+    ahead = _loss(model, params, outputs.content, _next_row(batch["tokens"]), next_token_weights(batch))
+    return any_order[0] + content_loss_weight * ahead[0], {"loss": any_order, "content_loss": ahead}
+
+
+def next_token_weights(batch: Batch) -> jax.Array:
+    """Which content rows are trained on their next token, float32 [B, T].
+
+    Those of examples in which every rank is the position: in a larger group, or in another order, a
+    content row sees what it would have to predict. Of these, rows that are followed by the next
+    position of their own document, if the token there is predicted (what follows on the last row is the
+    first, of position 0).
+
+        position   0  1  2  3  |  0  1  .        0  1  2  3  |  0  1  .
+        rank       0  1  2  3  |  0  1  .        0  0  1  1  |  0  0  .
+        weight     1  1  1  0  |  1  0  0        0  0  0  0  |  0  0  0
+    """
+    positions, segments = batch["positions"], batch["segment_ids"]
+    in_reading_order = jnp.all((segments == 0) | (batch["ranks"] == positions), axis=1, keepdims=True)
+    is_next = (_next_row(segments) == segments) & (_next_row(positions) == positions + 1)
+    return _next_row(batch["weights"]) * (in_reading_order & is_next & (segments != 0))
 
 
 LOSSES: dict[str, Callable] = {"any_order": any_order_loss, "ar": ar_loss}
 
 
+def step_loss(objective: str, content_loss_weight: float = 0.0) -> Callable[..., tuple[jax.Array, Pairs]]:
+    """What a step minimises: (model, params, batch) -> (sum in nats, the losses it is made of)."""
+    if content_loss_weight:
+        return functools.partial(mixed_loss, content_loss_weight=content_loss_weight)
+
+    def loss(model, params, batch):
+        total, weight = LOSSES[objective](model, params, batch)
+        return total, {"loss": (total, weight)}
+
+    return loss
+
+
 def gradients(loss: Callable, params, batch: Batch, microbatches: int):
-    """The loss of a batch and its gradient, a microbatch at a time.
+    """The losses of a batch and the gradient of what is minimised, a microbatch at a time.
 
     Args:
-      loss: (params, batch) -> (sum, weight).
+      loss: (params, batch) -> (sum, pairs), see `step_loss`; the pair "loss" has the weight that the
+        gradient of the sum is divided by.
       params: parameter tree.
       batch: arrays [B, T]; B is a multiple of `microbatches`.
       microbatches: how many pieces; activations of one piece are alive at a time.
 
     Returns:
-      (mean loss in nats a predicted token, sum of weights, gradient of the mean).
+      (pairs of the whole batch, gradient of the sum a predicted token).
     """
 
     def split(array):  # row b goes to piece b % M: the rows of a device stay on it
         return array.reshape(-1, microbatches, *array.shape[1:]).swapaxes(0, 1)
 
     def sums(piece):
-        (loss_sum, weight), gradient = jax.value_and_grad(loss, has_aux=True)(params, piece)
-        return loss_sum, weight, gradient
+        (_, pairs), gradient = jax.value_and_grad(loss, has_aux=True)(params, piece)
+        return pairs, gradient
 
     if microbatches == 1:
-        loss_sum, weight, gradient = sums(batch)
+        pairs, gradient = sums(batch)
     else:
-        zero = jnp.zeros((), jnp.float32)
-        totals = (zero, zero, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
-        (loss_sum, weight, gradient), _ = jax.lax.scan(
-            lambda totals, piece: (jax.tree.map(jnp.add, totals, sums(piece)), None),
-            totals,
-            jax.tree.map(split, batch),
+        pieces = jax.tree.map(split, batch)
+        of_piece = jax.eval_shape(lambda: loss(params, jax.tree.map(lambda rows: rows[0], pieces))[1])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (of_piece, params))
+        (pairs, gradient), _ = jax.lax.scan(
+            lambda totals, piece: (jax.tree.map(jnp.add, totals, sums(piece)), None), zeros, pieces
         )
-    divisor = jnp.maximum(weight, 1e-6)  # nothing to predict: a loss and gradient of zero
-    return loss_sum / divisor, weight, jax.tree.map(lambda g: g / divisor, gradient)
+    divisor = _divisor(pairs["loss"][1])
+    return pairs, jax.tree.map(lambda g: g / divisor, gradient)
 
 
 def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: Batch, learning_rate):
     """One optimiser step.
 
     Args:
-      model, optimizer, loss, microbatches: static; see `make_train_step`.
+      model, optimizer, microbatches: static; see `make_train_step`. loss: of `step_loss`.
       state: is given up, its buffers are used again.
       batch: arrays [B, T].
       learning_rate: float32 scalar, traced: another rate is no other program.
 
     Returns:
-      (new state, metrics), metrics being float32 scalars: `loss` in nats a predicted token,
+      (new state, metrics), metrics being float32 scalars: `loss` in nats a predicted token (and
+      `content_loss`, if there is one, in nats a content row that counts; 0 where none does),
       `grad_norm` before clipping, `tokens`: rows that are not padding.
     """
-    mean, _, gradient = gradients(
+    pairs, gradient = gradients(
         lambda params, piece: loss(model, params, piece), state.params, batch, microbatches
     )
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     metrics = {
-        "loss": mean,
+        **{name: total / _divisor(weight) for name, (total, weight) in pairs.items()},
         "grad_norm": optax.tree.norm(gradient),
         "tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
     }
@@ -127,9 +174,10 @@ def make_train_step(
     *,
     objective: str,
     microbatches: int,
+    content_loss_weight: float = 0.0,
 ):
     """The compiled `(state, batch, learning_rate) -> (state, metrics)` of an objective, on a mesh."""
-    loss = LOSSES[objective]
+    loss = step_loss(objective, content_loss_weight)
 
     def step(state, batch, learning_rate):
         return train_step(model, optimizer, loss, microbatches, state, batch, learning_rate)
@@ -153,6 +201,15 @@ def make_loss(model: TwoStream, *, objective: str):
         return LOSSES[objective](model, params, batch)
 
     return jax.jit(loss)
+
+
+def _divisor(weight):
+    return jnp.maximum(weight, 1e-6)  # nothing to predict: a loss and gradient of zero
+
+
+def _next_row(array):
+    """What stands one row later; in the last row, the first."""
+    return jnp.roll(array, shift=-1, axis=1)
 
 
 def _rows(batch):

@@ -1,0 +1,136 @@
+"""`a3 data`: prepare text once, for as many runs as one likes."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from a3_jax.errors import EXIT_FAILED, EXIT_OK, InputError
+
+_EPILOG = """examples:
+  a3 data prepare 'fineweb/*.parquet' fineweb-2048 --tokenizer=Llama-3.2-1B --seq_len=2048 --holdout=2000
+  a3 data prepare notes.txt notes --tokenizer=bytes --seq_len=512
+  a3 data prepare fineweb-2048 --verify
+"""
+
+_PREPARE_EPILOG = """\
+sources, local or in a bucket, by path or glob:
+  .parquet, .jsonl, .txt; .jsonl.gz, .jsonl.zst, .txt.gz, .txt.zst
+  text: a column or field, or paragraphs between blank lines (without any: lines)
+  dialogs: {"prompt", "response"} or {"messages": [{"role", "content"}]}; what the assistant says is
+  predicted, the rest is given
+The same command again goes on where it was stopped. config.data = "DST" trains on the result.
+
+examples:
+  a3 data prepare 'fineweb/*.parquet' fineweb-2048 --tokenizer=Llama-3.2-1B --seq_len=2048 --holdout=2000
+  a3 data prepare chats.jsonl.zst chats --tokenizer=Llama-3.2-1B-Instruct --seq_len=1024
+  a3 data prepare fineweb-2048 --verify
+"""
+
+
+def add_data(subparsers, *others) -> None:
+    """Adds `a3 data`.
+
+    Args:
+      others: functions that add further commands of it (those of rooms to the right).
+    """
+    parser = subparsers.add_parser(
+        "data",
+        help="text to packed token rows",
+        description="Prepares text for training, and shows it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    for add in (_add_prepare, *others):
+        add(commands)
+
+
+def _add_prepare(commands) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        help="tokenise and pack files into shards",
+        description="Tokenises files and packs them into rows, in shards that are read at random.",
+        usage="a3 data prepare SRC... DST --tokenizer=DIR|FILE|bytes [--seq_len=N] [options]",
+        epilog=_PREPARE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "paths", nargs="+", metavar="SRC... DST", help="files or globs; the directory to write"
+    )
+
+    def option(name, metavar, default, help_text, kind: Any = str):
+        told = help_text if default is None else f"{help_text}; default {default}"
+        parser.add_argument(f"--{name}", metavar=metavar, default=default, type=kind, help=told)
+
+    option("tokenizer", "DIR|FILE|bytes", None, "a directory with tokenizer.json, that file, or plain bytes")
+    option("seq_len", "N", 2048, "tokens in a row", int)
+    option("text_column", "NAME", None, "column or field of the text; default text. Given, sources are text "
+           "even where they have prompts or messages")  # fmt: skip
+    option("bos", "auto|yes|no", "auto", "BOS before each document; auto: if the tokenizer adds one")
+    option("eos", "auto|yes|no", "auto", "EOS behind each document; auto: if the tokenizer has one")
+    option("packing", "first_fit|concat|none", "first_fit", "first_fit: documents side by side, longest "
+           "first, where they fit; concat: one after the other, cut where a row ends; none: a row each, cut "
+           "at its end")  # fmt: skip
+    option("holdout", "K", 0, "documents held out, a number or a share below 1; equal texts go the same way",
+           float)  # fmt: skip
+    option("shard_tokens", "N", 1 << 24, "tokens in a shard", int)
+    option("filler", "N", 32, "of dialogs: EOS that are not scored fill a response up to a multiple of N; "
+           "0: none", int)  # fmt: skip
+    option("chat_template", "FILE", None, "Jinja, of messages, and of prompts if given; default: the "
+           "tokenizer's, of messages alone")  # fmt: skip
+    parser.add_argument("--strict", action="store_true", help="stop at the first record that can't be used")
+    parser.add_argument(
+        "--verify", action="store_true", help="then read every byte of DST; with DST alone only that"
+    )
+    parser.add_argument("--json", action="store_true", help="the manifest, for machines")
+    parser.set_defaults(run=run_prepare)
+
+
+def run_prepare(args) -> int:
+    """`a3 data prepare`: the exit status."""
+    *sources, directory = args.paths
+    if not sources and not args.verify:
+        raise InputError("give the files to read and the directory to write", file="a3 data prepare")
+    try:
+        if sources:
+            _prepare(args, sources, directory)
+        return _verify(directory) if args.verify else EXIT_OK
+    except OSError as error:
+        told = " ".join(str(error).split())
+        print(
+            f"a3 data prepare: {told}: finished shards stay, the same command goes on there", file=sys.stderr
+        )
+        return EXIT_FAILED
+
+
+def _prepare(args, sources, directory) -> None:
+    if args.tokenizer is None:
+        raise InputError(
+            "is needed: a directory, a file, or 'bytes'", file="a3 data prepare", field="--tokenizer"
+        )
+    import dataclasses
+
+    from a3_jax.data.prepare import Options, prepare
+    from a3_jax.data.report import summary
+
+    options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
+    manifest, was_there = prepare(sources, directory, options)
+    if args.json:
+        print(json.dumps(manifest.to_dict(), indent=2))
+        return
+    print(f"finished: {directory} was there already" if was_there else f"wrote {directory}")
+    print("\n".join(summary(manifest)))
+
+
+def _verify(directory) -> int:
+    from a3_jax.data.prepare import damage
+
+    found = damage(directory)
+    for error in found:
+        print(f"a3 data prepare: {error}", file=sys.stderr)
+    if not found:
+        print(f"verified {directory}: every byte is as it was written", file=sys.stderr)
+    return EXIT_FAILED if found else EXIT_OK

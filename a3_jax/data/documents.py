@@ -1,0 +1,346 @@
+"""Records of files, one after the other, and what is wrong with those that are passed over.
+
+    *.jsonl     a JSON object a line
+    *.txt       paragraphs between blank lines; where there is no blank line, each line
+    *.parquet   a row; only the columns asked for are read
+
+`.jsonl` and `.txt` may be compressed (`.gz`, `.zst`). No file is held whole, and no record above
+`MAX_BYTES`. A record is named by the line it starts at, or by its row; both count from 0 here and
+from 1 in what the user reads.
+"""
+
+import functools
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from a3_jax.errors import InputError, nearest
+from a3_jax.paths import as_path
+
+TEXT_FIELD = "text"
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+SUFFIXES = (".jsonl", ".txt", ".parquet")
+MAX_BYTES = 32 << 20  # of a record: no text is that long, but files with their line ends lost are
+
+_BLOCK = 1 << 20  # bytes read at a time
+_ROWS_AT_ONCE = 256
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class BadRecord(InputError):
+    """A record that gives no document.
+
+    Attributes:
+      reason: one word, what such records are counted by.
+      source, number: the file's place among the sources, and the record's in it (see `Source`).
+    """
+
+    def __init__(self, reason: str, message: str, *, file=None, line=None, field=None):
+        super().__init__(message, file=file, line=line, field=field)
+        self.reason = reason
+        self.source, self.number = 0, 0
+
+    def at(self, source: "Source", number: int) -> "BadRecord":
+        """Itself, told where it is."""
+        self.source, self.number, self.file = source.index, number, source.name
+        self.line = number + (self.line or 1)
+        return self
+
+
+class Source:
+    """A file of records.
+
+    Attributes:
+      name: its path. index: its place among the sources.
+      size: bytes. bytes_read: how many of them a reader has taken so far.
+    """
+
+    def __init__(self, name: str, index: int = 0):
+        self.name, self.index = name, index
+        self.bytes_read = 0
+        self._path = as_path(name)
+
+    @functools.cached_property
+    def size(self) -> int:
+        return self._path.stat().length
+
+    def records(self, columns: Sequence[str], first: int = 0) -> Iterator[tuple[int, Any]]:
+        """(number, record) of all records from number `first` on.
+
+        Args:
+          columns: fields that are read, where a file keeps them apart; paragraphs are the first one.
+
+        Yields:
+          A dict with at least those of the columns that the record has, or the `BadRecord` in its place.
+          A file that can't be read any further ends with one.
+        """
+        import pyarrow
+
+        readers = {"jsonl": self._objects, "txt": self._paragraphs, "parquet": self._rows}
+        number = first - 1
+        try:
+            for number, record in readers[_kind(self.name) or "txt"](columns, first):
+                yield number, record.at(self, number) if isinstance(record, BadRecord) else record
+        except (OSError, EOFError, pyarrow.ArrowException) as error:
+            told = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
+            failure = BadRecord("damaged_file", f"can't be read any further: {told}")
+            yield number + 1, failure.at(self, number + 1)
+
+    def column_names(self) -> list[str]:
+        """The columns of a table, or the fields of a file's first object; none where nothing can be read."""
+        import pyarrow
+
+        kind = _kind(self.name)
+        if kind == "txt":
+            return [TEXT_FIELD]
+        if kind == "jsonl":
+            records = (record for _, record in self.records(()))
+            return list(next((record for record in records if not isinstance(record, BadRecord)), ()))
+        try:
+            with _open(self._path) as file:
+                return _open_table(file).schema_arrow.names
+        except (OSError, pyarrow.ArrowException):
+            return []  # whoever reads it will say so
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Refuses a table without one of the columns.
+
+        Raises:
+          InputError: naming the column, and one that looks like it.
+        """
+        names = self.column_names() if _kind(self.name) == "parquet" else []
+        for column in columns if names else ():
+            if column not in names:
+                message = f"no such column{nearest(column, names) or ': it has ' + ', '.join(names)}"
+                raise InputError(message, file=self.name, field=column)
+
+    def _objects(self, columns, first):
+        del columns
+        for number, line in enumerate(self._lines()):
+            if number >= first and (line is None or line.strip()):
+                yield number, _object(line)
+
+    def _paragraphs(self, columns, first):
+        (column,) = columns
+        for number, block in self._blocks() if self._has_blocks() else enumerate(self._lines()):
+            if number < first:
+                continue
+            if block is None:
+                yield number, _too_long()
+            elif block.strip():
+                text = _decoded(block)
+                yield number, text if isinstance(text, BadRecord) else {column: text}
+
+    def _rows(self, columns, first):
+        with _open(self._path) as file:
+            table = _open_table(file)
+            number, total = 0, max(table.metadata.num_rows, 1)
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if number + rows > first:
+                    yield from self._group_rows(table, group, columns, number, first)
+                number += rows
+                self.bytes_read = self.size * number // total
+
+    def _group_rows(self, table, group, columns, number, first):
+        batches = table.iter_batches(
+            _ROWS_AT_ONCE, row_groups=[group], columns=list(columns), use_threads=False
+        )
+        for batch in batches:
+            values = [_column_values(column) for column in batch.columns]
+            names = batch.schema.names
+            for row in zip(*values, strict=True):
+                if number >= first:
+                    bad = next((value for value in row if isinstance(value, BadRecord)), None)
+                    yield number, bad or dict(zip(names, row))
+                number += 1
+
+    def _has_blocks(self) -> bool:
+        """Whether a blank line stands between two lines with text: then paragraphs are documents."""
+        seen_text = seen_blank = False
+        for line in self._lines():
+            is_text = line is None or bool(line.strip())
+            if is_text and seen_text and seen_blank:
+                return True
+            seen_text, seen_blank = seen_text or is_text, seen_text and not is_text
+        return False
+
+    def _blocks(self) -> Iterator[tuple[int, bytes | None]]:
+        """(number of its first line, lines between two blank ones); None above `MAX_BYTES`."""
+        start, held, size = 0, [], 0
+        for number, line in enumerate(self._lines()):
+            if line is None or line.strip():
+                start = start if size else number
+                size += MAX_BYTES + 1 if line is None else len(line) + 1
+                if size > MAX_BYTES:
+                    held.clear()
+                else:
+                    held.append(line)
+            elif size:
+                yield start, b"\n".join(held) if size <= MAX_BYTES else None
+                held, size = [], 0
+        if size:
+            yield start, b"\n".join(held) if size <= MAX_BYTES else None
+
+    def _lines(self) -> Iterator[bytes | None]:
+        """Lines without their ends; None in place of one above `MAX_BYTES`, which is never held."""
+        held, size, is_first = [], 0, True
+        for block in self._blocks_of_bytes():
+            if is_first:
+                block, is_first = block.removeprefix(_BYTE_ORDER_MARK), False
+            head, *others = block.split(b"\n")
+            size += len(head)
+            held = [*held, head] if size <= MAX_BYTES else []
+            if others:
+                yield None if size > MAX_BYTES else b"".join(held).rstrip(b"\r")
+                *whole, last = others
+                for line in whole:
+                    yield line.rstrip(b"\r")
+                held, size = [last], len(last)
+        if size:
+            yield None if size > MAX_BYTES else b"".join(held).rstrip(b"\r")
+
+    def _blocks_of_bytes(self) -> Iterator[bytes]:
+        """The file's bytes, decompressed."""
+        compression = next((kind for end, kind in COMPRESSIONS.items() if self.name.endswith(end)), None)
+        with _open(self._path) as file:
+            stream = file
+            if compression:
+                import pyarrow
+
+                stream = pyarrow.CompressedInputStream(file, compression)
+            while block := stream.read(_BLOCK):
+                self.bytes_read = file.tell()
+                yield block
+
+
+class _RawFile(io.RawIOBase):
+    """What etils opens in a bucket, which lacks some of what pyarrow asks of a Python file."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._file.seek(offset, whence)
+        return self.tell()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def is_readable(name: str) -> bool:
+    """Whether the name's end is one of those that are read."""
+    return _kind(name) is not None
+
+
+def text_of(record: dict, field: str) -> str:
+    """The text in a field of a record.
+
+    Raises:
+      BadRecord: absent, no text, empty, or no characters.
+    """
+    text = record.get(field)
+    if not isinstance(text, str):
+        if field not in record:
+            raise BadRecord("missing", "is missing", field=field)
+        raise BadRecord("not_text", f"must be a text, got {type(text).__name__}", field=field)
+    if not text or text.isspace():
+        raise BadRecord("empty", "holds no text", field=field)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        message = "holds half of a surrogate pair, which is no character"
+        raise BadRecord("surrogate", message, field=field) from error
+    if size > MAX_BYTES:
+        raise _too_long()
+    return text
+
+
+def _kind(name: str) -> str | None:
+    for end in COMPRESSIONS:
+        name = name.removesuffix(end) if not name.endswith(f".parquet{end}") else name
+    return next((end[1:] for end in SUFFIXES if name.endswith(end)), None)
+
+
+def _object(line: bytes | None) -> dict | BadRecord:
+    """The JSON object of a line."""
+    if line is None:
+        return _too_long()
+    text = _decoded(line)
+    if isinstance(text, BadRecord):
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadRecord("not_json", f"not JSON: {error}")
+    if not isinstance(value, dict):
+        return BadRecord("not_object", f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _decoded(content: bytes) -> str | BadRecord:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        column = error.start - (before.rfind(b"\n") + 1) + 1
+        message = f"not UTF-8 text (byte {column} of the line)"
+        return BadRecord("not_utf8", message, line=before.count(b"\n") + 1)
+
+
+def _too_long() -> BadRecord:
+    return BadRecord("too_long", f"is longer than {MAX_BYTES >> 20} MiB")
+
+
+def _open(path):
+    file = path.open("rb")
+    return io.BufferedReader(_RawFile(file), _BLOCK) if "://" in str(path) else file
+
+
+def _open_table(file):
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file)
+
+
+def _column_values(column) -> list:
+    """Python values of an Arrow column; a `BadRecord` in place of those that hold no UTF-8."""
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        values = [_cell(cell) for cell in column]
+    return [_cell_text(value) if isinstance(value, bytes) else value for value in values]
+
+
+def _cell(cell):
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return _bad_cell(error)
+
+
+def _cell_text(content: bytes) -> str | BadRecord:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        return _bad_cell(error)
+
+
+def _bad_cell(error: UnicodeDecodeError) -> BadRecord:
+    return BadRecord("not_utf8", f"not UTF-8 text (byte {error.start + 1})")

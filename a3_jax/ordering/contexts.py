@@ -1,0 +1,106 @@
+"""What an example gives beforehand, and what it leaves out: drawn for each document of a row by itself.
+
+Of the n tokens of a document that are free (present, and not given anyway), a context of c = 3:
+
+    free tokens   0  1  2  3  4  5  6
+    prefix        x  x  x  .  .  .  .
+    suffix        .  .  .  .  x  x  x
+    both          x  .  .  .  .  x  x      c split evenly at random, one end may get all of it
+    scattered     .  x  .  x  .  .  x      any c tokens
+    blocks        x  x  x  .  .  .  x      every other block of c tokens, here those from the first on
+    none          .  .  .  .  .  .  .
+
+c is log-uniform in 1..n-1, or in 1..n/2 as the size of blocks: some token is always left to predict.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from a3_jax.ordering.packed import count, fractions, log_uniform, places, shuffle, uniform
+
+
+class _Tokens(NamedTuple):
+    """Free tokens of all documents, [T] each: what a shape reads.
+
+    Attributes:
+      place: among the free tokens of its document. count: n, of them all.
+      size: c. block: tokens a block.
+      part: random word of the document. scatter: place in a random order of its free tokens.
+    """
+
+    place: np.ndarray
+    count: np.ndarray
+    size: np.ndarray
+    block: np.ndarray
+    part: np.ndarray
+    scatter: np.ndarray
+
+
+def _both(of: _Tokens):
+    left = uniform(of.size + 1, of.part)
+    return (of.place < left) | (of.place >= of.count - of.size + left)
+
+
+_SHAPES = {
+    "none": lambda of: np.zeros(of.place.shape, bool),
+    "prefix": lambda of: of.place < of.size,
+    "suffix": lambda of: of.place >= of.count - of.size,
+    "both": _both,
+    "scattered": lambda of: of.scatter < of.size,
+    "blocks": lambda of: (of.place // of.block + uniform(2, of.part)) % 2 == 0,
+}
+CONTEXT_SHAPES = tuple(_SHAPES)
+
+
+def draw_context(shapes: Sequence[str], free, segment_ids, bits: np.random.Philox) -> np.ndarray:
+    """Which free tokens are given: of each document one shape, equally likely, and one size.
+
+    Args:
+      shapes: of `CONTEXT_SHAPES`, at least one.
+      free: [T] bool.
+      segment_ids: [T] int, packed document, 0 = padding.
+      bits: random words are taken from it.
+
+    Returns:
+      [T] bool; nothing in documents of one free token.
+    """
+    counts = count(free, segment_ids)
+    shape_words, size_words, part_words = bits.random_raw(3 * counts.size).reshape(3, -1)
+    shape = uniform(len(shapes), shape_words)[segment_ids]
+    tokens = _Tokens(
+        place=places(free, segment_ids),
+        count=counts[segment_ids],
+        size=log_uniform(np.maximum(counts - 1, 0), size_words)[segment_ids],
+        block=np.maximum(log_uniform(counts // 2, size_words), 1)[segment_ids],
+        part=part_words[segment_ids],
+        scatter=shuffle(np.where(free, segment_ids, 0), bits.random_raw(free.size)),
+    )
+    context = np.zeros(free.shape, bool)
+    for number, name in enumerate(shapes):
+        context |= (shape == number) & _SHAPES[name](tokens)
+    return context & free & (tokens.count > 1)
+
+
+def draw_absent(share: float, free, segment_ids, bits: np.random.Philox) -> np.ndarray:
+    """Which free tokens are left out: in a share of the examples one span of each document.
+
+    A span of n free tokens holds 1 to n / 2 of them, log-uniform, anywhere; given tokens that stand
+    between them stay.
+
+    Args:
+      share: probability that the example has any.
+      free: [T] bool.
+      segment_ids: [T] int, packed document, 0 = padding.
+      bits: random words are taken from it, as many whatever comes of it.
+
+    Returns:
+      [T] bool; nothing in documents of one free token.
+    """
+    counts = count(free, segment_ids)
+    words = bits.random_raw(1 + 2 * counts.size)
+    lengths = log_uniform(counts // 2, words[1 : 1 + counts.size])
+    firsts = uniform(counts - lengths + 1, words[1 + counts.size :])
+    behind = places(free, segment_ids) - firsts[segment_ids]
+    return free & (behind >= 0) & (behind < lengths[segment_ids]) & (fractions(words[0]) < share)
