@@ -15,7 +15,8 @@ from a3_jax.data.command import add_data
 from a3_jax.decoding.commands import add_generate, add_score
 from a3_jax.errors import EXIT_BAD_INPUT, InputError, nearest
 from a3_jax.quickstart.command import add_quickstart
-from a3_jax.training.command import add_show, add_train
+from a3_jax.training.command import add_train
+from a3_jax.training.show_command import add_show
 
 EXAMPLES = """examples:
   a3 quickstart                                     the whole path in minutes on a laptop

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from a3_jax.decoding import generate
-from a3_jax.decoding.generation import _program, _start, _Task
-from a3_jax.decoding.loop import decode
+from a3_jax.decoding.filling import Task, first_state, make_program
+from a3_jax.decoding.loop import decode, lay_out
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
 from a3_jax.model.sharding import make_mesh
@@ -58,16 +58,36 @@ def test_cached_equals_recomputed(options):
     # With no token given, or one, all candidates tie but for rounding.
     prompts = items()[:3] if options.threshold else items()
     requests = blank_requests(item_lines(prompts), checkpoint, options)
-    tasks = [_Task(request, 0, options.context or "flat", options) for request in requests]
-    state = _start(tasks, 16, 4, options.seed)
+    tasks = [Task(request, 0, options.context or "flat", options) for request in requests]
+    state = first_state(tasks, 16, 4, options.seed)
     shape = tuple(map(max, *(task.shape for task in tasks)))
-    program = _program(checkpoint.config, options, None, shape)
+    program = make_program(checkpoint.config, options, None, shape)
     cached = decode(checkpoint.params, state, program=program)
     recomputed = decode(checkpoint.params, state, program=dataclasses.replace(program, cached=False))
     for field in ("tokens", "commit_rank", "forwards", "filled"):
         np.testing.assert_array_equal(getattr(cached, field), getattr(recomputed, field), err_msg=field)
     np.testing.assert_allclose(cached.logprob, recomputed.logprob, atol=2e-5)
     assert np.array_equal(cached.filled, cached.present)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"order": "random", "group_size": 2, "temperature": 1.0}, {"model": "ar"}]
+)
+def test_the_layout_for_few_rows_changes_nothing(options, tied):
+    """What CPUs decode with, and what accelerators do."""
+    checkpoint = tiny_checkpoint(dataclasses.replace(tiny.CONFIG, tie_embeddings=tied))
+    options = GenerateOptions(**options)
+    requests = blank_requests(item_lines(items()[:3]), checkpoint, options)
+    tasks = [Task(request, 0, "flat", options) for request in requests]
+    shape = tuple(map(max, *(task.shape for task in tasks)))
+    state = first_state(tasks, shape[0], 4, options.seed)
+    program = make_program(checkpoint.config, options, None, shape)
+    laid_out = lay_out(checkpoint.params, checkpoint.config)
+    assert laid_out["last_layer"]["o"].shape == tuple(np.roll(checkpoint.params["last_layer"]["o"].shape, 1))
+    first, second = (decode(params, state, program=program) for params in (checkpoint.params, laid_out))
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+    np.testing.assert_allclose(first.logprob, second.logprob, atol=2e-5)
 
 
 def test_greedy_groups_against_a_python_loop():

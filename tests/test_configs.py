@@ -9,11 +9,11 @@ import pytest
 
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import abstract_params
-from a3_jax.training.ahead import network_of, optimizer_of
 from a3_jax.training.command import read_config
 from a3_jax.training.config import RunConfig
 from a3_jax.training.loop import step_kind
 from a3_jax.training.optimizer import learning_rate
+from a3_jax.training.parts import network_of, optimizer_of
 from a3_jax.training.state import abstract_state
 from a3_jax.training.step import step_loss, train_step
 from tests.golden_configs import CONFIGS, GOLDEN, golden_text, load, model_of

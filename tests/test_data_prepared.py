@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from a3_jax.data import prepared, shards
+from a3_jax.data import prepared, shard_writer, shards
 from a3_jax.data.batches import Plan, batch, examples, stream
 from a3_jax.data.manifest import complaints, read_manifest
 from a3_jax.data.mixing import BLOCK, Mixture
@@ -45,9 +45,9 @@ def test_rows_are_those_that_were_written(tmp_path, roles, monkeypatch):
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
 def test_the_narrowest_dtype_holds_every_id(tmp_path, vocab, dtype):
-    assert shards.token_dtype(vocab) == dtype
+    assert shard_writer.token_dtype(vocab) == dtype
     table = dataclasses.replace(rows(3), tokens=np.full((3, 8), vocab - 1, np.int32))
-    info = shards.write_shard(tmp_path / "x", table, tokens=dtype, segments="uint16")
+    info = shard_writer.write_shard(tmp_path / "x", table, tokens=dtype, segments="uint16")
     manifest = dataclasses.replace(
         read_manifest(make_prepared(tmp_path / "d", rows(3))),
         token_dtype=dtype,
@@ -248,7 +248,7 @@ def test_text_files_are_not_prepared(tmp_path):
 
 
 def test_the_seqio_task_has_the_rows_in_the_order_of_the_stream(tmp_path):
-    from a3_jax.data.tasks import register_prepared
+    from a3_jax.data.prepared_task import register_prepared
     from a3_jax.data.tensorflow_host import seqio
 
     table, heldout = rows(11), rows(3, first=100)
@@ -274,5 +274,5 @@ def test_nothing_is_left_where_a_shard_can_not_be_written(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").mkdir()
     with pytest.raises(IsADirectoryError):
-        shards.write_shard(tmp_path / "full" / "x", rows(3), tokens="uint16", segments="uint16")
+        shard_writer.write_shard(tmp_path / "full" / "x", rows(3), tokens="uint16", segments="uint16")
     assert [path.name for path in pathlib.Path(tmp_path / "full").iterdir()] == ["x"]

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a3_jax.data import table
-from a3_jax.data.table import first_fit, long_first_fit, pack
+from a3_jax.data.packing import long_first_fit
+from a3_jax.data.table import first_fit, pack
 from a3_jax.errors import InputError
 
 LENGTHS = st.lists(st.integers(0, 25), max_size=30)
@@ -156,7 +157,7 @@ def test_long_first_fit_fills_rows_without_overlap(lengths):
 
 def test_long_first_fit_hand_drawn():
     documents = [np.array([1]), np.array([2, 2]), np.array([3, 3, 3]), np.array([4, 4, 4]), np.array([5])]
-    packed = pack(documents, 5, long_first=True)
+    packed = pack(documents, 5, first_fit_by=long_first_fit)
     assert packed.tokens.tolist() == [[3, 3, 3, 1, 5], [4, 4, 4, 2, 2]]
     assert packed.segment_ids.tolist() == [[1, 1, 1, 2, 3], [1, 1, 1, 2, 2]]
 
@@ -164,6 +165,6 @@ def test_long_first_fit_hand_drawn():
 @pytest.mark.parametrize("sigma", [0.5, 0.8, 1.0, 1.2])
 def test_long_first_leaves_next_to_no_padding(sigma):
     lengths = np.random.default_rng(0).lognormal(np.log(400), sigma, 1000).astype(int) + 1
-    packed = pack([np.ones(length, np.int32) for length in lengths], 2048, long_first=True)
+    packed = pack([np.ones(length, np.int32) for length in lengths], 2048, first_fit_by=long_first_fit)
     assert packed.num_tokens == lengths.sum()
     assert 1 - packed.num_tokens / packed.tokens.size <= 0.01

@@ -12,7 +12,7 @@ import pytest
 
 from a3_jax.benchmarks.chain import exact_network, transition_matrix
 from a3_jax.decoding import generate
-from a3_jax.decoding.generation import _program, _start, _Task
+from a3_jax.decoding.filling import Task, first_state, make_program
 from a3_jax.decoding.loop import Network, run_steps, start_state
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
@@ -32,13 +32,13 @@ def run_network(network, options, blank_count, batch, vocab_size, columns=None, 
     checkpoint = types.SimpleNamespace(**{**vars(tiny_checkpoint()), "config": config})
     item = {"tokens": [*given, *[None] * blank_count]}
     requests = blank_requests(item_lines([item]), checkpoint, options)
-    tasks = [_Task(requests[0], sample, "flat", options) for sample in range(batch)]
+    tasks = [Task(requests[0], sample, "flat", options) for sample in range(batch)]
     if columns is not None:
         for task in tasks:
             task.ranks = np.asarray(columns, np.int32)
     shape = tasks[0].shape
-    program = dataclasses.replace(_program(checkpoint.config, options, None, shape), cached=False)
-    state = start_state(_start(tasks, shape[0], batch, seed), program)
+    program = dataclasses.replace(make_program(checkpoint.config, options, None, shape), cached=False)
+    state = start_state(first_state(tasks, shape[0], batch, seed), program)
     return jax.jit(lambda state: run_steps(state, network, program))(state)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from a3_jax.benchmarks.measurement import MeasurementError, Row, alternate, note, ratio
 from a3_jax.benchmarks.settings import Settings, thread_count
 from a3_jax.benchmarks.train import why_no_torch
-from a3_jax.decoding.generation import _program, _start, _Task
+from a3_jax.decoding.filling import Task, first_state, make_program
 from a3_jax.decoding.loop import decode, lay_out, two_stream
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
@@ -75,12 +75,12 @@ class Fill:
     def __init__(self, checkpoint: Any, items: list[dict], options: dict, *, cached: bool = True):
         settings = GenerateOptions(**options)
         requests = blank_requests(item_lines(items), checkpoint, settings)
-        tasks = [_Task(request, 0, settings.context or "flat", settings) for request in requests]
-        program = _program(checkpoint.config, settings, None, tasks[0].shape)
+        tasks = [Task(request, 0, settings.context or "flat", settings) for request in requests]
+        program = make_program(checkpoint.config, settings, None, tasks[0].shape)
         program = dataclasses.replace(program, cached=cached)
         self._params = lay_out(checkpoint.params, checkpoint.config)
         self._length = len(items[0]["tokens"])
-        self._state = _start(tasks, tasks[0].shape[0], len(tasks), settings.seed)
+        self._state = first_state(tasks, tasks[0].shape[0], len(tasks), settings.seed)
         self._compiled = decode.lower(self._params, self._state, program=program).compile()
         self._final: State | None = None
 
@@ -257,7 +257,7 @@ def _below_best(checkpoint, tokens, ranks) -> np.ndarray:
         hidden_BTD = run_rows(model, params, content, query).query
         return map_rows(gap, (hidden_BTD, content.tokens), config.vocab_size)
 
-    return unsort(order, np.asarray(gaps(checkpoint.params, content, query)))
+    return np.asarray(unsort(order, np.asarray(gaps(checkpoint.params, content, query))))
 
 
 def _check_equal(settings, ours, theirs, name, length) -> None:

@@ -15,7 +15,8 @@ import optax
 from a3_jax.benchmarks import chain
 from a3_jax.benchmarks.measurement import Row, note
 from a3_jax.benchmarks.settings import Settings
-from a3_jax.decoding.generation import _program, _start, _Task, generate
+from a3_jax.decoding.filling import Task, first_state, make_program
+from a3_jax.decoding.generation import generate
 from a3_jax.decoding.loop import run_steps, start_state
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
@@ -79,9 +80,9 @@ def decode_exactly(transition, options: dict):
     config = dataclasses.replace(CONFIG, vocab_size=SYMBOLS)  # the chain has no BOS
     checkpoint = types.SimpleNamespace(config=config, tokenizer=None, meta=None)
     requests = blank_requests(item_lines([{"tokens": [None] * BLANKS}]), checkpoint, settings)
-    tasks = [_Task(requests[0], text, "flat", settings) for text in range(TEXTS)]
-    program = _program(config, settings, None, tasks[0].shape)
-    state = start_state(_start(tasks, tasks[0].shape[0], TEXTS, settings.seed), program)
+    tasks = [Task(requests[0], text, "flat", settings) for text in range(TEXTS)]
+    program = make_program(config, settings, None, tasks[0].shape)
+    state = start_state(first_state(tasks, tasks[0].shape[0], TEXTS, settings.seed), program)
     network = chain.exact_network(transition, BLANKS)
     final = jax.jit(lambda state: run_steps(state, network, program))(state)
     passed = None
@@ -112,7 +113,7 @@ def train(transition, steps: int, seed: int):
         step = make_train_step(model, optimizer, mesh, objective="any_order", microbatches=1)
         losses = []
         for number in range(steps):
-            state, metrics = step(state, _batch(rng, transition), np.float32(rate(number)))
+            state, metrics = step(state, _batch(rng, transition), np.asarray(rate(number), np.float32))
             losses = [*losses[-49:], metrics["loss"]]
     return state.params, float(np.mean(jax.device_get(losses)))
 

@@ -10,7 +10,7 @@ Plain NumPy, but for `stream`, which runs it ahead of the reader through seqio.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ def stream(
     host: int = 0,
     num_hosts: int = 1,
     bos_id: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """`batch` of every step from `first_step` to the end of the curriculum, prepared ahead.
 
     Args:

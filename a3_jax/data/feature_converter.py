@@ -1,7 +1,7 @@
 """The seqio end of the stream: packed rows in, sorted batches out, prepared ahead of the reader."""
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -53,7 +53,7 @@ class OrderFeatureConverter(seqio.FeatureConverter):
         return dict.fromkeys(self.MODEL_FEATURES, task_feature_lengths["tokens"])
 
 
-def iterate(plan: Plan, first_step: int) -> Iterator[Batch]:
+def iterate(plan: Plan, first_step: int) -> Generator[Batch, None, None]:
     """The batches of a plan (`batches.batch`) from a step to the end of its curriculum."""
     running: list[Any] = [dataset(plan, first_step).as_numpy_iterator()]
 

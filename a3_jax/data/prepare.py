@@ -37,9 +37,10 @@ from a3_jax.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from a3_jax.data.packing import long_first_fit
 from a3_jax.data.reading import CHATS, DIGESTS, TEXT, Reading, Smallest, ahead, encoded, parser
 from a3_jax.data.report import ReadingLine
-from a3_jax.data.shards import segment_dtype, token_dtype, write_shard
+from a3_jax.data.shard_writer import segment_dtype, token_dtype, write_shard
 from a3_jax.data.sources import find_files
 from a3_jax.data.table import PACKINGS, pack
 from a3_jax.errors import InputError
@@ -302,7 +303,13 @@ class _Collected:
         progress, options = self._progress, self._options
         tokens, roles = zip(*self._waiting[split])
         has_roles = roles[0] is not None
-        table = pack(tokens, options.seq_len, options.packing, roles if has_roles else None, long_first=True)
+        table = pack(
+            tokens,
+            options.seq_len,
+            options.packing,
+            roles if has_roles else None,
+            first_fit_by=long_first_fit,
+        )
         path = as_path(self._directory) / f"{split}-{len(progress.splits[split]):05d}.array_record"
         try:
             shard = write_shard(

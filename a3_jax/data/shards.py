@@ -10,66 +10,18 @@ import collections
 import contextlib
 import hashlib
 import os
-import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
 
 import numpy as np
 
-from a3_jax.data.manifest import Manifest, ShardInfo, file_crc32
-from a3_jax.data.table import Table
+from a3_jax.data.manifest import Manifest
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path
 
-_WRITER_OPTIONS = "group_size:1,zstd:1"  # a row is read without its neighbours
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _OPEN_SHARDS = 64  # readers held open at a time, so that memory stays flat however many shards there are
 _STORED = ("tokens", "segment_ids", "roles")
-
-
-def token_dtype(vocab_size: int) -> str:
-    """The narrowest dtype that holds every id."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def segment_dtype(seq_len: int) -> str:
-    """The narrowest dtype that holds every segment number of a row."""
-    return "uint16" if seq_len < 1 << 16 else "uint32"
-
-
-def write_shard(path, table: Table, *, tokens: str, segments: str) -> ShardInfo:
-    """Writes a table as a shard: whole or not at all.
-
-    Args:
-      path: of the file, local or in a bucket.
-      table: its rows.
-      tokens, segments: dtypes, see `token_dtype` and `segment_dtype`.
-
-    Raises:
-      OSError: it can't be written, such as on a full disk.
-    """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    path = as_path(path)
-    temporary = _local_temporary(path)
-    try:
-        try:
-            writer = ArrayRecordWriter(temporary, _WRITER_OPTIONS)
-            for entry in _entries(table, tokens, segments):
-                writer.write(entry)
-            writer.close()
-        except (RuntimeError, ValueError) as error:  # ArrayRecord's own kinds
-            raise OSError(f"can't be written: {str(error).splitlines()[0]}") from error
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        info = ShardInfo(path.name, table.num_rows, table.num_tokens, size, file_crc32(temporary))
-        _publish(temporary, path)
-        return info
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 class ShardTable:
@@ -150,13 +102,6 @@ def _naming(path):
         raise InputError(f"is damaged: {str(error).splitlines()[0]}", file=path) from error
 
 
-def _entries(table: Table, tokens: str, segments: str) -> Iterator[bytes]:
-    parts = [table.tokens.astype(tokens), table.segment_ids.astype(segments)]
-    parts += [] if table.roles is None else [table.roles]
-    for row in zip(*parts, strict=True):
-        yield b"".join(part.tobytes() for part in row)
-
-
 def _decoded(entries: list[bytes], manifest: Manifest) -> dict[str, np.ndarray]:
     """Entries as rows, [B, T] each."""
     dtypes = [manifest.token_dtype, manifest.segment_dtype, *["uint8"] * manifest.has_roles]
@@ -180,29 +125,12 @@ def _positions(segment_ids) -> np.ndarray:
     return np.where(segment_ids == 0, 0, columns - first)
 
 
-def _local_temporary(path) -> str:
-    """Where a shard is written before it has its name: beside it, or for a bucket on this machine."""
-    name = f".{uuid.uuid4().hex[:12]}.tmp"
-    if _is_remote(path):
-        return os.path.join(tempfile.gettempdir(), name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return os.fspath(path.parent / name)
-
-
-def _publish(temporary: str, path) -> None:
-    """Gives a finished file its name."""
-    if _is_remote(path):
-        as_path(temporary).copy(path, overwrite=True)
-    else:
-        os.replace(temporary, path)
-
-
 def _local_copy(path) -> str:
     """The path of a file that can be read at random: of one in a bucket, a copy made once.
 
     Copies lie in `~/.cache/a3_jax/data` (or `$XDG_CACHE_HOME`), by path, size and time of the original.
     """
-    if not _is_remote(path):
+    if not is_remote(path):
         return os.fspath(path)
     stat = path.stat()
     key = hashlib.blake2b(f"{path} {stat.length} {stat.mtime}".encode(), digest_size=16).hexdigest()
@@ -216,5 +144,5 @@ def _local_copy(path) -> str:
     return os.fspath(copy)
 
 
-def _is_remote(path) -> bool:
+def is_remote(path) -> bool:
     return "://" in str(path)

@@ -1,7 +1,7 @@
 """Packed rows: what a source becomes once, and what every example is read from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def pack(
     packing: str | bool = "first_fit",
     roles: Sequence[np.ndarray] | None = None,
     *,
-    long_first: bool = False,
+    first_fit_by: Callable | None = None,
 ) -> Table:
     """A table of documents.
 
@@ -83,8 +83,7 @@ def pack(
       seq_len: T, tokens in a row.
       packing: one of `PACKINGS`; True and False mean "first_fit" and "none".
       roles: [n] uint8 for each document; None: the table has none.
-      long_first: of "first_fit": pieces are placed by length, longest first, each into the fullest row
-        with room, which leaves next to no padding. Rows then are in the order of their first documents.
+      first_fit_by: what "first_fit" places pieces with, in place of the function of that name.
 
     Raises:
       InputError: `seq_len` below 1, or another packing.
@@ -97,7 +96,7 @@ def pack(
         raise InputError(f"must be one of {', '.join(PACKINGS)}, got {packing!r}", field="packing")
     pieces = _cut(documents, seq_len, packing)
     lengths = np.array([stop - start for _, start, stop in pieces], np.int64)
-    place = long_first_fit if long_first and packing == "first_fit" else _PLACES[packing]
+    place = first_fit_by if first_fit_by and packing == "first_fit" else _PLACES[packing]
     rows, offsets, segments = place(lengths, seq_len)
     num_rows = int(rows.max()) + 1 if len(rows) else 0
     table = Table(
@@ -170,30 +169,6 @@ def first_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray
         placed[:, chunk] = row, seq_len - free[slot], segments[slot]
         free[slot] -= length
     return placed[0], placed[1], placed[2]
-
-
-def long_first_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `first_fit`, but longest first, each piece into the row that it fills best; none is ever closed."""
-    placed = np.zeros((3, len(lengths)), np.int64)
-    open_rows: list[list[tuple[int, int]]] = [[] for _ in range(seq_len + 1)]  # (row, segments) by room
-    rooms, num_rows = 0, 0  # bit r: there is an open row with room for r
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[piece])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row, segments = open_rows[room].pop()
-            rooms ^= 0 if open_rows[room] else 1 << room
-        else:
-            room, row, segments = seq_len, num_rows, 0
-            num_rows += 1
-        placed[:, piece] = row, seq_len - room, segments + 1
-        if room > length:
-            open_rows[room - length].append((row, segments + 1))
-            rooms |= 1 << (room - length)
-    _, first_pieces = np.unique(placed[0], return_index=True)
-    numbers = np.argsort(np.argsort(first_pieces))  # rows by their first piece, not by length
-    return numbers[placed[0]] if num_rows else placed[0], placed[1], placed[2]
 
 
 _PLACES = {"first_fit": first_fit, "concat": _concatenated, "none": _one_a_row}

@@ -12,10 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from a3_jax.data import embedded, sources
-from a3_jax.data.manifest import HELDOUT, SPLITS, TRAIN
-from a3_jax.data.permutation import permute
-from a3_jax.data.prepared import Prepared
-from a3_jax.data.shards import ShardTable
+from a3_jax.data.manifest import HELDOUT, TRAIN
 from a3_jax.data.table import Table, pack
 from a3_jax.data.tensorflow_host import seqio, tf
 from a3_jax.data.vocabulary import TextVocabulary
@@ -112,7 +109,7 @@ def register(splits: Mapping[str, Mapping[str, Sequence[str]]], vocabulary: Text
       The mixture's name. It depends on names and documents, so the same data registers once.
     """
     tasks = [_register_task(name, documents, vocabulary) for name, documents in splits.items()]
-    mixture = "a3_mixture_" + _digest(*tasks)
+    mixture = "a3_mixture_" + digest_of(*tasks)
     if mixture not in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.add(mixture, tasks, default_rate=seqio.mixing_rate_num_examples)
     return mixture
@@ -132,52 +129,6 @@ def read_table(name: str, split: str, seq_len: int, packing: bool = True) -> Tab
     return table if table.num_rows else None
 
 
-def register_prepared(prepared: Prepared) -> str:
-    """Registers a seqio Task over the rows of a prepared directory.
-
-    Its examples have "tokens", "positions" and "segment_ids" ([T] int32 each). With a seed they come in the
-    order of that seed's first epoch in training (`shuffle=False`: seqio would shuffle them once more),
-    without one as they are stored. From any step on, and at rates, the stream of `batches` draws them.
-
-    Returns:
-      The task's name, a function of the directory and its manifest.
-    """
-    manifest = prepared.manifest
-    task = "a3_rows_" + _digest(str(prepared.directory), str(manifest.to_dict()["crc32"]))
-    if task in seqio.TaskRegistry.names():
-        return task
-    splits = [split for split in SPLITS if manifest.splits.get(split)]
-    tables = {split: ShardTable(prepared.directory, manifest, split) for split in splits}
-    names = ("tokens", "positions", "segment_ids")
-
-    def dataset(split, shuffle_files=False, seed=None):
-        del shuffle_files
-        table = tables[split]
-
-        def read(place):
-            row = [place] if seed is None else permute([place], table.num_rows, int(seed), [0])
-            rows = table.take(np.asarray(row))
-            return [rows[name][0] for name in names]
-
-        @tf.autograph.experimental.do_not_convert
-        def example(place):
-            arrays = tf.numpy_function(read, [place], [tf.int32] * len(names))
-            return {name: tf.ensure_shape(array, [table.seq_len]) for name, array in zip(names, arrays)}
-
-        return tf.data.Dataset.range(table.num_rows).map(example)
-
-    counts = {split: table.num_rows for split, table in tables.items()}
-    ids = seqio.PassThroughVocabulary(manifest.vocab_size)
-    feature = seqio.Feature(ids, add_eos=False, dtype=tf.int32)
-    seqio.TaskRegistry.add(
-        task,
-        source=seqio.FunctionDataSource(dataset, splits=splits, num_input_examples=counts),  # pyright: ignore[reportArgumentType]
-        preprocessors=[],
-        output_features=dict.fromkeys(names, feature),
-    )
-    return task
-
-
 def _token_ids(task: seqio.Task, split: str) -> list[np.ndarray]:
     """[n] int32 for each document of a task."""
     dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
@@ -194,7 +145,7 @@ def _token_ids(task: seqio.Task, split: str) -> list[np.ndarray]:
 
 def _register_task(name: str, documents: Mapping[str, Sequence[str]], vocabulary: TextVocabulary) -> str:
     texts = [text for split in documents for text in (split, *documents[split])]
-    task = "a3_" + _digest(name, vocabulary.tokenizer.fingerprint, vocabulary.bos, *texts)
+    task = "a3_" + digest_of(name, vocabulary.tokenizer.fingerprint, vocabulary.bos, *texts)
     if task in seqio.TaskRegistry.names():
         return task
 
@@ -219,7 +170,7 @@ def _tokenize(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
     return seqio.preprocessors.tokenize(batches, output_features, copy_pretokenized=False).unbatch()
 
 
-def _digest(*texts: str) -> str:
+def digest_of(*texts: str) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")

@@ -5,7 +5,8 @@ others; both take the `Checkpoint` of `a3_jax.open_checkpoint`. Behind them:
 
     options, requests   what the user asks for, checked before the model runs
     batching            requests of one shape are run together, so that a new length compiles nothing
-    generation          requests to states and back, whole or as a stream
+    generation          lines to results, whole or as a stream
+    filling             requests to final states: plans, programs, first states
     loop, state         offer candidates -> forward -> judge -> accept, in one `while_loop`
     strategies          which blanks are offered, and which of them are committed
     speculative         a strategy more: drafts in parallel, the law of one token at a time

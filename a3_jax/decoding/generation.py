@@ -1,7 +1,6 @@
-"""Blanks to text: requests are planned on the host, decoded in batches, and written out."""
+"""Blanks to text: lines in, results out, whole or as a stream."""
 
-import dataclasses
-import math
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,35 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.loop import Program, decode, lay_out, states
+from a3_jax.decoding.filling import (
+    Task,
+    decoding_params,
+    fill,
+    final_fields,
+    first_state,
+    make_program,
+)  # fmt: skip
+from a3_jax.decoding.loop import Program, make_network, opened, step
 from a3_jax.decoding.options import GenerateOptions, make_options
-from a3_jax.decoding.requests import BlankRequest, blank_requests, default_context, item_lines
-from a3_jax.decoding.sampling import Sampling
-from a3_jax.decoding.scoring import default_dtype, score
-from a3_jax.decoding.state import State, final_eos, finished
-from a3_jax.decoding.strategies import Rule
+from a3_jax.decoding.requests import blank_requests, default_context, item_lines
+from a3_jax.decoding.scoring import score
+from a3_jax.decoding.state import State, finished
 from a3_jax.errors import InputError
-from a3_jax.model.sharding import axis_parts, constrain, mesh_of
-from a3_jax.ordering.ranks import context_first, contiguous, l2r, order_ranks
-
-_LAWS_BYTES = 2**29  # of speculative decoding's distributions
-_SMALL_PREFILL = 8  # content rows; up to here a first forward of its own is not worth compiling
-
-
-class _Task:
-    """One completion to make.
-
-    Attributes:
-      request, sample: the input line, and which of its completions.
-      ranks: [T] int32, given tokens first, then the blanks as planned.
-      shape: (columns, prefill rows, content rows, query rows), padded.
-    """
-
-    def __init__(self, request: BlankRequest, sample: int, context: str, options: GenerateOptions):
-        self.request, self.sample = request, sample
-        self.ranks = _planned_ranks(request, sample, context, options)
-        self.shape = _padded_shape(request, self.ranks, options)
+from a3_jax.model.sharding import axis_parts, mesh_of
+from a3_jax.ordering.ranks import context_first
 
 
 def generate(checkpoint, items, **options) -> list[dict[str, Any]]:
@@ -67,18 +53,11 @@ def generate(checkpoint, items, **options) -> list[dict[str, Any]]:
 def generate_lines(checkpoint, lines, options: GenerateOptions) -> list[dict[str, Any]]:
     """`generate` of lines that know where they stand."""
     tasks, eos_id = _tasks(checkpoint, lines, options)
-    params = decoding_params(checkpoint, options)
-    results: list[dict[str, Any]] = [{} for _ in tasks]
-    most = _most_examples(checkpoint.config, options)
-    for shape, indices, batch_size in batches(tasks, lambda task: task.shape, most):
-        program = _program(checkpoint.config, options, eos_id, shape)
-        with mesh_of(params):
-            batch_size = math.lcm(batch_size, axis_parts("batch"))
-            state = _start([tasks[index] for index in indices], shape[0], batch_size, options.seed)
-            final = _fields(decode(params, state, program=program), eos_id)
-        for row, index in enumerate(indices):
-            arrays = {name: field[row] for name, field in final.items()}
-            results[index] = _result(tasks[index], arrays, checkpoint.tokenizer, options)
+    params = decoding_params(checkpoint.params, checkpoint.config, options)
+    results = [
+        _result(task, arrays, checkpoint.tokenizer, options)
+        for task, arrays in zip(tasks, fill(params, checkpoint.config, tasks, options, eos_id), strict=True)
+    ]
     if options.rerank:
         return best_of(checkpoint, results, [task.request for task in tasks], options)
     return results
@@ -103,13 +82,13 @@ def generate_stream(checkpoint, item, **options) -> Iterator[dict[str, Any]]:
 def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str, Any]]:
     """`generate_stream` of a line that knows where it stands."""
     (task,), eos_id = _tasks(checkpoint, [line], options)
-    program = _program(checkpoint.config, options, eos_id, task.shape)
-    params = decoding_params(checkpoint, options)
+    program = make_program(checkpoint.config, options, eos_id, task.shape)
+    params = decoding_params(checkpoint.params, checkpoint.config, options)
     told, arrays = ~task.request.blank, {}
     with mesh_of(params):
-        start = _start([task], task.shape[0], axis_parts("batch"), options.seed)
+        start = first_state([task], task.shape[0], axis_parts("batch"), options.seed)
     for state in states(params, start, program):
-        arrays = {name: field[0] for name, field in _fields(state, eos_id).items()}
+        arrays = {name: field[0] for name, field in final_fields(state, eos_id).items()}
         new = arrays["filled"][: len(told)] & ~told
         if options.order == "block" and not arrays["finished"]:
             new &= _whole_blocks(task.request.blank, arrays["filled"], options.block_size)
@@ -120,40 +99,36 @@ def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str
     yield _result(task, arrays, checkpoint.tokenizer, options)
 
 
-def decoding_params(checkpoint, options):
-    """The parameters in the dtype and layout of the computation, once: no step casts or moves them again."""
-    dtype = jnp.dtype(options.dtype or default_dtype())
-    params = jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), checkpoint.params)
+def states(params, state: State, program: Program) -> Iterator[State]:
+    """The state after each step, on the host's time: for streams. The same steps as `decode`."""
     with mesh_of(params):
-        return lay_out(params, checkpoint.config)
+        state = _open(params, state, program=program)
+    yield state
+    while not bool(jnp.all(finished(state, program.eos_id))):
+        with mesh_of(params):  # never across a yield: it would be the caller's too
+            state = _next(params, state, program=program)
+        yield state
 
 
-def _tasks(checkpoint, lines, options) -> tuple[list["_Task"], int | None]:
+_open = functools.partial(jax.jit, static_argnames="program")(opened)
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+def _next(params, state: State, *, program: Program) -> State:
+    return step(state, make_network(params, program, program.content_rows), program)
+
+
+def _tasks(checkpoint, lines, options) -> tuple[list[Task], int | None]:
     """The completions to make, and the id that ends a text."""
     eos_id = _eos_id(checkpoint, options)
     context = options.context or ("flat" if options.commit == "flat" else default_context(checkpoint))
     requests = blank_requests(lines, checkpoint, options)
     tasks = [
-        _Task(request, sample, context, options)
+        Task(request, sample, context, options)
         for request in requests
         for sample in range(options.num_samples)
     ]
     return tasks, eos_id
-
-
-def _fields(state: State, eos_id) -> dict[str, np.ndarray]:
-    """What results are made of, on the host; `length`: columns up to a final EOS."""
-    names = ("tokens", "filled", "commit_rank", "logprob", "forwards")
-    fields = {name: getattr(state, name) for name in names}
-    if state.drafts is not None:
-        fields |= {"proposed": state.drafts.proposed, "accepted": state.drafts.accepted}
-    fields = {name: np.asarray(field) for name, field in fields.items()}
-    fields["finished"] = np.asarray(finished(state, eos_id))
-    fields["length"] = np.full(len(fields["tokens"]), fields["tokens"].shape[1])
-    if eos_id is not None:
-        ends = np.asarray(final_eos(state, eos_id))
-        fields["length"] = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, fields["length"])
-    return fields
 
 
 def _whole_blocks(blank, filled, block_size) -> np.ndarray:
@@ -204,124 +179,7 @@ def _eos_id(checkpoint, options) -> int | None:
     return eos_id
 
 
-def _planned_ranks(request: BlankRequest, sample: int, context: str, options: GenerateOptions) -> np.ndarray:
-    """[T] int32: given tokens first; the blanks by own ranks, by order, or as one where steps choose."""
-    blank, count = request.blank, int(request.blank.sum())
-    ranks = np.zeros(len(blank), np.int32)
-    if options.model == "ar":
-        ranks[blank] = l2r(count)
-    elif options.strategy == "dynamic":
-        ranks[blank] = contiguous(count, options.block_size) if options.order == "block" else 0
-    elif request.ranks is not None:
-        ranks[blank] = request.ranks[blank]
-    else:
-        rng = np.random.default_rng([options.seed, request.number, sample])
-        group_size = 1 if options.strategy == "speculative" else min(options.group_size, max(count, 1))
-        ranks[blank] = order_ranks(
-            options.order, count, group_size, rng,
-            block_size=options.block_size, block_order=options.block_order,
-        )  # fmt: skip
-    return context_first(ranks, ~blank, context)
-
-
-def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tuple[int, int, int, int]:
-    """(columns, prefill rows, content rows, query rows): what `Program` calls so."""
-    blank, count = request.blank, int(request.blank.sum())
-    columns = bucket(len(blank))
-    prefill = len(blank) - count
-    if options.model == "ar":
-        # A step adds the token before it, and the given ones up to its own blank.
-        steps = np.diff(np.flatnonzero(blank), prepend=0)
-        prefill, content_rows, query_rows = int(steps[:1].sum()), bucket(int(steps[1:].max(initial=1)), 4), 1
-    elif options.strategy == "speculative":
-        window = min(options.window, columns)
-        content_rows, query_rows = window + 1, 2 * window + 1
-    elif options.strategy == "dynamic":
-        offered = min(count, options.block_size) if options.order == "block" else count
-        query_rows, content_rows = bucket(offered), _rule(options).max_commit
-    elif request.ranks is None:
-        query_rows = content_rows = options.group_size
-    else:
-        query_rows = content_rows = bucket(int(np.bincount(ranks[blank]).max(initial=1)), 4)
-    prefill = bucket(prefill, 4)
-    if prefill <= _SMALL_PREFILL:
-        content_rows = max(prefill, content_rows)
-    if options.strategy != "speculative":
-        content_rows, query_rows = min(content_rows, columns), min(query_rows, columns)
-    return columns, prefill, content_rows, query_rows
-
-
-def _most_examples(config, options: GenerateOptions) -> int | None:
-    """Of a batch, where a step keeps whole distributions: two a query row, and one a draft."""
-    if options.strategy != "speculative":
-        return None
-    return max(1, _LAWS_BYTES // (4 * config.vocab_size * (5 * options.window + 2)))
-
-
-def _rule(options: GenerateOptions) -> Rule:
-    """How many blanks dynamic commits a step."""
-    bounds = (options.entropy_bound, options.threshold, options.factor)
-    most = options.step_size if bounds == (None, None, None) else options.max_commit
-    return Rule(most, *bounds, min_gap=options.min_gap)
-
-
-def _program(config, options: GenerateOptions, eos_id, shape) -> Program:
-    columns, prefill_rows, content_rows, query_rows = shape
-    return Program(
-        config=config,
-        dtype=options.dtype or default_dtype(),
-        model=options.model,
-        strategy=options.strategy,
-        criterion=options.criterion,
-        commit=options.commit,
-        sampling=Sampling(float(options.temperature), options.top_k, float(options.top_p)),
-        eos_id=eos_id,
-        prefill_rows=prefill_rows,
-        content_rows=content_rows,
-        query_rows=query_rows,
-        rule=dataclasses.replace(_rule(options), max_commit=min(_rule(options).max_commit, columns)),
-        window=min(options.window, columns),
-    )
-
-
-def _start(tasks, columns: int, batch_size: int, seed: int) -> State:
-    """The state before the first step; rows without a task are empty, hence finished."""
-    shape = (batch_size, columns)
-    tokens, plan, present, given = (np.zeros(shape, kind) for kind in (np.int32, np.int32, bool, bool))
-    next_rank, numbers, samples = (np.zeros(batch_size, np.int32) for _ in range(3))
-    for row, task in enumerate(tasks):
-        blank, length = task.request.blank, len(task.request.blank)
-        tokens[row, :length], plan[row, :length] = task.request.tokens, task.ranks
-        present[row, :length], given[row, :length] = True, ~blank
-        next_rank[row] = task.ranks[blank].min() if blank.any() else 0
-        numbers[row], samples[row] = task.request.number, task.sample
-    state = State(
-        tokens=jnp.asarray(tokens),
-        positions=jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), shape),
-        present=jnp.asarray(present),
-        given=jnp.asarray(given),
-        filled=jnp.asarray(given),
-        stored=jnp.zeros(shape, bool),
-        plan=jnp.asarray(plan),
-        commit_rank=jnp.asarray(np.where(given, plan, 0)),
-        logprob=jnp.zeros(shape, jnp.float32),
-        next_rank=jnp.asarray(next_rank),
-        forwards=jnp.zeros(batch_size, jnp.int32),
-        key=_keys(np.uint32(seed), numbers, samples),
-    )
-    return jax.tree.map(lambda leaf: constrain(leaf, ("batch",)), state)
-
-
-@jax.jit
-def _keys(seed, numbers, samples):
-    """[B] keys: a function of (seed, line number, sample) alone."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda number, sample: jax.random.fold_in(jax.random.fold_in(key, number), sample))(
-        numbers, samples
-    )
-
-
-def _result(task: _Task, arrays, tokenizer, options: GenerateOptions) -> dict[str, Any]:
+def _result(task: Task, arrays, tokenizer, options: GenerateOptions) -> dict[str, Any]:
     """One output object: the first `length` columns, in the order they are read."""
     blank = task.request.blank
     length = min(int(arrays["length"]), len(blank))

@@ -8,7 +8,7 @@ offered and accepted is the strategy's.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,8 @@ from a3_jax.decoding.speculative import no_drafts, speculative
 from a3_jax.decoding.state import State, finished
 from a3_jax.decoding.strategies import ONE_BEST, Rule, Strategy, dynamic, groupwise
 from a3_jax.model.config import ModelConfig
-from a3_jax.model.sharding import mesh_of, platform
-from a3_jax.model.two_stream import TwoStream, init_cache, logits, logits_of_table, unstack_layers
+from a3_jax.model.sharding import platform
+from a3_jax.model.two_stream import TwoStream, init_cache, lay_out_for_few_rows, logits, logits_of_table
 
 TABLE = "head_table"  # [V, D], in place of a head [D, V]
 
@@ -77,8 +77,8 @@ class Network(NamedTuple):
 @functools.partial(jax.jit, static_argnames="program")
 def decode(params, state: State, *, program: Program) -> State:
     """Runs every example of a batch until it is `finished`."""
-    network = _network(params, program, program.content_rows)
-    final = run_steps(_opened(params, state, program), network, program)
+    network = make_network(params, program, program.content_rows)
+    final = run_steps(opened(params, state, program), network, program)
     drafts = final.drafts and final.drafts.replace(laws=None)
     return final.replace(cache=None, drafts=drafts)
 
@@ -106,15 +106,9 @@ def step(state: State, network: Network, program: Program) -> State:
         return strategy.accept(state, offer, judge)
 
 
-def states(params, state: State, program: Program) -> Iterator[State]:
-    """The state after each step, on the host's time: for streams. The same steps as `decode`."""
-    with mesh_of(params):
-        state = _open(params, state, program=program)
-    yield state
-    while not bool(jnp.all(finished(state, program.eos_id))):
-        with mesh_of(params):  # never across a yield: it would be the caller's too
-            state = _next(params, state, program=program)
-        yield state
+def default_dtype() -> str:
+    """float32 on CPU, bfloat16 on accelerators."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def two_stream(config: ModelConfig, dtype: str) -> TwoStream:
@@ -135,20 +129,12 @@ def start_state(state: State, program: Program) -> State:
     return state.replace(cache=init_cache(program.config, batch, room, dtype))
 
 
-def _opened(params, state: State, program: Program) -> State:
+def opened(params, state: State, program: Program) -> State:
     """The state before the loop: after a first step, if the given tokens want a forward of their own size."""
     state = start_state(state, program)
     if program.recomputes or program.prefill_rows <= program.content_rows:
         return state
-    return step(state, _network(params, program, program.prefill_rows), program)
-
-
-_open = functools.partial(jax.jit, static_argnames="program")(_opened)
-
-
-@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
-def _next(params, state: State, *, program: Program) -> State:
-    return step(state, _network(params, program, program.content_rows), program)
+    return step(state, make_network(params, program, program.prefill_rows), program)
 
 
 def _strategy(program: Program) -> Strategy:
@@ -159,10 +145,10 @@ def _strategy(program: Program) -> Strategy:
     return groupwise(program.query_rows)
 
 
-def _network(params, program: Program, content_rows: int) -> Network:
+def make_network(params, program: Program, content_rows: int) -> Network:
     model = two_stream(program.config, program.dtype)
-    if "layers" not in params:
-        model = model.clone(unrolled=True)
+    if TABLE in params:
+        model = model.clone(few_rows=True)
     if program.model == "ar":
         forward = left_forward(model, params, content_rows)
     elif program.recomputes:
@@ -173,18 +159,14 @@ def _network(params, program: Program, content_rows: int) -> Network:
 
 
 def lay_out(params, config: ModelConfig):
-    """The parameters as the loop takes them: on CPU each layer's by itself, and the head as a table.
-
-    There a scan over layers copies each one's weights out of their stack at every step, and a product of
-    few rows with a head [D, V] packs all of it: half the time of a step on two cores (`a3 bench decode`).
-    """
+    """The parameters as the loop takes them: on CPU laid out for few rows, and the head as a table."""
     if platform() != "cpu":
         return params
-    laid_out = _unstacked(params, config)
-    return laid_out if config.tie_embeddings else laid_out | {TABLE: _transposed(params["head"])}
+    table_VD = params["embed"] if config.tie_embeddings else _transposed(params["head"])
+    return params | _laid_out(params, config) | {TABLE: table_VD}
 
 
-_unstacked = jax.jit(unstack_layers, static_argnums=1)
+_laid_out = jax.jit(lay_out_for_few_rows, static_argnums=1)
 _transposed = jax.jit(jnp.transpose)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from a3_jax.decoding.filling import BlankRequest
 from a3_jax.decoding.options import GenerateOptions, ScoreOptions, whole_number
 from a3_jax.errors import InputError, nearest
 from a3_jax.ordering.ranks import context_first, order_ranks
@@ -53,23 +54,6 @@ class ScoreRequest:
     scored: np.ndarray
     ranks: Callable[[int], np.ndarray]
     from_text: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class BlankRequest:
-    """What to fill: T tokens in reading order.
-
-    Attributes:
-      number: the input line, of which randomness is a function.
-      tokens: [T] int32, 0 at blanks.
-      blank: [T] bool.
-      ranks: [T] int32, read at blanks only; None where the input has none.
-    """
-
-    number: int
-    tokens: np.ndarray
-    blank: np.ndarray
-    ranks: np.ndarray | None
 
 
 def read_lines(path, bad: list[InputError]) -> list[Line]:

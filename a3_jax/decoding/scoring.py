@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.loop import two_stream
+from a3_jax.decoding.loop import default_dtype, two_stream
 from a3_jax.decoding.options import ScoreOptions, make_options
 from a3_jax.decoding.requests import ScoreRequest, item_lines, score_requests
 from a3_jax.decoding.sampling import map_rows
@@ -67,11 +67,6 @@ def score_lines(checkpoint, lines, options: ScoreOptions) -> list[dict[str, Any]
         for row, index in enumerate(indices):
             tallies[index // options.orders].add(logprobs[row])
     return [_result(tally) for tally in tallies]
-
-
-def default_dtype() -> str:
-    """float32 on CPU, bfloat16 on accelerators."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 class _Pass(NamedTuple):
@@ -187,7 +182,8 @@ def _sorted_rows(batch: Batch):
 
 def _target_logprobs(params, batch, hidden_BTD, config, precision):
     def one_row(hidden_D, target):
-        return jax.nn.log_softmax(logits(params, config, hidden_D, precision))[target]
+        scores_V = logits(params, config, hidden_D, precision)
+        return scores_V[target] - jax.nn.logsumexp(scores_V)  # no log-softmax of all V is written down
 
     targets = jnp.take_along_axis(batch.tokens, batch.scored, axis=1)
     return map_rows(one_row, (hidden_BTD, targets), config.vocab_size)

@@ -86,8 +86,10 @@ def rotate(x_BTNH, cos_BTh, sin_BTh):
     return rotated.astype(x_BTNH.dtype)
 
 
-def gated_mlp(x_BTD, gate_DF, up_DF, down_FD, *, precision=None):
-    """SwiGLU (Shazeer, arXiv 2002.05202): (silu(x gate) * (x up)) down; [B, T, D] to [B, T, D]."""
-    gate = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF, precision=precision)
-    up = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF, precision=precision)
-    return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, down_FD, precision=precision)
+def gated_mlp(x_BTD, gate, up, down):
+    """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x)); [B, T, D] to [B, T, D].
+
+    Args:
+      gate, up, down: linear functions [B, T, D] to [B, T, F], and back.
+    """
+    return down(jax.nn.silu(gate(x_BTD)) * up(x_BTD))

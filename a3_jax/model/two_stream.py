@@ -137,6 +137,7 @@ class Block(nn.Module):
       content_rows: how many of the rows are content rows; they come first.
       first_output: the rows before it give keys and values only. 0, or `content_rows` in the last
         layer when just the query output is wanted.
+      few_rows: weights lie [out, in], see `lay_out_for_few_rows`.
     """
 
     config: ModelConfig
@@ -145,9 +146,23 @@ class Block(nn.Module):
     attention: str
     content_rows: int
     first_output: int = 0
+    few_rows: bool = False
 
-    def weight(self, name, axes, shape, fan_in):
-        return _parameter(self, name, axes, shape, fan_in**-0.5).astype(self.dtype)
+    def linear(self, name, axes, shape, inputs=1):
+        """A function [B, T, in] -> [B, T, out] with the weight `name`, whose first `inputs` axes are "in"."""
+        fan_in = math.prod(shape[:inputs])
+        if self.few_rows:
+            axes, shape = (names[inputs:] + names[:inputs] for names in (axes, shape))
+        weight = _parameter(self, name, axes, shape, fan_in**-0.5).astype(self.dtype)
+        if not self.few_rows:
+            return lambda x: jnp.tensordot(x, weight, axes=inputs, precision=self.precision)
+        last = tuple(range(-inputs, 0))
+
+        def apply(x):
+            out = jnp.tensordot(weight, x, axes=(last, last), precision=self.precision)
+            return jnp.moveaxis(out, (-2, -1), (0, 1))
+
+        return apply
 
     def scale(self, name):
         return _parameter(self, name, ("norm",), (self.config.d_model,)).astype(self.dtype)
@@ -164,25 +179,24 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             normed = rms_norm(x_BRD, self.scale("mlp_norm"), c.norm_eps)
             residual = normed if c.residual == "release" else x_BRD
+            up_axes, up_shape = ("embed", "mlp"), (c.d_model, c.mlp_size)
             x_BRD = residual + gated_mlp(
                 normed,
-                self.weight("gate", ("embed", "mlp"), (c.d_model, c.mlp_size), c.d_model),
-                self.weight("up", ("embed", "mlp"), (c.d_model, c.mlp_size), c.d_model),
-                self.weight("down", ("mlp", "embed"), (c.mlp_size, c.d_model), c.mlp_size),
-                precision=self.precision,
+                self.linear("gate", up_axes, up_shape),
+                self.linear("up", up_axes, up_shape),
+                self.linear("down", up_axes[::-1], up_shape[::-1]),
             )
         return (constrain(x_BRD, ("batch", "length", "embed_act")), cache), None
 
     def attend(self, x_BRD, cache, record, geometry):
         """Attention with output projection: [B, R, D] to [B, R - first_output, D], and the new cache."""
         c, first = self.config, self.first_output
-        project = functools.partial(jnp.einsum, "BTD,DNH->BTNH", precision=self.precision)
         q_axes, q_shape = ("embed", "heads", "head_size"), (c.d_model, c.num_heads, c.head_size)
         kv_axes, kv_shape = ("embed", "kv_heads", "head_size"), (c.d_model, c.num_kv_heads, c.head_size)
         content = x_BRD[:, : self.content_rows]
-        q = project(x_BRD[:, first:], self.weight("q", q_axes, q_shape, c.d_model))
-        k = project(content, self.weight("k", kv_axes, kv_shape, c.d_model))
-        v = project(content, self.weight("v", kv_axes, kv_shape, c.d_model))
+        q = self.linear("q", q_axes, q_shape)(x_BRD[:, first:])
+        k = self.linear("k", kv_axes, kv_shape)(content)
+        v = self.linear("v", kv_axes, kv_shape)(content)
 
         cos, sin = geometry.cos[record.rotary_table], geometry.sin[record.rotary_table]
         q = rotate(q, cos[:, first:], sin[:, first:])
@@ -202,9 +216,8 @@ class Block(nn.Module):
                 q, k, v, start, limit,
                 scale=scale, precision=self.precision, implementation=self.attention,
             )  # fmt: skip
-        out_weight = self.weight("o", ("heads", "head_size", "embed"), (c.num_heads, c.head_size, c.d_model),
-                                 c.num_heads * c.head_size)  # fmt: skip
-        return jnp.einsum("BTNH,NHD->BTD", out, out_weight, precision=self.precision), cache
+        o_axes, o_shape = ("heads", "head_size", "embed"), (c.num_heads, c.head_size, c.d_model)
+        return self.linear("o", o_axes, o_shape, inputs=2)(out), cache
 
 
 class TwoStream(nn.Module):
@@ -217,7 +230,7 @@ class TwoStream(nn.Module):
         "dots" (matrix products and attention), "block" (each block's input), "offload" (the same, in
         the host's memory).
       attention: how attention is computed, see `attention.IMPLEMENTATIONS`.
-      unrolled: layers one by one, with the parameters of `unstack_layers`, instead of in a scan.
+      few_rows: layers one by one, with those parameters of `lay_out_for_few_rows`, instead of in a scan.
     """
 
     config: ModelConfig
@@ -225,7 +238,7 @@ class TwoStream(nn.Module):
     precision: Any = None
     remat: str = "none"
     attention: str = "auto"
-    unrolled: bool = False
+    few_rows: bool = False
 
     @nn.compact
     def __call__(
@@ -285,10 +298,10 @@ class TwoStream(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         arguments = {
             "config": self.config, "dtype": self.dtype, "precision": self.precision,
-            "attention": self.attention, "content_rows": content_rows,
+            "attention": self.attention, "content_rows": content_rows, "few_rows": self.few_rows,
         }  # fmt: skip
         carry = (x_BRD, cache)
-        if self.unrolled:
+        if self.few_rows:
             for layer in range(self.config.num_layers - 1):
                 record = jax.tree.map(lambda x, layer=layer: x[layer], records)
                 carry, _ = block(**arguments, name=_layer_name(layer))(carry, record, geometry)
@@ -308,14 +321,28 @@ class TwoStream(nn.Module):
         return carry
 
 
-def unstack_layers(params, config: ModelConfig):
-    """The parameter tree of an unrolled model: an array a layer in place of the stacked ones."""
-    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+def lay_out_for_few_rows(params, config: ModelConfig):
+    """The layers' parameters for a model with `few_rows`: each layer's weights by themselves, as [out, in].
+
+    On CPU a scan over layers copies each one's weights out of their stack, and a product of few rows with
+    a weight [in, out] packs all of it first: together most of the time of a decoding step.
+    """
     layers = {
         _layer_name(layer): jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
         for layer in range(config.num_layers - 1)
     }
-    return rest | layers
+    layers["last_layer"] = params["last_layer"]
+    return {name: _outputs_first(layer) for name, layer in layers.items()}
+
+
+def _outputs_first(layer):
+    """A layer's weights with their input axes (of "o" two, of others one) behind those of the output."""
+    inputs = {"attn_norm": 0, "mlp_norm": 0, "o": 2}
+    return {
+        name: jnp.moveaxis(weight, tuple(range(n)), tuple(range(-n, 0)))
+        for name, weight in layer.items()
+        for n in [inputs.get(name, 1)]
+    }
 
 
 def _layer_name(layer: int) -> str:

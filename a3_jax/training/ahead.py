@@ -1,36 +1,21 @@
-"""What a run's config says the step is made of, and that step compiled before the run, for any chips."""
+"""The step of a run compiled before it, for chips that need not be there."""
 
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import batch_sharding
-from a3_jax.model.two_stream import TwoStream
 from a3_jax.training.config import RunConfig
-from a3_jax.training.optimizer import make_optimizer
+from a3_jax.training.parts import network_of, optimizer_of
 from a3_jax.training.state import abstract_state, state_shardings
 from a3_jax.training.step import make_train_step
 
 # What libtpu needs to compile where there is no TPU, and where others compile at the same time.
 _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
-
-
-def network_of(run: RunConfig, model: ModelConfig) -> TwoStream:
-    """The module of a run."""
-    return TwoStream(model, dtype=run.compute_dtype, remat=run.remat, attention=run.attention)
-
-
-def optimizer_of(run: RunConfig) -> optax.GradientTransformation:
-    """The optimiser of a run, up to its learning rate."""
-    return make_optimizer(
-        run.optimizer, b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay, clip=run.clip,
-        moment_dtype=run.moment_dtype,
-    )  # fmt: skip
 
 
 def topology_devices(topology: str, slices: int = 1) -> list:

@@ -25,12 +25,12 @@ from a3_jax.ordering.curriculum import trained_context
 from a3_jax.paths import as_path, check_parents, read_json, write_json
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
 from a3_jax.training import loop
-from a3_jax.training.ahead import network_of, optimizer_of
 from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.config import RunConfig, check_unchanged, model_config
 from a3_jax.training.evaluate import held_out_losses
 from a3_jax.training.metrics import JsonLines, Profiler, TensorBoard, cut_back
 from a3_jax.training.optimizer import learning_rate
+from a3_jax.training.parts import network_of, optimizer_of
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.samples import make_sampler
 from a3_jax.training.state import TrainState, abstract_state, init_state, state_shardings
@@ -281,10 +281,8 @@ def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop
     contexts = {stage.name: trained_context(stage) for stage in run.stages}
 
     def save(step, stage, state):
-        meta = Meta(
-            start.model, source=start.source, step=step, stage=stage, context=contexts[stage],
-            run_config=run.to_dict(),
-        )  # fmt: skip
+        meta = Meta(start.model, source=start.source, step=step, stage=stage, context=contexts[stage],
+                    run_config=run.to_dict())  # fmt: skip
         train_state = {"step": state.step, "opt_state": state.opt_state}
         writer.save(step, state.params, train_state, meta, start.tokenizer)
 
@@ -299,9 +297,7 @@ def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop
             learning_rate=run.learning_rate, warmup_steps=run.warmup_steps, schedule=run.schedule,
         ),
         place=place,
-        evaluate=None if data.heldout is None else _evaluation(
-            run, model, data.heldout, place, start.tokenizer.bos_id
-        ),
+        evaluate=_evaluation(run, model, data.heldout, place, start.tokenizer.bos_id),
         sample=make_sampler(table, start.model, start.tokenizer, samples, note, run.seed),
         save=save,
         utilization=_utilization(run, start.model, mesh),
@@ -327,7 +323,9 @@ def _utilization(run, model, mesh):
 
 
 def _evaluation(run, model, heldout, place, bos_id):
-    """A function of parameters: held-out losses. What any stage takes as given is not scored."""
+    """A function of parameters: held-out losses; None without rows. What a stage gives is not scored."""
+    if heldout is None:
+        return None
     from a3_jax.data.batches import eval_batch
 
     bos_given = any(stage.bos_given for stage in run.stages)

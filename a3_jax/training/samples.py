@@ -12,13 +12,18 @@ MAX_TOKENS = 64
 _LOOKED_AT = 64  # rows
 
 
-def blanked(tokens: np.ndarray) -> list[int | None]:
-    """A text of up to `MAX_TOKENS` tokens with about a sixth blanked in its middle (`None`)."""
-    items: list[int | None] = [int(token) for token in tokens[:MAX_TOKENS]]
-    count = max(1, len(items) // 6)
-    first = (len(items) - count) // 2
-    items[first : first + count] = [None] * count
-    return items
+def blanked(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The beginning of a text, and a blank in its middle.
+
+    Returns:
+      tokens [n] int32, n at most `MAX_TOKENS`, 0 at the blank; blank [n] bool, about a sixth of them.
+    """
+    tokens = tokens[:MAX_TOKENS].astype(np.int32)
+    count = max(1, len(tokens) // 6)
+    first = (len(tokens) - count) // 2
+    blank = np.zeros(len(tokens), bool)
+    blank[first : first + count] = True
+    return np.where(blank, 0, tokens), blank
 
 
 def make_sampler(
@@ -39,15 +44,18 @@ def make_sampler(
     documents = [document for document in documents if len(document) > 1][:SAMPLES]
 
     def sample(step: int, params: Any) -> None:
-        from a3_jax.checkpoints.a3_format import Meta
-        from a3_jax.checkpoints.conversion import Checkpoint
-        from a3_jax.decoding.generation import generate
+        from a3_jax.decoding.filling import BlankRequest, Task, decoding_params, fill
+        from a3_jax.decoding.options import GenerateOptions
 
-        checkpoint = Checkpoint(params, config, tokenizer, Meta(config))
-        items = [{"tokens": blanked(document)} for document in documents]
-        results = generate(checkpoint, items, strategy="dynamic", context="flat", seed=seed)
-        for document, item, result in zip(documents, items, results, strict=True):
-            row = _readable(document, item["tokens"], result["tokens"], tokenizer)
+        options = GenerateOptions(strategy="dynamic", context="flat", seed=seed)
+        requests = [
+            BlankRequest(number, *blanked(document), ranks=None)
+            for number, document in enumerate(documents, start=1)
+        ]
+        tasks = [Task(request, 0, "flat", options) for request in requests]
+        filled = fill(decoding_params(params, config, options), config, tasks, options)
+        for document, request, arrays in zip(documents, requests, filled, strict=True):
+            row = _readable(document, request.blank, arrays["tokens"], tokenizer)
             log.append({"step": step, **row})
             if document is documents[0]:
                 note(f"sample: {row['text']}")
@@ -55,14 +63,14 @@ def make_sampler(
     return sample
 
 
-def _readable(document, blanks, filled, tokenizer) -> dict[str, str]:
+def _readable(document, blank, filled, tokenizer) -> dict[str, str]:
     """The text with what was filled in brackets, the filled part and the true one."""
-    places = [index for index, token in enumerate(blanks) if token is None]
-    first, last = places[0], places[-1] + 1
+    first, last = int(blank.argmax()), len(blank) - int(blank[::-1].argmax())
+    filled = filled[: len(blank)]
     middle = tokenizer.decode(filled[first:last])
     before, after = tokenizer.decode(filled[:first]), tokenizer.decode(filled[last:])
     return {
         "text": f"{before} [{middle.strip()}] {after}".strip(),
         "filled": middle,
-        "truth": tokenizer.decode([int(token) for token in document[first:last]]),
+        "truth": tokenizer.decode(document[first:last]),
     }

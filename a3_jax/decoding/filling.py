@@ -1,0 +1,220 @@
+"""Requests to final states: each is planned on the host, those of one shape are decoded together."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from a3_jax.decoding.batching import batches, bucket
+from a3_jax.decoding.loop import Program, decode, default_dtype, lay_out
+from a3_jax.decoding.options import GenerateOptions
+from a3_jax.decoding.sampling import Sampling
+from a3_jax.decoding.state import State, final_eos, finished
+from a3_jax.decoding.strategies import Rule
+from a3_jax.model.sharding import axis_parts, constrain, mesh_of
+from a3_jax.ordering.ranks import context_first, contiguous, l2r, order_ranks
+
+_LAWS_BYTES = 2**29  # of speculative decoding's distributions
+_SMALL_PREFILL = 8  # content rows; up to here a first forward of its own is not worth compiling
+
+
+@dataclasses.dataclass(frozen=True)
+class BlankRequest:
+    """What to fill: T tokens in reading order.
+
+    Attributes:
+      number: the input line, of which randomness is a function.
+      tokens: [T] int32, 0 at blanks.
+      blank: [T] bool.
+      ranks: [T] int32, read at blanks only; None where the input has none.
+    """
+
+    number: int
+    tokens: np.ndarray
+    blank: np.ndarray
+    ranks: np.ndarray | None
+
+
+class Task:
+    """One completion to make.
+
+    Attributes:
+      request, sample: the input line, and which of its completions.
+      ranks: [T] int32, given tokens first, then the blanks as planned.
+      shape: (columns, prefill rows, content rows, query rows), padded.
+    """
+
+    def __init__(self, request: BlankRequest, sample: int, context: str, options: GenerateOptions):
+        self.request, self.sample = request, sample
+        self.ranks = _planned_ranks(request, sample, context, options)
+        self.shape = _padded_shape(request, self.ranks, options)
+
+
+def fill(
+    params, config, tasks: list[Task], options: GenerateOptions, eos_id: int | None = None
+) -> list[dict[str, Any]]:
+    """Decodes tasks, those of one shape together.
+
+    Args:
+      params: of `decoding_params`. config: of the model.
+      tasks: of any shapes.
+      options: of all of them.
+      eos_id: the id that ends a text, or None where EOS is a token like any other.
+
+    Returns:
+      For each task what `final_fields` says of its row.
+    """
+    filled: list[dict[str, Any]] = [{} for _ in tasks]
+    most = _most_examples(config, options)
+    for shape, indices, batch_size in batches(tasks, lambda task: task.shape, most):
+        program = make_program(config, options, eos_id, shape)
+        with mesh_of(params):
+            batch_size = math.lcm(batch_size, axis_parts("batch"))
+            state = first_state([tasks[index] for index in indices], shape[0], batch_size, options.seed)
+            final = final_fields(decode(params, state, program=program), eos_id)
+        for row, index in enumerate(indices):
+            filled[index] = {name: field[row] for name, field in final.items()}
+    return filled
+
+
+def decoding_params(params, config, options: GenerateOptions):
+    """The parameters in the dtype and layout of the computation, once: no step casts or moves them again."""
+    dtype = jnp.dtype(options.dtype or default_dtype())
+    params = jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), params)
+    with mesh_of(params):
+        return lay_out(params, config)
+
+
+def final_fields(state: State, eos_id) -> dict[str, np.ndarray]:
+    """What results are made of, on the host; `length`: columns up to a final EOS."""
+    names = ("tokens", "filled", "commit_rank", "logprob", "forwards")
+    fields = {name: getattr(state, name) for name in names}
+    if state.drafts is not None:
+        fields |= {"proposed": state.drafts.proposed, "accepted": state.drafts.accepted}
+    fields = {name: np.asarray(field) for name, field in fields.items()}
+    fields["finished"] = np.asarray(finished(state, eos_id))
+    fields["length"] = np.full(len(fields["tokens"]), fields["tokens"].shape[1])
+    if eos_id is not None:
+        ends = np.asarray(final_eos(state, eos_id))
+        fields["length"] = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, fields["length"])
+    return fields
+
+
+def _planned_ranks(request: BlankRequest, sample: int, context: str, options: GenerateOptions) -> np.ndarray:
+    """[T] int32: given tokens first; the blanks by own ranks, by order, or as one where steps choose."""
+    blank, count = request.blank, int(request.blank.sum())
+    ranks = np.zeros(len(blank), np.int32)
+    if options.model == "ar":
+        ranks[blank] = l2r(count)
+    elif options.strategy == "dynamic":
+        ranks[blank] = contiguous(count, options.block_size) if options.order == "block" else 0
+    elif request.ranks is not None:
+        ranks[blank] = request.ranks[blank]
+    else:
+        rng = np.random.default_rng([options.seed, request.number, sample])
+        group_size = 1 if options.strategy == "speculative" else min(options.group_size, max(count, 1))
+        ranks[blank] = order_ranks(
+            options.order, count, group_size, rng,
+            block_size=options.block_size, block_order=options.block_order,
+        )  # fmt: skip
+    return context_first(ranks, ~blank, context)
+
+
+def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tuple[int, int, int, int]:
+    """(columns, prefill rows, content rows, query rows): what `Program` calls so."""
+    blank, count = request.blank, int(request.blank.sum())
+    columns = bucket(len(blank))
+    prefill = len(blank) - count
+    if options.model == "ar":
+        # A step adds the token before it, and the given ones up to its own blank.
+        steps = np.diff(np.flatnonzero(blank), prepend=0)
+        prefill, content_rows, query_rows = int(steps[:1].sum()), bucket(int(steps[1:].max(initial=1)), 4), 1
+    elif options.strategy == "speculative":
+        window = min(options.window, columns)
+        content_rows, query_rows = window + 1, 2 * window + 1
+    elif options.strategy == "dynamic":
+        offered = min(count, options.block_size) if options.order == "block" else count
+        query_rows, content_rows = bucket(offered), _rule(options).max_commit
+    elif request.ranks is None:
+        query_rows = content_rows = options.group_size
+    else:
+        query_rows = content_rows = bucket(int(np.bincount(ranks[blank]).max(initial=1)), 4)
+    prefill = bucket(prefill, 4)
+    if prefill <= _SMALL_PREFILL:
+        content_rows = max(prefill, content_rows)
+    if options.strategy != "speculative":
+        content_rows, query_rows = min(content_rows, columns), min(query_rows, columns)
+    return columns, prefill, content_rows, query_rows
+
+
+def _most_examples(config, options: GenerateOptions) -> int | None:
+    """Of a batch, where a step keeps whole distributions: two a query row, and one a draft."""
+    if options.strategy != "speculative":
+        return None
+    return max(1, _LAWS_BYTES // (4 * config.vocab_size * (5 * options.window + 2)))
+
+
+def _rule(options: GenerateOptions) -> Rule:
+    """How many blanks dynamic commits a step."""
+    bounds = (options.entropy_bound, options.threshold, options.factor)
+    most = options.step_size if bounds == (None, None, None) else options.max_commit
+    return Rule(most, *bounds, min_gap=options.min_gap)
+
+
+def make_program(config, options: GenerateOptions, eos_id, shape) -> Program:
+    columns, prefill_rows, content_rows, query_rows = shape
+    return Program(
+        config=config,
+        dtype=options.dtype or default_dtype(),
+        model=options.model,
+        strategy=options.strategy,
+        criterion=options.criterion,
+        commit=options.commit,
+        sampling=Sampling(float(options.temperature), options.top_k, float(options.top_p)),
+        eos_id=eos_id,
+        prefill_rows=prefill_rows,
+        content_rows=content_rows,
+        query_rows=query_rows,
+        rule=dataclasses.replace(_rule(options), max_commit=min(_rule(options).max_commit, columns)),
+        window=min(options.window, columns),
+    )
+
+
+def first_state(tasks, columns: int, batch_size: int, seed: int) -> State:
+    """The state before the first step; rows without a task are empty, hence finished."""
+    shape = (batch_size, columns)
+    tokens, plan, present, given = (np.zeros(shape, kind) for kind in (np.int32, np.int32, bool, bool))
+    next_rank, numbers, samples = (np.zeros(batch_size, np.int32) for _ in range(3))
+    for row, task in enumerate(tasks):
+        blank, length = task.request.blank, len(task.request.blank)
+        tokens[row, :length], plan[row, :length] = task.request.tokens, task.ranks
+        present[row, :length], given[row, :length] = True, ~blank
+        next_rank[row] = task.ranks[blank].min() if blank.any() else 0
+        numbers[row], samples[row] = task.request.number, task.sample
+    state = State(
+        tokens=jnp.asarray(tokens),
+        positions=jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), shape),
+        present=jnp.asarray(present),
+        given=jnp.asarray(given),
+        filled=jnp.asarray(given),
+        stored=jnp.zeros(shape, bool),
+        plan=jnp.asarray(plan),
+        commit_rank=jnp.asarray(np.where(given, plan, 0)),
+        logprob=jnp.zeros(shape, jnp.float32),
+        next_rank=jnp.asarray(next_rank),
+        forwards=jnp.zeros(batch_size, jnp.int32),
+        key=_keys(np.uint32(seed), numbers, samples),
+    )
+    return jax.tree.map(lambda leaf: constrain(leaf, ("batch",)), state)
+
+
+@jax.jit
+def _keys(seed, numbers, samples):
+    """[B] keys: a function of (seed, line number, sample) alone."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda number, sample: jax.random.fold_in(jax.random.fold_in(key, number), sample))(
+        numbers, samples
+    )
