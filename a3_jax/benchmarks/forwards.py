@@ -42,13 +42,8 @@ STRATEGIES = {
         f"speculative_{order}": {"strategy": "speculative", "order": order, "window": WINDOW, **_DRAWN}
         for order in ("l2r", "random", "spread")
     },
-    **{
-        f"groupwise4_{order}": {"order": order, "group_size": 4, **_DRAWN}
-        for order in ("l2r", "random", "spread")
-    },
-    "one_by_one_random": {"order": "random", "group_size": 1, **_DRAWN},
+    **{f"groupwise4_{order}": {"order": order, "group_size": 4, **_DRAWN} for order in ("random", "spread")},
     "dynamic_entropy_bound": {"strategy": "dynamic", "criterion": "entropy", "entropy_bound": 1.0, **_DRAWN},
-    "dynamic_threshold": {"strategy": "dynamic", "threshold": 0.9, **_DRAWN},
 }
 
 
