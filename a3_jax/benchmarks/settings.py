@@ -53,7 +53,7 @@ class Settings:
     repeats: int = 5
     seed: int = 0
     threads: int | None = None
-    steps: int = 600
+    steps: int = 400
     release: str | None = None
     config: str | None = None
     overrides: tuple[str, ...] = ()
