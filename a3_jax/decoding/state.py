@@ -117,7 +117,7 @@ def upcoming(state: State, size: int):
     """The next `size` unfilled columns as planned, in reading order where ranks are equal; then others.
 
     Returns:
-      columns [B, size] int32, and how many are unfilled in all, [B] int32.
+      columns [B, min(size, N)] int32, and how many are unfilled in all, [B] int32.
     """
     columns = earliest(state.plan, state.unfilled, size)
     return columns, jnp.sum(state.unfilled, axis=1, dtype=jnp.int32)
