@@ -119,6 +119,7 @@ def test_bad_lines(model, tmp_path, capsys, line, parts):
         (["--entropy_bound=nan", "--strategy=dynamic"], ["--entropy_bound", "nan"]),
         (["--factor=1", "--step_size=2", "--strategy=dynamic"], ["--step_size", "factor"]),
         (["--window=0"], ["--window", "at least 1", "0"]),
+        (["--window=3"], ["--window", "'groupwise' does not read it"]),
         (["--min_gap=2"], ["--min_gap", "'groupwise'"]),
         (["--model=ar", "--strategy=speculative"], ["--strategy", "'ar'"]),
         (["--stream", "--num_samples=2"], ["--num_samples", "one sample"]),

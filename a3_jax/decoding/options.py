@@ -181,8 +181,10 @@ class GenerateOptions(SharedOptions):
             raise InputError(
                 f"{self.step_size} contradicts {bounds[0]}; --max_commit limits it", field="step_size"
             )
-        if self.min_gap > 1 and self.strategy != "dynamic":
-            raise InputError(f"strategy {self.strategy!r} does not read it", field="min_gap")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, reader in (("min_gap", "dynamic"), ("max_commit", "dynamic"), ("window", "speculative")):
+            if self.strategy != reader and getattr(self, name) != defaults[name]:
+                raise InputError(f"strategy {self.strategy!r} does not read it", field=name)
         if self.commit == "flat" and self.strategy == "speculative":
             raise InputError(
                 "'flat' contradicts strategy 'speculative', whose commits have ranks of their own",
