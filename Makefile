@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # The TPU compiler runs on any Linux x86-64: programs for TPUs are compiled ahead of time in tests.
 LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu)
 
-.PHONY: setup setup-torch quickstart test lint format golden bench wheel-test ci clean
+.PHONY: setup setup-torch quickstart test lint format golden bench soak wheel-test ci clean
 
 setup: $(VENV)/.ready
 
@@ -43,6 +43,10 @@ golden: setup
 # What the software costs, as ratios, in some ten minutes; `a3 bench release` needs the authors' code besides.
 bench: setup
 	for name in attention train memory scaling; do $(BIN)/a3 bench $$name || exit 1; done
+
+# An hour of runs under random faults; FLAGS such as '--minutes=6 --seed=1'.
+soak: setup
+	$(BIN)/python -m tests.drills.soak $(FLAGS)
 
 # The wheel by itself, away from the source tree, with no extra but plotting.
 wheel-test: setup

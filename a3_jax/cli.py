@@ -6,14 +6,16 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import sys
 
 from a3_jax import __version__
 from a3_jax.benchmarks.command import add_bench
-from a3_jax.checkpoints.command import add_convert
+from a3_jax.checkpoints.command import add_convert, add_verify
 from a3_jax.data.command import add_data
 from a3_jax.decoding.commands import add_generate, add_score
-from a3_jax.errors import EXIT_BAD_INPUT, InputError, nearest
+from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, InputError, RunError, nearest
+from a3_jax.pods.command import add_goodput, add_launch, add_status
 from a3_jax.quickstart.command import add_quickstart
 from a3_jax.training.command import add_train
 from a3_jax.training.show_command import add_show
@@ -23,6 +25,7 @@ EXAMPLES = """examples:
   a3 convert Llama-3.2-1B llama-a3                  a Hugging Face directory to an A3 checkpoint
   a3 data prepare 'text/*.jsonl' rows --tokenizer=llama-a3/tokenizer --seq_len=2048
   a3 train --config=configs/tiny.py --workdir=runs/tiny
+  a3 status runs/tiny
   echo '{"text": "Long ago [[1]] lost a kite. The kite made Anna famous."}' | a3 generate runs/tiny - -
   a3 COMMAND --help                                 options and examples of one command
 """
@@ -50,8 +53,9 @@ def _parser():
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_quickstart(commands)
     add_convert(commands)
+    add_verify(commands)
     add_data(commands, add_show)
-    for add in (add_train, add_generate, add_score, add_bench):
+    for add in (add_train, add_launch, add_status, add_goodput, add_generate, add_score, add_bench):
         add(commands)
     return parser, commands
 
@@ -83,6 +87,9 @@ def main(arguments=None) -> int:
     except InputError as error:
         print(f"a3: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
+    except RunError as error:
+        print(f"a3: {error}", file=sys.stderr, flush=True)
+        return error.status
     except KeyboardInterrupt:
         print("a3: interrupted", file=sys.stderr)
         return 130
@@ -101,7 +108,13 @@ def console() -> int:
     if importlib.util.find_spec("libtpu") and not _accelerators():
         # libtpu is there for its compiler; asked for devices it fills the terminal with complaints.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    signal.signal(signal.SIGTERM, _leave)
     return main()
+
+
+def _leave(*_):
+    """SIGTERM ends a command as an exception would: nothing half-written stays. `a3 train` saves first."""
+    sys.exit(EXIT_PREEMPTED)
 
 
 def _accelerators() -> list[str]:

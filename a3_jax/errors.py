@@ -33,6 +33,19 @@ class InputError(Exception):
         return " ".join(": ".join(part for part in parts if part).split())
 
 
+class RunError(Exception):
+    """A run that ends with a status of its own, without a traceback: what happened is no fault of the code.
+
+    Attributes:
+      status: one of the exit statuses above.
+      message: what happened, in one line.
+    """
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
 MAX_SEED = 2**32 - 1
 
 

@@ -32,6 +32,8 @@ def read_text(path) -> str:
         raise not_utf8(error, path) from error
     except OSError as error:
         raise InputError(_reason(path, error), file=path) from error
+    except ValueError as error:  # a zero byte in the name
+        raise InputError(f"no file can have this name: {error}", file=repr(str(path))) from error
 
 
 def not_utf8(error: UnicodeDecodeError, file) -> InputError:
@@ -48,13 +50,26 @@ def read_json(path) -> dict:
       InputError: unreadable, not JSON, or JSON of another kind.
     """
     text = read_text(path)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg}", file=path, line=error.lineno) from error
+    value = parse_json(text, path)
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object, got {type(value).__name__}", file=path)
     return value
+
+
+def parse_json(text: str, file=None):
+    """The value of a JSON text.
+
+    Raises:
+      InputError: not JSON, nested too deeply, or a number with thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON: {error.msg}", file=file, line=error.lineno) from error
+    except RecursionError as error:
+        raise InputError("not JSON: nested too deeply", file=file) from error
+    except ValueError as error:  # Python converts no longer numbers
+        raise InputError("not JSON: a number has too many digits", file=file) from error
 
 
 def check_parents(path) -> None:

@@ -5,6 +5,7 @@ any other characters, never as the special id. Of what a tokenizer's post-proces
 BOS is kept. Nothing is compared with a padding id: a tokenizer may have a real token 0 and pad = EOS.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -13,9 +14,10 @@ import re
 import tokenizers
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.paths import as_path, read_text
+from a3_jax.paths import as_path, parse_json, read_text
 
 BOS_POLICIES = ("auto", "yes", "no")
+MAX_VOCAB_SIZE = 1 << 24  # far above any vocabulary: a model has a row for each id
 MAX_BLANK = 1 << 20  # tokens in one blank: far above any context, far below what fills the memory
 
 _MAIN_FILE = "tokenizer.json"
@@ -42,7 +44,10 @@ class Tokenizer:
         self._files = dict(files)
         self._tokenizer = _parse(self._files[_MAIN_FILE], place)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise InputError(f"token id {self.vocab_size - 1} is not below {MAX_VOCAB_SIZE}", file=place)
+        with _refusing("not a tokenizer that can encode", place):
+            first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
         configs = [_config(self._files, name, place) for name in _SPECIAL_TOKEN_FILES]
         self.bos_id = self._special_id(*_named(configs, "bos_token"), *_BOS_NAMES)
         self.eos_id = self._special_id(*_named(configs, "eos_token"), *_EOS_NAMES)
@@ -67,11 +72,12 @@ class Tokenizer:
         """`encode` of many texts, in parallel."""
         front = self._front(bos)
         try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exceptions, such as for a missing [UNK]
+            with _refusing("the tokenizer can't encode the text"):  # such as for a missing [UNK]
+                encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except InputError as error:
             if any(_SURROGATE.search(text) for text in texts):
                 raise InputError("text holds half of a surrogate pair, which is no character") from error
-            raise InputError(f"the tokenizer can't encode the text: {error}") from error
+            raise
         return [front + encoding.ids for encoding in encodings]
 
     def decode(self, ids) -> str:
@@ -229,23 +235,29 @@ def _blank_length(digits: str) -> int:
 
 
 def _parse(text: str, place) -> tokenizers.Tokenizer:
-    try:
+    with _refusing("not a tokenizer that `tokenizers` can read", place):
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f"not a tokenizer that `tokenizers` can read: {error}", file=place) from error
     tokenizer.encode_special_tokens = True  # special tokens typed in a text stay text
     tokenizer.no_truncation()  # files may carry both settings of whoever saved them
     tokenizer.no_padding()
     return tokenizer
 
 
+@contextlib.contextmanager
+def _refusing(message: str, place=None):
+    """What the library raises as an `InputError`: bare Exceptions, or a panic, which isn't even that."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{message}: {error}", file=place) from error
+
+
 def _config(files: dict[str, str], name: str, place) -> dict:
     """The JSON object in one of the companion files; empty where there is none."""
-    try:
-        config = json.loads(files.get(name, "{}"))
-    except json.JSONDecodeError as error:
-        where = name if place is None else as_path(place) / name
-        raise InputError(f"not JSON: {error.msg}", file=where, line=error.lineno) from error
+    where = name if place is None else as_path(place) / name
+    config = parse_json(files.get(name, "{}"), where)
     return config if isinstance(config, dict) else {}
 
 

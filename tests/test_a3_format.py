@@ -18,7 +18,7 @@ from a3_jax.checkpoints.a3_format import (
     load_params,
     save_checkpoint,
 )
-from a3_jax.checkpoints.conversion import open_checkpoint
+from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh
 from a3_jax.model.two_stream import param_shardings
@@ -171,7 +171,7 @@ def failing_writer(tmp_path, monkeypatch):
     writer = StepWriter(tmp_path / "checkpoints", keep=2)
     monkeypatch.undo()
     yield writer
-    writer._manager.close()
+    writer._checkpointer.close()
 
 
 @pytest.mark.parametrize("notice", ["wait", "next save"])

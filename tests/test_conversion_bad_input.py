@@ -8,9 +8,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from a3_jax.checkpoints.a3_format import Meta, save_checkpoint
-from a3_jax.checkpoints.conversion import convert, open_checkpoint
+from a3_jax.checkpoints.conversion import convert
+from a3_jax.checkpoints.hf_config import config_from_hf
+from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.errors import InputError
 from tests import tiny
+from tests.checkpoint_fixtures import reseal
+from tests.tiny_families import hf_fields
 from tests.tiny_hf import write_tiny_llama
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -139,15 +143,18 @@ def test_tied_head_that_differs(hf):
         ({"architectures": ["MambaForCausalLM"]}, ["architectures", "supported: LlamaForCausalLM"]),
         ({"architectures": [], "model_type": "mamba"}, ["architectures"]),
         ({"architectures": "LlamaForCausalLM"}, ["architectures", "list"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "default, linear, llama3"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic"]),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, ["supported:", "'Gemma3ForCausalLM'"]),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, ["rope_scaling.type", "'su'", "llama3, yarn"]),
+        ({"rope_scaling": {"rope_type": "yarn"}, "original_max_position_embeddings": -1}, ["original_max"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["differ by layer"]),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "partly rotated"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "partly rotated"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters.rope_type", "longrope"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "missing"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["factor", "missing"]),
         ({"rope_scaling": [1]}, ["rope_scaling", "object"]),
-        ({"attention_bias": True}, ["attention_bias"]),
-        ({"mlp_bias": True}, ["mlp_bias"]),
-        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"hidden_act": "mish"}, ["hidden_act", "'mish'", "silu, swish"]),
+        ({"num_local_experts": 8}, ["num_local_experts", "mixtures of experts"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
         ({"hidden_size": "32"}, ["hidden_size", "'32'"]),
         ({"vocab_size": None}, ["vocab_size", "missing"]),
@@ -158,6 +165,37 @@ def test_tied_head_that_differs(hf):
 def test_config_that_is_not_supported(hf, changes, mentions):
     edit_json(hf / "config.json", **changes)
     refused(hf, "config.json", *mentions)
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_biases_that_the_config_has_and_the_file_has_not(hf, bias):
+    edit_json(hf / "config.json", **{bias: True})
+    refused(hf, "_proj.bias", "tensor is missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "mentions"),
+    [
+        ("qwen2", {"layer_types": ["chunked_attention"] * 4}, ["layer_types", "chunked_attention"]),
+        ("qwen3", {"layer_types": ["full_attention"]}, ["layer_types", "list of 4"]),
+        ("smollm3", {"no_rope_layers": [1, 0]}, ["no_rope_layers", "list of 4"]),
+        ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention", "not causal"]),
+        ("gemma2", {"hidden_activation": "tanh"}, ["hidden_activation", "'tanh'"]),
+        ("gemma3", {"attn_logit_softcapping": 3.0}, ["attn_logit_softcapping", "3.0"]),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+         ["rope_parameters.sliding_attention.rope_type", "yarn"]),
+        ("gemma3", {"rope_parameters": {"full_attention": 3}}, ["rope_parameters.full_attention", "object"]),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+        ("gpt2", {"add_cross_attention": True}, ["cross-attention"]),
+        ("gpt2", {"n_head": 0}, ["n_head", "positive integer"]),
+        ("mistral", {"sliding_window": 0}, ["sliding_window", "positive integer"]),
+    ],
+)  # fmt: skip
+def test_config_of_a_family_that_is_not_supported(name, changes, mentions):
+    """Named as the family's own files name it."""
+    with pytest.raises(InputError) as caught:
+        config_from_hf(hf_fields(name, **changes), "config.json")
+    assert all(mention in str(caught.value) for mention in ["config.json", *mentions]), str(caught.value)
 
 
 def test_config_that_is_no_json(hf):
@@ -210,7 +248,7 @@ def test_failure_while_writing_leaves_nothing(hf, tmp_path, to, monkeypatch):
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    target = "a3_format._TextFiles.save" if to == "a3" else "hf_format._write_kept_files"
+    target = "orbax_items._TextFiles.save" if to == "a3" else "hf_export._write_kept_files"
     monkeypatch.setattr(f"a3_jax.checkpoints.{target}", fail)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="no space"):
@@ -237,7 +275,7 @@ def a3(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "mentions"),
     [
-        ({"format_version": 2}, ["written by a newer format"]),
+        ({"format_version": 3}, ["written by a newer format"]),
         ({"format": "b4"}, ["format"]),
         ({"model": None}, ["model"]),
         ({"model": {"vocab_size": 3}}, ["missing"]),
@@ -246,19 +284,25 @@ def a3(tmp_path):
 )
 def test_description_of_an_a3_checkpoint(a3, changes, mentions):
     edit_json(a3 / "meta" / "a3.json", **changes)
+    refused(a3, "a3.json", "written", to="hf")
+    reseal(a3)
     refused(a3, "a3.json", *mentions, to="hf")
 
 
 def test_parameters_that_contradict_the_description(a3):
     model = json.loads((a3 / "meta" / "a3.json").read_text())["model"]
     edit_json(a3 / "meta" / "a3.json", model={**model, "mlp_size": 50})
+    reseal(a3)
     refused(a3, "params", "down", "(48, 32)", to="hf")
     edit_json(a3 / "meta" / "a3.json", model={**model, "tie_embeddings": True})
+    reseal(a3)
     refused(a3, "params", "head", "unknown", to="hf")
 
 
 def test_damaged_arrays(a3):
     (a3 / "params" / "manifest.ocdbt").write_bytes(b"")
-    refused(a3, "params", "can't be restored", to="hf")
+    refused(a3, "params/manifest.ocdbt", "has 0 bytes", to="hf")
+    reseal(a3)
+    refused(a3, "can't be restored", to="hf")
     shutil.rmtree(a3 / "params")
-    refused(a3, "params", to="hf")
+    refused(a3, "params/", "is missing", to="hf")

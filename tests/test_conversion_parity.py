@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from a3_jax.checkpoints.conversion import convert, open_checkpoint
+from a3_jax.checkpoints.conversion import convert
+from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.model.two_stream import Rows, TwoStream, logits
 from tests.tiny_hf import LLAMA3_ROPE, write_tiny_llama
 

@@ -11,9 +11,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from a3_jax.checkpoints.a3_format import Meta, load_meta, load_params, save_checkpoint
-from a3_jax.checkpoints.conversion import convert, open_checkpoint
-from a3_jax.checkpoints.hf_config import config_from_hf, config_to_hf
-from a3_jax.checkpoints.safetensors_io import TensorSpec, list_tensors, write_tensors
+from a3_jax.checkpoints.conversion import convert
+from a3_jax.checkpoints.hf_config import config_from_hf
+from a3_jax.checkpoints.hf_export import config_to_hf
+from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.safetensors_io import list_tensors
+from a3_jax.checkpoints.safetensors_writer import TensorSpec, write_tensors
 from a3_jax.model.config import PRESETS, ModelConfig, RopeScaling
 from a3_jax.model.sharding import make_mesh
 from a3_jax.model.two_stream import abstract_params

@@ -11,7 +11,7 @@ from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh
 from a3_jax.ordering.curriculum import Stage
 from a3_jax.training import optimizer as optimizers
-from a3_jax.training.state import TrainState, abstract_state, init_state, state_shardings
+from a3_jax.training.state import Numerics, TrainState, abstract_state, init_state, state_shardings
 from a3_jax.training.step import make_train_step
 from tests.training_fixtures import TINY, sorted_rows, tiny_state
 
@@ -234,6 +234,7 @@ def test_a_restored_state_goes_on_as_if_never_saved(saver, tmp_path):
         )  # fmt: skip
         writer.wait()
         params, rest = writer.restore(1, target.params, {"opt_state": target.opt_state})
-        again, metrics_again = step(TrainState(np.int32(1), params, rest["opt_state"]), rows, rate)
+        restored = TrainState(np.int32(1), params, rest["opt_state"], Numerics.create())
+        again, metrics_again = step(restored, rows, rate)
     assert float(metrics["loss"]) == float(metrics_again["loss"])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(again))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from a3_jax.checkpoints.a3_format import Meta, save_checkpoint
-from a3_jax.checkpoints.conversion import open_checkpoint
+from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import init_params
 from a3_jax.training import loop

@@ -79,6 +79,7 @@ BENCHMARKS = {
         {"lengths", "batch", "group_size", "repeats", "seed", "threads"},
         {"lengths": (2048,), "repeats": 3},
     ),
+    "guards": Benchmark("what watching each step and fingerprinting each save cost", _STEP),
     "compile": Benchmark(
         "a config's train step compiled for a TPU topology: memory a chip",
         {"config", "topology"},

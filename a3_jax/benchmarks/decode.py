@@ -106,7 +106,7 @@ def _open(settings, length, module):
         params = init_params(config, jax.random.key(settings.seed), settings.dtype)
         return types.SimpleNamespace(params=params, config=config, tokenizer=None, meta=None), None
     from a3_jax.benchmarks.torch_steps import release_model, save_release
-    from a3_jax.checkpoints.conversion import open_checkpoint
+    from a3_jax.checkpoints.opening import open_checkpoint
 
     theirs = release_model(module, config, thread_count(), settings.seed)
     with tempfile.TemporaryDirectory() as directory:

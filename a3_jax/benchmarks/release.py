@@ -77,7 +77,7 @@ def _compare_first_steps(settings, length, module) -> dict[str, float]:
 def _open_pair(settings, length, module):
     """(their step, our step) from the same weights, which go through a checkpoint directory."""
     from a3_jax.benchmarks.steps import Steps
-    from a3_jax.checkpoints.conversion import open_checkpoint
+    from a3_jax.checkpoints.opening import open_checkpoint
 
     config = settings.model(length, residual="release")
     rows = draw_rows(settings, length, settings.batch_at(length))

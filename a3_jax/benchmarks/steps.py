@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from a3_jax.benchmarks.settings import Settings
+from a3_jax.checkpoints.fingerprint import tree_names
 from a3_jax.errors import InputError, nearest
 from a3_jax.model.attention import IMPLEMENTATIONS
 from a3_jax.model.config import ModelConfig
@@ -59,6 +60,10 @@ class Steps:
             )
             compiled = step.lower(self._state, batch, np.float32(LEARNING_RATE)).compile()
         return CompiledStep(self, compiled, batch)
+
+    def leaves(self) -> dict[str, Any]:
+        """The arrays of the state by name, as a checkpoint has them."""
+        return tree_names(self._state)
 
     def run(self, compiled, batch) -> dict[str, float]:
         """One step; its metrics as numbers."""

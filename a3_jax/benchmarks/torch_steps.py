@@ -149,7 +149,8 @@ def save_release(model: Any, config: ModelConfig, directory: str) -> None:
     """The model as a Hugging Face directory, which `a3_jax.open_checkpoint` opens."""
     from safetensors.torch import save_file
 
-    from a3_jax.checkpoints.hf_config import CONFIG_FILE, config_to_hf
+    from a3_jax.checkpoints.hf_config import CONFIG_FILE
+    from a3_jax.checkpoints.hf_export import config_to_hf
     from a3_jax.paths import write_json
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}

@@ -4,26 +4,56 @@
     tokenizer/     tokenizer.json and its companions; absent: token input only
     params/        the parameter tree (orbax)
     train/         optimiser state and counters (orbax); training only
+    manifest.json  written last: sizes and checksums of the files, fingerprints of the arrays
 
-Directories appear by a rename, so one with `meta/a3.json` in it is complete. Arrays are read straight
-to where they will live: each process reads its own part.
+A directory without a manifest is no checkpoint. Arrays are read straight to where they will live, each
+process its own part, and compared with their fingerprints there.
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
-import inspect
-import json
+import itertools
+import logging
 import platform
 import sys
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from a3_jax.checkpoints.agreement import TIMEOUT_SECONDS, agree, by_first
 from a3_jax.checkpoints.directories import new_directory
+from a3_jax.checkpoints.fingerprint import hexadecimal, start_fingerprints, tree_name, tree_names
+from a3_jax.checkpoints.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    DamagedCheckpoint,
+    File,
+    Leaf,
+    Manifest,
+    list_files,
+    raise_damage,
+    read_checksums,
+    read_manifest,
+    step_of,
+    write_manifest,
+)
+from a3_jax.checkpoints.orbax_items import (
+    META,
+    META_FILE,
+    PARAMS,
+    TOKENIZER,
+    TRAIN,
+    handlers,
+    portable,
+    save_items,
+    without_numpy_scalars,
+)
+from a3_jax.checkpoints.reading import check_same_dtypes, check_same_tree, describe, one_line, read_items
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import abstract_params, param_shardings
@@ -31,9 +61,6 @@ from a3_jax.paths import absolute, as_path, read_json
 from a3_jax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 FORMAT = "a3"
-FORMAT_VERSION = 1
-META_FILE = "a3.json"
-_META, _TOKENIZER, _PARAMS, _TRAIN = "meta", "tokenizer", "params", "train"
 _VERSIONED = ("a3_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -74,7 +101,8 @@ class Meta:
 
 
 def is_a3(directory) -> bool:
-    return (as_path(directory) / _META / META_FILE).exists()
+    """Whether a directory is an A3 checkpoint, be it a damaged one."""
+    return (as_path(directory) / META / META_FILE).exists()
 
 
 def load_meta(directory) -> Meta:
@@ -83,7 +111,9 @@ def load_meta(directory) -> Meta:
     Raises:
       InputError: it is none, is damaged, or was written by a newer format.
     """
-    file = as_path(directory) / _META / META_FILE
+    file = as_path(directory) / META / META_FILE
+    if is_a3(directory) or (as_path(directory) / MANIFEST_FILE).exists():
+        raise_damage(directory, read_manifest(directory), deep=True, only=f"{META}/")
     fields = read_json(file)
     version = fields.get("format_version")
     if fields.get("format") != FORMAT or type(version) is not int:
@@ -110,9 +140,15 @@ def load_meta(directory) -> Meta:
 
 
 def load_checkpoint_tokenizer(directory) -> Tokenizer | None:
-    """The tokenizer of an A3 checkpoint, None where it has none."""
-    place = as_path(directory) / _TOKENIZER
-    return load_tokenizer(place) if has_tokenizer(place) else None
+    """The tokenizer of an A3 checkpoint, None where it has none.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    place, manifest = as_path(directory) / TOKENIZER, read_manifest(directory)
+    raise_damage(directory, manifest, deep=True, only=f"{TOKENIZER}/")
+    written = any(name.startswith(f"{TOKENIZER}/") for name in manifest.files)
+    return load_tokenizer(place) if written and has_tokenizer(place) else None
 
 
 def load_params(directory, mesh=None, dtype=None):
@@ -124,6 +160,7 @@ def load_params(directory, mesh=None, dtype=None):
       dtype: of the result; None: as stored.
 
     Raises:
+      DamagedCheckpoint: a file or leaf that is not what was written.
       InputError: tree, shapes or files that don't fit the model config.
     """
     directory = absolute(directory)
@@ -133,19 +170,22 @@ def load_params(directory, mesh=None, dtype=None):
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), wanted)
     else:
         shardings = param_shardings(mesh, config)
-    handler = ocp.StandardCheckpointHandler()
 
-    def restore():
-        stored = handler.metadata(directory / _PARAMS).tree
-        _check_same_tree(stored, wanted, directory / _PARAMS)
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding),
-            stored,
+    def targets(manifest):
+        stored = manifest.item(PARAMS)
+        check_same_tree(stored, wanted, directory / PARAMS)
+        dtypes = {name: dtype or leaf.dtype for name, leaf in stored.items()}
+        target = jax.tree_util.tree_map_with_path(
+            lambda path, leaf, sharding: jax.ShapeDtypeStruct(
+                leaf.shape, dtypes[tree_name(path)], sharding=sharding
+            ),
+            wanted,
             shardings,
         )
-        return handler.restore(directory / _PARAMS, args=ocp.args.StandardRestore(target))
+        return {PARAMS: target}
 
-    return _damage_is_bad_input(directory / _PARAMS, restore)
+    alone = all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings))
+    return read_items(directory, targets, alone)[PARAMS]
 
 
 def save_checkpoint(directory, params, meta: Meta, tokenizer: Tokenizer | None = None) -> None:
@@ -158,60 +198,88 @@ def save_checkpoint(directory, params, meta: Meta, tokenizer: Tokenizer | None =
     Raises:
       InputError: `directory` is a file or has something in it.
     """
-    handler = ocp.CompositeCheckpointHandler(handler_registry=_handlers())
+    handler = ocp.CompositeCheckpointHandler(handler_registry=handlers())
     with new_directory(directory) as temporary, ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(absolute(temporary), args=_items(params, meta, tokenizer))
+        checkpointer.save(absolute(temporary), args=save_items(params, meta, tokenizer))
+        leaves = _leaves(params)
+        described = {name: describe(leaf) for name, leaf in leaves.items()}
+        files = read_checksums(temporary, list_files(temporary))
+        write_manifest(temporary, _manifest(files, described, start_fingerprints(leaves)))
 
 
 def list_steps(checkpoints_dir) -> list[int]:
-    """The complete steps in a run's `checkpoints` directory, ascending.
+    """The finished steps in a run's `checkpoints` directory, ascending.
 
-    Empty directories and those of writers that were interrupted don't count.
+    Empty directories, those of writers that were interrupted and those whose manifest is damaged don't
+    count.
     """
+    return [
+        step for step in _directories(checkpoints_dir) if _is_finished(as_path(checkpoints_dir) / str(step))
+    ]
+
+
+def _directories(checkpoints_dir) -> list[int]:
+    """The numbers of all directories that are named like a step, ascending."""
     place = as_path(checkpoints_dir)
-    if not place.is_dir():
-        return []
-    return sorted(int(path.name) for path in place.iterdir() if path.name.isdigit() and _is_complete(path))
+    paths = place.iterdir() if place.is_dir() else ()
+    return sorted(step for path in paths if (step := step_of(path)) is not None and path.is_dir())
 
 
-def _is_complete(directory) -> bool:
-    # In buckets, which have no rename, orbax writes in place and marks the end by a file.
-    return is_a3(directory) and ocp.utils.is_checkpoint_finalized(directory)
+def _is_finished(directory) -> bool:
+    try:
+        read_manifest(directory)
+    except InputError:
+        return False
+    return is_a3(directory)
 
 
 def latest_step(checkpoints_dir) -> int | None:
-    """The newest complete step, or None."""
+    """The newest finished step, or None."""
     return max(list_steps(checkpoints_dir), default=None)
+
+
+class SaveFailed(Exception):
+    """A step that could not be written; it does not exist."""
 
 
 class StepWriter:
     """The checkpoints of a training run: `directory/STEP/`, written in the background, kept by a limit.
 
-    Every process of the run makes the same calls. A context manager that waits at its end.
+    A step is written in place and begins to exist with its manifest. Every process of the run makes the
+    same calls. A context manager that waits at its end.
     """
 
-    def __init__(self, directory, keep: int | None = None):
+    def __init__(self, directory, keep: int | None = None, on_event: Callable[..., None] | None = None):
         """Opens (and makes) a run's `checkpoints` directory.
 
         Args:
-          directory: what was left there by an interrupted writer is cleared away.
+          directory: what an interrupted writer left there is cleared away by the next save.
           keep: how many steps stay; None: all.
+          on_event: called in process 0 with a name and fields: "saved" (step, seconds, bytes) and
+            "save_failed" (step, problem), both from a background thread; "damaged" (step, problem).
         """
         self.directory = absolute(directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise InputError("exists and is a file, checkpoints are to be written there", file=self.directory)
         if jax.process_index() == 0:
-            _set_aside_incomplete(self.directory)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("a3_jax: incomplete checkpoints set aside")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=_handlers())
+            _make_directory(self.directory)
+        logging.getLogger("absl").addFilter(_is_news)
+        self._keep, self._on_event = keep, on_event or (lambda *_, **__: None)
+        self._writes: list[Any] = []
+        self._checkpointer = ocp.AsyncCheckpointer(
+            _remember_writes(ocp.CompositeCheckpointHandler(handler_registry=handlers()), self._writes),
+            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT_SECONDS, barrier_sync_fn=self._barrier),
+            temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath,
+        )
+        self._barriers = 0
+        self._thread: threading.Thread | None = None
+        self._failure: SaveFailed | None = None
 
     def save(self, step: int, params, train_state, meta: Meta, tokenizer: Tokenizer | None = None) -> bool:
         """Begins to write a step; returns when the arrays may be reused, not when they are on disk.
 
         Args:
-          step: newer than the steps that are there.
+          step: a number; what an interrupted writer left of it is removed.
           params: the parameter tree.
           train_state: any tree of arrays and numbers: optimiser state, counters.
           meta: its `step` is set to `step`.
@@ -220,26 +288,48 @@ class StepWriter:
           False where that step is there already: nothing is written.
 
         Raises:
-          Exception: whatever made the *previous* save fail.
+          SaveFailed: the *previous* save failed, and nobody has asked for that yet.
         """
+        started = time.monotonic()
         self.wait()  # one save at a time, and its failure must not be lost
-        if step in self._manager.all_steps():
+        place = self.directory / str(step)
+        if by_first("save", lambda: _make_room(place)):
             return False
-        meta = dataclasses.replace(meta, step=step)
-        args = _items(_portable(params), meta, tokenizer, _portable(train_state))
-        return self._manager.save(step, args=args, force=True)
+        params, train_state = portable(params), portable(train_state)
+        leaves = _leaves(params, train_state)
+        described = {name: describe(leaf) for name, leaf in leaves.items()}
+        sums = start_fingerprints(leaves)  # before the next step may take the arrays
+        problem = None
+        self._barriers = 0
+        self._writes.clear()
+        try:
+            args = save_items(params, dataclasses.replace(meta, step=step), tokenizer, train_state)
+            self._checkpointer.save(place, args=args)
+        except Exception as error:  # what fails at once is told like what fails later
+            problem = error
+        arguments = (step, started, described, sums, problem)
+        self._thread = threading.Thread(target=self._finish, args=arguments, name="a3_save")
+        self._thread.start()
+        return True
+
+    def failure(self) -> SaveFailed | None:
+        """The failure of the last save, once: as soon as it is known, without waiting for it."""
+        failure, self._failure = self._failure, None
+        return failure
 
     def wait(self) -> None:
         """Returns when all is on disk.
 
         Raises:
-          Exception: whatever made the last save fail; that step does not exist then.
+          SaveFailed: the last save failed, and `failure` has not said so yet. That step does not exist.
         """
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        self._join()
+        failure = self.failure()
+        if failure is not None:
+            raise failure
 
     def latest_step(self) -> int | None:
-        """The newest complete step, or None. A step that is still being written doesn't count."""
+        """The newest finished step, or None. A step that is still being written doesn't count."""
         return latest_step(self.directory)
 
     def restore(self, step: int, params, train_state):
@@ -254,29 +344,72 @@ class StepWriter:
           (params, train_state)
 
         Raises:
-          InputError: the step is absent, or its tree or shapes are others.
+          DamagedCheckpoint: the step is not what was written.
+          InputError: the step is absent, or its tree, shapes or dtypes are others.
         """
         place = self.directory / str(step)
-        if not is_a3(place):
+        if not place.is_dir():
             raise InputError("no checkpoint", file=place)
-        wanted = {_PARAMS: _without_numpy_scalars(params), _TRAIN: _without_numpy_scalars(train_state)}
+        wanted = {PARAMS: without_numpy_scalars(params), TRAIN: without_numpy_scalars(train_state)}
 
-        def restore():
+        def targets(manifest):
             for item, tree in wanted.items():
-                stored = ocp.StandardCheckpointHandler().metadata(place / item).tree
-                _check_same_tree(stored, tree, place / item)
-            args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
+                check_same_tree(manifest.item(item), tree, place / item)
+                check_same_dtypes(manifest.item(item), tree, place / item)
+            return wanted
 
-        restored = _damage_is_bad_input(place, restore)
-        return restored[_PARAMS], restored[_TRAIN]
+        restored = read_items(place, targets, alone=False)
+        return restored[PARAMS], restored[TRAIN]
+
+    def restore_newest(self, params, train_state, at_most: int | None = None):
+        """As `restore`, of the newest step that is intact.
+
+        Damaged steps that are newer than it are renamed `STEP.damaged` and told of. If no step is
+        intact all stay where they are: a run that began anew would hide what was lost.
+
+        Args:
+          at_most: newer steps are passed over.
+
+        Returns:
+          (step, params, train_state), None where there is no step.
+
+        Raises:
+          DamagedCheckpoint: of the newest step, if all are damaged.
+          InputError: tree, shapes or dtypes are others.
+        """
+        self._join()
+        damages = []
+        for step in by_first("steps", lambda: _with_manifest(self.directory)):
+            if at_most is not None and step > at_most:
+                continue
+            try:
+                restored = self.restore(step, params, train_state)
+            except DamagedCheckpoint as damage:
+                damages.append((step, damage))
+                continue
+            by_first("aside", lambda: [self._set_aside(*damaged) for damaged in damages])
+            return step, *restored
+        if damages:
+            raise damages[0][1]
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Removes the steps after one that the run goes back to, so that they can be saved again."""
+        self._join()
+
+        def discard():
+            for newer in _directories(self.directory):
+                if newer > step:
+                    _remove(self.directory / str(newer))
+
+        by_first("discard", discard)
 
     def close(self) -> None:
         """Waits, then ends the background threads."""
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._checkpointer.close()
 
     def __enter__(self):
         return self
@@ -284,124 +417,145 @@ class StepWriter:
     def __exit__(self, *_):
         self.close()
 
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
-class _TextFiles(ocp.CheckpointHandler):
-    """Orbax item: a few text files in a directory."""
+    def _barrier(self, **_) -> None:
+        """Of orbax, which calls it twice in a save: all have written, process 0 has put it together."""
+        self._barriers += 1
+        agree("barrier", None, lambda _: None)
 
-    def save(self, directory, args: "_TextFilesSave"):
-        if jax.process_index() == 0:
-            for name, text in args.files.items():
-                (directory / name).write_bytes(text.encode("utf-8"))
+    def _finish(self, step, started, described, sums, problem) -> None:
+        """The background: waits for orbax, then process 0 writes the manifest if all is well everywhere."""
+        place, files = self.directory / str(step), {}
+        try:
+            if problem is None:
+                self._checkpointer.wait_until_finished()
+                share = list_files(place)[jax.process_index() :: jax.process_count()]
+                files = read_checksums(place, share)
+        except Exception as error:
+            problem = error
+        try:
+            while self._barriers < 2:  # others wait there
+                self._barrier()
+            for write in self._writes if problem else ():  # nothing may go on writing
+                with contextlib.suppress(Exception):
+                    write.result()
+            mine = {
+                "problem": one_line(problem) if problem else None,
+                "files": {name: dataclasses.astuple(file) for name, file in files.items()},
+            }
+            told = agree("saved", mine, lambda all_: self._commit(step, started, described, sums, all_))
+        except Exception as error:  # another process is gone
+            problem, told = error, one_line(error)
+        if told is not None:
+            self._failure = SaveFailed(f"step {step} could not be saved: {told}")
+            self._failure.__cause__ = problem
 
-    def restore(self, directory, args=None):
-        return {
-            path.name: path.read_bytes().decode("utf-8") for path in directory.iterdir() if path.is_file()
-        }
+    def _commit(self, step, started, described, sums, told) -> str | None:
+        """Process 0: makes the step exist, and removes old ones; gives what went wrong."""
+        place, finished = self.directory / str(step), False
+        try:
+            problem = next((one["problem"] for one in told if one["problem"]), None)
+            if problem is None:
+                files = {name: File(*file) for one in told for name, file in one["files"].items()}
+                files |= read_checksums(place, set(list_files(place)) - files.keys())
+                write_manifest(place, _manifest(files, described, sums))
+                finished = True
+                size = sum(file.bytes for file in files.values())
+                self._tell("saved", step=step, seconds=time.monotonic() - started, bytes=size)
+                self._prune()
+        except Exception as error:
+            problem = one_line(error)
+        if problem is not None:
+            with contextlib.suppress(Exception):
+                if not finished:
+                    place.rmtree()
+            self._tell("save_failed", step=step, problem=problem)
+        return problem
 
+    def _tell(self, name: str, **fields) -> None:
+        with contextlib.suppress(Exception):  # a full disk takes no events either
+            self._on_event(name, **fields)
 
-@dataclasses.dataclass
-class _TextFilesSave(ocp.args.CheckpointArgs):
-    files: dict[str, str]
+    def _prune(self) -> None:
+        """Removes what is older than the newest steps, if the newest is intact, and what is unfinished."""
+        steps = list_steps(self.directory)
+        for step in set(_directories(self.directory)) - set(_with_manifest(self.directory)):
+            _remove(self.directory / str(step))
+        old = steps[: -self._keep] if self._keep else []
+        if old:
+            newest = self.directory / str(steps[-1])
+            raise_damage(newest, read_manifest(newest), deep=True)
+        for step in old:
+            _remove(self.directory / str(step))
 
-
-@dataclasses.dataclass
-class _TextFilesRestore(ocp.args.CheckpointArgs):
-    pass
-
-
-def _handlers():
-    """Which orbax handler writes and reads which item."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for item in (_META, _TOKENIZER):
-        text_files = _TextFiles()
-        registry.add(item, _TextFilesSave, text_files)
-        registry.add(item, _TextFilesRestore, text_files)
-    for item in (_PARAMS, _TRAIN):
-        arrays = ocp.StandardCheckpointHandler()
-        registry.add(item, ocp.args.StandardSave, arrays)
-        registry.add(item, ocp.args.StandardRestore, arrays)
-    return registry
-
-
-def _items(params, meta: Meta, tokenizer, train_state=None) -> ocp.args.Composite:
-    description = json.dumps(meta.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    items: dict[str, ocp.args.CheckpointArgs] = {
-        _META: _TextFilesSave({META_FILE: description}),
-        _PARAMS: ocp.args.StandardSave(params),
-    }
-    if tokenizer is not None:
-        items[_TOKENIZER] = _TextFilesSave(tokenizer.files())
-    if train_state is not None:
-        items[_TRAIN] = ocp.args.StandardSave(train_state)
-    return ocp.args.Composite(**items)
-
-
-def _portable(tree):
-    """Scalars of one device as NumPy: orbax refuses them where there are several processes."""
-
-    def convert(leaf):
-        scalar = isinstance(leaf, jax.Array) and leaf.ndim == 0 and leaf.is_fully_addressable
-        return np.asarray(leaf) if scalar else leaf
-
-    return _without_numpy_scalars(jax.tree.map(convert, tree))
-
-
-def _without_numpy_scalars(tree):
-    """`np.int64(1)` as an array of rank 0, which orbax can read back."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf, tree)
-
-
-def _set_aside_incomplete(directory) -> None:
-    """Renames what has a step's name but is no checkpoint, which orbax would take for the latest step."""
-    if not directory.is_dir():
-        return
-    for path in list(directory.iterdir()):
-        if path.name.isdigit() and not _is_complete(path):
-            aside = path.parent / f"{path.name}.incomplete"
-            if aside.exists():
-                aside.rmtree()
-            path.rename(aside)
-
-
-def _check_same_tree(stored, wanted, place) -> None:
-    """The stored tree has the leaves and shapes of the wanted one; the first difference is named."""
-    stored, wanted = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): _shape(leaf) for path, leaf in leaves}
-        for leaves in (jax.tree_util.tree_leaves_with_path(tree) for tree in (stored, wanted))
-    )
-    for name, shape in wanted.items():
-        if name not in stored:
-            raise InputError("is missing here", file=place, field=name)
-        if stored[name] != shape:
-            raise InputError(f"shape {stored[name]}, expected {shape}", file=place, field=name)
-    for name in stored:
-        if name not in wanted:
-            raise InputError("is unknown to the model or optimiser", file=place, field=name)
+    def _set_aside(self, step, damage) -> None:
+        names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged-{n}" for n in itertools.count(2)))
+        aside = next(path for name in names if not (path := self.directory / name).exists())
+        with contextlib.suppress(OSError):  # told of all the same
+            (self.directory / str(step)).rename(aside)
+        print(f"a3: {damage}; an earlier step is used, this one is now {aside.name}", file=sys.stderr)
+        self._tell("damaged", step=step, problem=str(damage))
 
 
-def _shape(leaf) -> tuple[int, ...]:
-    return tuple(leaf.shape) if hasattr(leaf, "shape") else np.shape(leaf)
+def _remember_writes(handler, writes: list[Any]):
+    """`handler`; puts the writes of a save into a list: if one fails, orbax forgets the others."""
+    begin = handler.async_save
+
+    async def async_save(*args, **kwargs):
+        writes[:] = await begin(*args, **kwargs) or []
+        return list(writes)
+
+    handler.async_save = async_save
+    return handler
 
 
-def _damage_is_bad_input(place, restore):
-    """`restore()`; what orbax raises on damaged or contradicting files becomes one line with the place."""
+def _is_news(record) -> bool:
+    """False of the traceback that orbax prints of a failed save, which `SaveFailed` tells of."""
+    return "in background save thread" not in record.getMessage()
+
+
+def _make_directory(path) -> None:
     try:
-        return restore()
-    except InputError:
-        raise
-    except Exception as error:  # ValueError, KeyError, FileNotFoundError, ...: they share no type
-        text = str(error).split("See full TensorStore")[0]
-        reason = f"{type(error).__name__}: {' '.join(text.split())[:200]}"
-    _silence_reads_in_flight()
-    raise InputError(f"can't be restored: {reason}", file=place)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"can't be made: {error.strerror or error}", file=path) from error
 
 
-def _silence_reads_in_flight() -> None:
-    """Reads of other arrays fail in orbax's own threads; each would print a traceback when collected."""
-    report = sys.unraisablehook
+def _with_manifest(directory) -> list[int]:
+    """Steps that were finished once, be they damaged by now; the newest first."""
+    steps = _directories(directory)
+    return [step for step in reversed(steps) if (directory / str(step) / MANIFEST_FILE).exists()]
 
-    def report_others(unraisable):
-        if not inspect.iscoroutine(unraisable.object):
-            report(unraisable)
 
-    sys.unraisablehook = report_others
+def _make_room(place) -> bool:
+    """Whether a step is there; what is there but is none is removed."""
+    if _is_finished(place):
+        return True
+    if place.exists():
+        _remove(place)
+    return False
+
+
+def _remove(place) -> None:
+    (place / MANIFEST_FILE).unlink(missing_ok=True)  # no step any more, should the rest fail
+    place.rmtree()
+
+
+def _leaves(params, train_state=None) -> dict[str, Any]:
+    """By their names in a manifest."""
+    items = {PARAMS: params} if train_state is None else {PARAMS: params, TRAIN: train_state}
+    return {f"{item}/{name}": leaf for item, tree in items.items() for name, leaf in tree_names(tree).items()}
+
+
+def _manifest(files, described, sums) -> Manifest:
+    return Manifest(
+        files,
+        {
+            name: Leaf(*described[name], fingerprint=fingerprint)
+            for name, fingerprint in hexadecimal(sums).items()
+        },
+    )

@@ -1,11 +1,17 @@
-"""`a3 convert`."""
+"""`a3 convert` and `a3 verify`."""
 
-from a3_jax.errors import EXIT_OK
+from a3_jax.errors import EXIT_FAILED, EXIT_OK
 
 EPILOG = """examples:
   a3 convert Llama-3.2-1B llama-a3                        Hugging Face to A3
   a3 convert runs/a3-1b llama-a3-hf --to=hf               a run's newest checkpoint to Hugging Face
   a3 convert Llama-3.2-1B llama-a3 --dtype=float32        in another dtype
+"""
+
+VERIFY_EPILOG = """examples:
+  a3 verify llama-a3                      one checkpoint
+  a3 verify runs/a3-1b                    every step of a run
+  a3 verify runs/a3-1b/checkpoints/800 --json
 """
 
 
@@ -44,3 +50,68 @@ def run_convert(args) -> int:
     convert(args.src, args.dst, to=args.to, dtype=args.dtype, seed=args.seed)
     print(f"wrote {args.dst}")
     return EXIT_OK
+
+
+def add_verify(subparsers) -> None:
+    import argparse
+
+    parser = subparsers.add_parser(
+        "verify",
+        help="whether every byte of a checkpoint is what was written",
+        description="Compares every file of a checkpoint with its checksum and every array with its "
+        "fingerprint. Each damaged or missing file and leaf is a line of its own. Exit status: 0 intact, "
+        "1 damaged, 2 no checkpoint.",
+        epilog=VERIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="A3 checkpoint, a run's directory, or a Hugging Face directory (headers and lengths only)",
+    )
+    parser.add_argument("--json", action="store_true", help="the result as JSON")
+    parser.set_defaults(run=run_verify)
+
+
+def run_verify(args) -> int:
+    import json
+
+    from a3_jax.checkpoints.verify import verify
+
+    verdicts = verify(args.checkpoint)
+    intact = not any(verdict.problems for verdict in verdicts)
+    if args.json:
+        rows = [
+            {
+                "path": str(verdict.path),
+                "format": verdict.kind,
+                "intact": not verdict.problems,
+                "files": verdict.files,
+                "leaves": verdict.leaves,
+                "bytes": verdict.bytes,
+                "note": verdict.note,
+                "problems": [
+                    {"file": str(problem.file), "leaf": problem.field, "problem": problem.message}
+                    for problem in verdict.problems
+                ],
+            }
+            for verdict in verdicts
+        ]
+        print(json.dumps({"intact": intact, "checkpoints": rows}, indent=2))
+    else:
+        for verdict in verdicts:
+            _print_verdict(verdict)
+    return EXIT_OK if intact else EXIT_FAILED
+
+
+def _print_verdict(verdict) -> None:
+    for problem in verdict.problems:
+        print(problem)
+    looked_at = f"{verdict.files} files, {verdict.bytes:,} bytes, {verdict.leaves} arrays"
+    if verdict.problems:
+        print(f"{verdict.path}: DAMAGED: {len(verdict.problems)} problems")
+    elif verdict.files:
+        print(f"{verdict.path}: intact: {looked_at}")
+    if verdict.note:
+        print(f"{verdict.path}: {verdict.note}")

@@ -5,8 +5,12 @@ A row such as
     "self_attn.q_proj.weight"  ->  leaf "q",  "NH,D -> D,N,H"
 
 says that the stored matrix has the merged axes N and H (output features) before D, and that the leaf
-is the same numbers with axes D, N, H. Rotary halves are those of Hugging Face checkpoints in the
-model too, so no row moves numbers inside a head.
+is the same numbers with axes D, N, H. A digit is an axis that several leaves share: of "D,3NH" each of
+three rows takes its part. Rotary halves are those of Hugging Face checkpoints in the model too, so no
+row moves numbers inside a head.
+
+A table has a row for everything that any model of the family has; those that count are the rows whose
+leaf is in the parameter tree of the config.
 """
 
 import dataclasses
@@ -18,6 +22,7 @@ import numpy as np
 
 from a3_jax.errors import InputError, nearest
 from a3_jax.model.config import ModelConfig
+from a3_jax.model.two_stream import abstract_params
 
 QUERY_TENSOR = "model.query_embed"
 QUERY_LEAF = ("query_embed",)
@@ -31,11 +36,13 @@ class Row:
       name: in the file; inside a layer what follows the layer's prefix.
       leaf: name in the parameter tree.
       axes: "stored -> leaf"; axes apart by commas, merged axes written together, 1 for a unit axis.
+      part: which of the parts that the digit among the axes counts.
     """
 
     name: str
     leaf: str
     axes: str
+    part: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,47 +50,105 @@ class Family:
     """A family of models.
 
     Attributes:
+      prefix: of all names but the head's, which files of a model without head leave out.
       layer_prefix: of the tensors of a layer, with `{layer}`.
-      tensors, layer_tensors: outside of layers, and in each.
+      tensors, layer_tensors: outside of layers, the embedding first, and in each.
       head: the row of the output matrix, stored where it is not tied to the embedding.
       buffers: patterns of names that hold no parameters and are passed over.
     """
 
-    layer_prefix: str
     tensors: tuple[Row, ...]
     layer_tensors: tuple[Row, ...]
-    head: Row
-    buffers: tuple[str, ...]
+    prefix: str = "model."
+    layer_prefix: str = "model.layers.{layer}."
+    head: Row = Row("lm_head.weight", "head", "V,D -> D,V")
+    buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq", "rotary_emb.inv_freq")
 
 
-FAMILIES = {
-    "llama": Family(
-        layer_prefix="model.layers.{layer}.",
-        tensors=(
-            Row("model.embed_tokens.weight", "embed", "V,D -> V,D"),
-            Row("model.norm.weight", "final_norm", "D -> D"),
-            Row(QUERY_TENSOR, "query_embed", "1,1,D -> D"),
-        ),
-        layer_tensors=(
-            Row("input_layernorm.weight", "attn_norm", "D -> D"),
-            Row("self_attn.q_proj.weight", "q", "NH,D -> D,N,H"),
-            Row("self_attn.k_proj.weight", "k", "KH,D -> D,K,H"),
-            Row("self_attn.v_proj.weight", "v", "KH,D -> D,K,H"),
-            Row("self_attn.o_proj.weight", "o", "D,NH -> N,H,D"),
-            Row("post_attention_layernorm.weight", "mlp_norm", "D -> D"),
-            Row("mlp.gate_proj.weight", "gate", "F,D -> D,F"),
-            Row("mlp.up_proj.weight", "up", "F,D -> D,F"),
-            Row("mlp.down_proj.weight", "down", "D,F -> F,D"),
-        ),
-        head=Row("lm_head.weight", "head", "V,D -> D,V"),
-        buffers=("*.rotary_emb.inv_freq",),
+def _pair(name, leaf, axes, bias_axes, part=0) -> tuple[Row, Row]:
+    """A weight and its bias."""
+    return Row(f"{name}.weight", leaf, axes, part), Row(f"{name}.bias", f"{leaf}_bias", bias_axes, part)
+
+
+_QUERY = Row(QUERY_TENSOR, "query_embed", "1,1,D -> D")
+_TENSORS = (
+    Row("model.embed_tokens.weight", "embed", "V,D -> V,D"),
+    Row("model.norm.weight", "final_norm", "D -> D"),
+    _QUERY,
+)
+_PROJECTIONS = (
+    *_pair("self_attn.q_proj", "q", "NH,D -> D,N,H", "NH -> N,H"),
+    *_pair("self_attn.k_proj", "k", "KH,D -> D,K,H", "KH -> K,H"),
+    *_pair("self_attn.v_proj", "v", "KH,D -> D,K,H", "KH -> K,H"),
+    *_pair("self_attn.o_proj", "o", "D,NH -> N,H,D", "D -> D"),
+    *_pair("mlp.gate_proj", "gate", "F,D -> D,F", "F -> F"),
+    *_pair("mlp.up_proj", "up", "F,D -> D,F", "F -> F"),
+    *_pair("mlp.down_proj", "down", "D,F -> F,D", "D -> D"),
+)
+_HEAD_NORMS = (
+    Row("self_attn.q_norm.weight", "q_norm", "H -> H"),
+    Row("self_attn.k_norm.weight", "k_norm", "H -> H"),
+)
+_LLAMA = Family(
+    tensors=_TENSORS,
+    layer_tensors=(
+        Row("input_layernorm.weight", "attn_norm", "D -> D"),
+        Row("post_attention_layernorm.weight", "mlp_norm", "D -> D"),
+        *_PROJECTIONS,
+        *_HEAD_NORMS,
     ),
-}
+)
+_GEMMA = Family(
+    tensors=_TENSORS,
+    layer_tensors=(
+        Row("input_layernorm.weight", "attn_norm", "D -> D"),
+        Row("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
+        Row("pre_feedforward_layernorm.weight", "mlp_norm", "D -> D"),
+        Row("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
+        *_PROJECTIONS,
+        *_HEAD_NORMS,
+    ),
+)
+_OLMO2 = Family(
+    tensors=_TENSORS,
+    layer_tensors=(
+        Row("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
+        Row("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
+        Row("self_attn.q_norm.weight", "q_norm", "NH -> N,H"),
+        Row("self_attn.k_norm.weight", "k_norm", "KH -> K,H"),
+        *_PROJECTIONS,
+    ),
+)
+_GPT2 = Family(  # its matrices are stored [in, out]
+    prefix="transformer.",
+    layer_prefix="transformer.h.{layer}.",
+    tensors=(
+        Row("transformer.wte.weight", "embed", "V,D -> V,D"),
+        Row("transformer.wpe.weight", "position_embed", "P,D -> P,D"),
+        *_pair("transformer.ln_f", "final_norm", "D -> D", "D -> D"),
+        _QUERY,
+    ),
+    layer_tensors=(
+        *_pair("ln_1", "attn_norm", "D -> D", "D -> D"),
+        *_pair("attn.c_attn", "q", "D,3NH -> D,N,H", "3NH -> N,H", part=0),
+        *_pair("attn.c_attn", "k", "D,3NH -> D,N,H", "3NH -> N,H", part=1),
+        *_pair("attn.c_attn", "v", "D,3NH -> D,N,H", "3NH -> N,H", part=2),
+        *_pair("attn.c_proj", "o", "NH,D -> N,H,D", "D -> D"),
+        *_pair("ln_2", "mlp_norm", "D -> D", "D -> D"),
+        *_pair("mlp.c_fc", "up", "D,F -> D,F", "F -> F"),
+        *_pair("mlp.c_proj", "down", "F,D -> F,D", "D -> D"),
+    ),
+    buffers=("*.attn.bias", "*.attn.masked_bias"),
+)
+FAMILIES = {
+    "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "smollm3": _LLAMA,
+    "olmo2": _OLMO2, "gemma2": _GEMMA, "gemma3": _GEMMA, "gpt2": _GPT2,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one stored tensor lives in the parameter tree.
+    """Where one stored tensor, or a part of one, lives in the parameter tree.
 
     Attributes:
       name: in the file.
@@ -91,7 +156,8 @@ class Tensor:
       leaf: path in the parameter tree.
       layer: index into the leaf's leading layer axis; None where the leaf is this tensor alone.
       split: the stored shape with merged axes apart.
-      order: the transposition from `split` to the leaf's axes.
+      order: the transposition from `split`, without the axis of parts, to the leaf's axes.
+      part: (axis of `split`, index) of the part; None: all of it.
     """
 
     name: str
@@ -100,73 +166,119 @@ class Tensor:
     layer: int | None
     split: tuple[int, ...]
     order: tuple[int, ...]
+    part: tuple[int, int] | None = None
+
+    @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        """Of the leaf, or of its slice of one layer."""
+        return self.to_leaf(np.broadcast_to(np.int8(0), self.shape)).shape
 
     def to_leaf(self, stored: np.ndarray) -> np.ndarray:
         """The leaf (or its slice of one layer) of a stored tensor; a view."""
-        return stored.reshape(self.split).transpose(self.order)
+        return self._part_of(stored.reshape(self.split)).transpose(self.order)
 
-    def to_stored(self, leaf: np.ndarray) -> np.ndarray:
-        """The inverse of `to_leaf`."""
-        return leaf.transpose(np.argsort(self.order)).reshape(self.shape)
+    def _part_of(self, array):
+        return array if self.part is None else np.moveaxis(array, self.part[0], 0)[self.part[1]]
+
+
+def join(parts: tuple[Tensor, ...], leaves) -> np.ndarray:
+    """The inverse of `Tensor.to_leaf`: the stored tensor that consists of these leaves."""
+    arrays = [leaf.transpose(np.argsort(part.order)) for part, leaf in zip(parts, leaves, strict=True)]
+    first = parts[0]
+    return (arrays[0] if first.part is None else np.stack(arrays, axis=first.part[0])).reshape(first.shape)
 
 
 @functools.cache
-def tensor_table(config: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor of a model by its name in the file, in the order of a forward pass."""
-    family = FAMILIES[config.family]
-    embed, *others = family.tensors
-    tensors = [_tensor(embed, config)]
+def tensor_table(config: ModelConfig) -> dict[str, tuple[Tensor, ...]]:
+    """Every tensor of a model by its name in the file, the embedding first, each with its parts."""
+    family, tree = FAMILIES[config.family], abstract_params(config)
+    rows = [(row, "", None) for row in (*family.tensors, family.head) if row.leaf in tree]
     for layer in range(config.num_layers):
         prefix = family.layer_prefix.format(layer=layer)
-        tensors += [_tensor(row, config, prefix, layer) for row in family.layer_tensors]
-    tensors += [_tensor(row, config) for row in others]
-    if not config.tie_embeddings:
-        tensors.append(_tensor(family.head, config))
-    return {tensor.name: tensor for tensor in tensors}
+        rows += [(row, prefix, layer) for row in family.layer_tensors if row.leaf in tree["last_layer"]]
+    table: dict[str, tuple[Tensor, ...]] = {}
+    for row, prefix, layer in rows:
+        tensor = _tensor(row, config, prefix, layer)
+        table[tensor.name] = (*table.get(tensor.name, ()), tensor)
+    return table
 
 
-def tied_head(config: ModelConfig) -> Tensor | None:
+def embedding(config: ModelConfig) -> str:
+    """The name of the embedding."""
+    return FAMILIES[config.family].tensors[0].name
+
+
+def tied_head(config: ModelConfig) -> str | None:
     """The output matrix that a file may repeat although it is tied: the embedding under a second name."""
-    if not config.tie_embeddings:
-        return None
-    head = FAMILIES[config.family].head
-    return dataclasses.replace(next(iter(tensor_table(config).values())), name=head.name)
+    return FAMILIES[config.family].head.name if config.tie_embeddings else None
 
 
-def is_buffer(name: str, family: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FAMILIES[family].buffers)
+def shape_of(name: str, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of a stored tensor, the tied head among them."""
+    return tensor_table(config)[embedding(config) if name == tied_head(config) else name][0].shape
+
+
+def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
+    """The tensors of a file by the names of the table, known buffers left out.
+
+    Args:
+      names: of the stored tensors, with the family's prefix or without.
+      file: names the checkpoint in errors.
+
+    Returns:
+      Name in the table -> name in the file; unknown names stand for themselves.
+
+    Raises:
+      InputError: a tensor that is there with and without the prefix.
+    """
+    family, found = FAMILIES[config.family], {}
+    for name in names:
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.buffers):
+            continue
+        full = next((p + name for p in (family.prefix, "model.") if _is_known(p + name, config)), name)
+        full = name if _is_known(name, config) else full
+        if full in found:
+            raise InputError(f"is the same tensor as {found[full]}", file=file, field=name)
+        found[full] = name
+    return found
+
+
+def _is_known(name: str, config: ModelConfig) -> bool:
+    return name in tensor_table(config) or name in (QUERY_TENSOR, tied_head(config))
 
 
 def check_names(names, config: ModelConfig, file) -> None:
-    """Every parameter is there, and nothing but parameters and known buffers.
+    """Every parameter is there, and nothing but parameters.
 
     Args:
-      names: of the stored tensors. The query vector may be absent.
+      names: of `table_names`. The query vector may be absent.
       file: names the checkpoint in errors.
 
     Raises:
       InputError: naming the first tensor that is missing or unknown.
     """
-    table = tensor_table(config)
-    tied = tied_head(config)
-    optional = {QUERY_TENSOR, tied.name} if tied else {QUERY_TENSOR}
-    for name in table:
-        if name not in names and name not in optional:
-            raise InputError("tensor is missing", file=file, field=name)
-    for name in names:
-        if name not in table and name not in optional and not is_buffer(name, config.family):
+    head = FAMILIES[config.family].head.name
+    for name in tensor_table(config):
+        if name not in names and name != QUERY_TENSOR:
+            why = "; config.json has no tie_word_embeddings" if name == head else ""
+            raise InputError(f"tensor is missing{why}", file=file, field=name)
+    for name, stored in names.items():
+        if not _is_known(name, config):
             raise InputError(
-                f"unknown tensor for this architecture{nearest(name, table)}", file=file, field=name
-            )
+                f"unknown tensor for this architecture{nearest(stored, tensor_table(config))}",
+                file=file, field=stored,
+            )  # fmt: skip
 
 
 def _tensor(row: Row, config: ModelConfig, prefix: str = "", layer: int | None = None) -> Tensor:
     sizes = {
-        "1": 1, "V": config.vocab_size, "D": config.d_model, "F": config.mlp_size, "H": config.head_size,
-        "N": config.num_heads, "K": config.num_kv_heads,
+        "1": 1, "3": 3, "V": config.vocab_size, "D": config.d_model, "F": config.mlp_size,
+        "H": config.head_size, "N": config.num_heads, "K": config.num_kv_heads, "P": config.max_length,
     }  # fmt: skip
     stored, leaf_axes = (part.strip().split(",") for part in row.axes.split("->"))
     split = [axis for merged in stored for axis in merged if axis != "1"]
+    part = (split.index("3"), row.part) if "3" in split else None
+    whole = [axis for axis in split if axis != "3"]
     leaf, index = (row.leaf,), None
     if layer is not None:  # the last layer stands alone in the tree, those before it are stacked
         stacked = layer < config.num_layers - 1
@@ -177,5 +289,6 @@ def _tensor(row: Row, config: ModelConfig, prefix: str = "", layer: int | None =
         leaf=leaf,
         layer=index,
         split=tuple(sizes[axis] for axis in split),
-        order=tuple(split.index(axis) for axis in leaf_axes),
+        order=tuple(whole.index(axis) for axis in leaf_axes),
+        part=part,
     )

@@ -1,8 +1,8 @@
-"""`config.json` of Hugging Face models to `ModelConfig` and back."""
+"""`config.json` of Hugging Face models to `ModelConfig`; `hf_export` is the way back."""
 
 import dataclasses
-import types
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from a3_jax.errors import InputError, nearest
@@ -10,43 +10,123 @@ from a3_jax.model.config import ModelConfig, RopeScaling
 
 CONFIG_FILE = "config.json"
 RELEASE_ARCHITECTURE = "LlamaTwoStreamForCausalLM"
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the `architectures` field of a config selects: a tensor table and the residual."""
+    """What the `architectures` field of a config selects.
+
+    Attributes:
+      family: the tensor table; with `_text` and the like gone, also the config's `model_type`.
+      switches: fields of ModelConfig in which the family differs from Llama.
+      defaults: of absent fields of `config.json`, where transformers has others than for Llama.
+      names: fields of `config.json` that are called otherwise than Llama's.
+      local: whether layer i is a local one, given the config's fields; None: no layer is.
+      refused: fields that have to be absent, null or false, and what they would mean.
+    """
 
     family: str
-    residual: str
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    local: Callable[[Any, int], bool] | None = None
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+def _late(fields, layer):
+    return layer >= fields.count("max_window_layers")
+
+
+_LLAMA_DEFAULTS = {
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_QWEN_DEFAULTS = {
+    "num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False,
+    "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+_GEMMA = {"norm": "rms_offset", "norm_place": "both", "scale_embedding": True}
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+}  # fmt: skip
+_BIDIRECTIONAL = {"use_bidirectional_attention": "attention that is not causal"}
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama", "standard"),
-    RELEASE_ARCHITECTURE: Architecture("llama", "release"),
-}
-
-_COUNTS = {
-    "vocab_size": "vocab_size",
-    "d_model": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_size": "intermediate_size",
-}
-_REFUSED = types.MappingProxyType({
-    # field: the value that makes it absent, and what any other value would mean
-    "attention_bias": (False, "biases in attention"),
-    "mlp_bias": (False, "biases in the mlp"),
-    "quantization_config": (None, "quantised weights"),
-    "partial_rotary_factor": (1.0, "partly rotated heads"),
-})  # fmt: skip
+    "LlamaForCausalLM": Architecture("llama"),
+    RELEASE_ARCHITECTURE: Architecture("llama", {"residual": "release"}),
+    "MistralForCausalLM": Architecture(
+        "mistral", defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072,
+                             "sliding_window": 4096},
+        local=lambda fields, layer: True,
+    ),
+    "Qwen2ForCausalLM": Architecture("qwen2", {"qkv_bias": True}, _QWEN_DEFAULTS, local=_late),
+    "Qwen3ForCausalLM": Architecture(
+        "qwen3", {"qk_norm": "head"}, {**_QWEN_DEFAULTS, "head_dim": 128}, local=_late
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        "smollm3", defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768,
+                             "rope_theta": 2e6, "tie_word_embeddings": True, "use_sliding_window": False,
+                             "no_rope_layer_interval": 4},
+        local=lambda fields, layer: layer in _unrotated(fields),
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        "olmo2", {"norm_place": "post", "qk_norm": "full"}, {"rms_norm_eps": 1e-5}
+    ),
+    "Gemma2ForCausalLM": Architecture(
+        "gemma2", _GEMMA,
+        {**_GEMMA_DEFAULTS, "max_position_embeddings": 8192, "final_logit_softcapping": 30.0,
+         "attn_logit_softcapping": 50.0},
+        {"hidden_act": "hidden_activation"},
+        local=lambda fields, layer: layer % 2 == 0,
+        refused=_BIDIRECTIONAL,
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3", {**_GEMMA, "qk_norm": "head"},
+        {**_GEMMA_DEFAULTS, "max_position_embeddings": 131072, "rope_theta": 1e6,
+         "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+        {"hidden_act": "hidden_activation"},
+        local=lambda fields, layer: (layer + 1) % fields.count("sliding_window_pattern") > 0,
+        refused={**_BIDIRECTIONAL,
+                 "attn_logit_softcapping": "softcaps in attention, which transformers leaves out here,"},
+    ),
+    "GPT2LMHeadModel": Architecture(
+        "gpt2",
+        {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "gated_mlp": False,
+         "positions": "learned"},
+        {"n_positions": 1024, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+         "tie_word_embeddings": True},
+        {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+         "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
+         "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
+        refused={"scale_attn_by_inverse_layer_idx": "scores scaled by layer",
+                 "add_cross_attention": "cross-attention layers"},
+    ),
+}  # fmt: skip
+_REFUSED = {
+    "quantization_config": "quantised weights (dequantise them first)",
+    "num_experts": "mixtures of experts", "num_local_experts": "mixtures of experts",
+}  # fmt: skip
+_BIASES = (
+    "llama",
+    "qwen3",
+    "smollm3",
+    "olmo2",
+    "gemma2",
+    "gemma3",
+)  # have `attention_bias`, others ignore it
 
 
 def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
     """The model that a `config.json` describes, as transformers 4 and 5 write it.
 
     Args:
-      config: the JSON object. Absent fields have the defaults of transformers' LlamaConfig.
+      config: the JSON object. Absent fields have the defaults of transformers' own config class, but for
+        the sizes, which have none.
       file: names it in errors.
 
     Raises:
@@ -54,73 +134,101 @@ def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
         missing or makes no model.
     """
     architecture = _architecture(config, file)
-    for field, (plain, meaning) in _REFUSED.items():
-        value = config.get(field)
-        if value is not None and value != plain:
-            raise InputError(f"{meaning} are not supported, got {value!r}"[:200], file=file, field=field)
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise InputError(
-            f"only 'silu' is supported, got {config['hidden_act']!r}", file=file, field="hidden_act"
-        )
-    sizes = {ours: _count(config, theirs, file) for ours, theirs in _COUNTS.items()}
-    theta, scaling = _rope(config, file)
-    try:
-        return ModelConfig(
-            **sizes,
-            family=architecture.family,
-            residual=architecture.residual,
-            num_kv_heads=_count(config, "num_key_value_heads", file, default=sizes["num_heads"]),
-            head_size=_count(config, "head_dim", file, default=sizes["d_model"] // sizes["num_heads"]),
-            max_length=_count(config, "max_position_embeddings", file, default=2048),
-            norm_eps=_number(config, "rms_norm_eps", file, default=1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
-    except InputError as error:  # sizes that don't go together; errors of ours name the file already
-        raise InputError(error.message, file=error.file or file, field=error.field) from error
-
-
-def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """A `config.json` for a model that came from no Hugging Face directory.
-
-    Rotary fields are those of transformers 4, which 5 reads too.
-    """
-    return {
-        "architectures": [architecture_of(config)],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.mlp_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_length,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _scaling_to_hf(config.rope_scaling),
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": dtype,
+    fields = _Fields(config, file, {**_LLAMA_DEFAULTS, **architecture.defaults}, architecture.names)
+    for field, meaning in {**_REFUSED, **architecture.refused}.items():
+        if fields.get(field) not in (None, False):
+            fields.refuse(field, f"{meaning} are not supported, got {fields.get(field)!r}"[:200])
+    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    values = {
+        "family": architecture.family,
+        "vocab_size": fields.count("vocab_size"),
+        "d_model": width,
+        "num_layers": fields.count("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": fields.count("num_key_value_heads", heads),
+        "head_size": fields.count("head_dim", max(width // heads, 1)),
+        "mlp_size": fields.count("intermediate_size", 4 * width if architecture.family == "gpt2" else None),
+        "norm_eps": fields.number("rms_norm_eps"),
+        "tie_embeddings": bool(fields.get("tie_word_embeddings")),
+        "activation": fields.choice("hidden_act", _ACTIVATIONS),
+        **architecture.switches,
+        **_attention(fields, architecture),
+        **_layers(fields, architecture),
     }
+    if values.get("positions") != "learned":
+        values |= _rope(fields, architecture.family)
+    if values.get("scale_embedding"):  # a vector at the scale of what the content rows start from
+        values["query_init_scale"] = 0.02 * math.sqrt(width)
+    try:
+        return ModelConfig(**values)
+    except InputError as error:  # sizes that don't go together
+        raise InputError(error.message, file=file, field=error.field) from error
 
 
-def architecture_of(config: ModelConfig) -> str:
-    wanted = Architecture(config.family, config.residual)
-    return next(name for name, architecture in ARCHITECTURES.items() if architecture == wanted)
+class _Fields:
+    """Fields of a JSON object, checked as they are read; absent ones have defaults, null ones stay null."""
+
+    def __init__(self, values, file, defaults, names, place=None):
+        self.values, self.names = {**defaults, **values}, names
+        self.file, self.place = file, place
+
+    def get(self, field):
+        return self.values.get(self.names.get(field, field))
+
+    def refuse(self, field, why):
+        name = self.names.get(field, field)
+        raise InputError(why, file=self.file, field=f"{self.place}.{name}" if self.place else name)
+
+    def object(self, field) -> "_Fields":
+        """The fields of an object inside this one, none where it is absent."""
+        value = self.get(field) or {}
+        if not isinstance(value, dict):
+            self.refuse(field, f"expected an object, got {value!r}"[:200])
+        return _Fields(value, self.file, {}, {}, f"{self.place}.{field}" if self.place else field)
+
+    def count(self, field, default=None) -> int:
+        value = default if self.get(field) is None else self.get(field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.refuse(
+                field, "is missing" if value is None else f"must be a positive integer, got {value!r}"
+            )
+        return value
+
+    def number(self, field, default=None) -> float:
+        value = default if self.get(field) is None else self.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            self.refuse(field, "is missing" if value is None else f"must be a positive number, got {value!r}")
+        return float(value)
+
+    def optional(self, field) -> float | None:
+        return None if self.get(field) is None else self.number(field)
+
+    def choice(self, field, choices):
+        value = self.get(field)
+        if value not in choices:
+            supported = f"{', '.join(choices)}{nearest(value, choices)}"
+            self.refuse(field, f"{value!r} is not supported; supported: {supported}")
+        return choices[value]
+
+    def items(self, field, kind, length) -> list | None:
+        """A list with an item of this type for each layer."""
+        values = self.get(field)
+        if values is not None and not (
+            isinstance(values, list) and len(values) == length and all(isinstance(v, kind) for v in values)
+        ):
+            self.refuse(field, f"expected a list of {length} {kind.__name__}, got {values!r}"[:200])
+        return values
 
 
 def _architecture(config, file) -> Architecture:
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"expected a list of names, got {names!r}"[:200], file=file, field="architectures")
-    if not names and config.get("model_type") == "llama":
-        names = ["LlamaForCausalLM"]
+    if not names and config.get("model_type"):
+        kind = str(config["model_type"]).removesuffix("_text")
+        names = [name for name, known in ARCHITECTURES.items() if known.family == kind]
     if not names:
-        raise InputError("no architecture is named", file=file, field="architectures")
+        raise InputError("no supported architecture is named", file=file, field="architectures")
     if names[0] not in ARCHITECTURES:
         raise InputError(
             f"unknown architecture {names[0]!r}; supported: {', '.join(ARCHITECTURES)}"
@@ -131,74 +239,120 @@ def _architecture(config, file) -> Architecture:
     return ARCHITECTURES[names[0]]
 
 
-def _rope(config, file) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4)."""
+def _attention(fields, architecture) -> dict[str, Any]:
+    """Biases, the scale of scores, softcaps."""
+    family = architecture.family
+    values: dict[str, Any] = {}
+    if family in _BIASES and fields.get("attention_bias"):
+        values = {"qkv_bias": True, "out_bias": True}
+    if family in ("llama", "smollm3") and fields.get("mlp_bias"):
+        values["mlp_bias"] = True
+    if family in ("gemma2", "gemma3"):
+        values["attention_scale"] = fields.number("query_pre_attn_scalar") ** -0.5
+        values["attention_softcap"] = fields.optional("attn_logit_softcapping")
+        values["final_softcap"] = fields.optional("final_logit_softcapping")
+    if family == "gpt2" and fields.get("scale_attn_weights") is False:
+        values["attention_scale"] = 1.0
+    return values
+
+
+def _layers(fields, architecture) -> dict[str, Any]:
+    """Which layers are local or not rotated, and the lengths that a sliding window leaves."""
+    layers, context = fields.count("num_hidden_layers"), fields.count("max_position_embeddings")
+    values: dict[str, Any] = {"max_length": context}
+    if architecture.family == "smollm3":
+        values["unrotated_layers"] = _unrotated(fields)
+    if architecture.local is None:
+        return values
+    window, switch = None, "use_sliding_window"  # which other families than these don't read
+    is_on = switch not in architecture.defaults or fields.get(switch)
+    if is_on and fields.get("sliding_window") is not None:
+        window = fields.count("sliding_window")
+    # Gemma 3's local layers have a rotary base of their own, with a window or without.
+    if window is None and architecture.family != "gemma3":
+        return values
+    kinds = None
+    if architecture.family != "mistral":  # transformers doesn't read the field there
+        kinds = fields.items("layer_types", str, layers)
+    for kind in kinds or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            fields.refuse("layer_types", f"layers of type {kind!r} are not supported")
+    is_local = (
+        [architecture.local(fields, layer) for layer in range(layers)]
+        if kinds is None
+        else [kind == "sliding_attention" for kind in kinds]
+    )
+    values["local_layers"] = tuple(layer for layer in range(layers) if is_local[layer])
+    if values["local_layers"] and window is not None:
+        values["window"] = window
+        if window < context:
+            values |= {"max_length": window, "left_length": context}
+    return values
+
+
+def _unrotated(fields) -> tuple[int, ...]:
+    """SmolLM3: layers whose flag is 0; without flags, every fourth."""
+    layers = fields.count("num_hidden_layers")
+    flags = fields.items("no_rope_layers", int, layers)
+    if flags is None:
+        flags = [(layer + 1) % fields.count("no_rope_layer_interval") for layer in range(layers)]
+    return tuple(layer for layer in range(layers) if not flags[layer])
+
+
+def _rope(fields, family) -> dict[str, Any]:
+    """Rotary bases and scaling: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4)."""
     # Where both are present transformers 5 takes rope_scaling.
-    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(field) or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"expected an object, got {rope!r}"[:200], file=file, field=field)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise InputError(
-            f"rotary type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-            f"{nearest(kind, ROPE_TYPES)}",
-            file=file,
-            field=f"{field}.rope_type",
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(
-            "partly rotated heads are not supported", file=file, field=f"{field}.partial_rotary_factor"
-        )
-    theta = _number(config, "rope_theta", file, default=10000.0)
-    theta = _number(rope, "rope_theta", file, default=theta, place=field)
-    return theta, _scaling(kind, rope, config, file, field)
-
-
-def _scaling(kind, rope, config, file, field) -> RopeScaling | None:
-    if kind == "default":
-        return None
-    factor = _number(rope, "factor", file, place=field)
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=factor)
-    low = _number(rope, "low_freq_factor", file, place=field)
-    high = _number(rope, "high_freq_factor", file, place=field)
-    if high <= low:
-        raise InputError(
-            f"must be above low_freq_factor={low}, got {high}", file=file, field=f"{field}.high_freq_factor"
-        )
-    context = _count(config, "max_position_embeddings", file, default=2048)
-    original = _count(rope, "original_max_position_embeddings", file, default=context, place=field)
-    return RopeScaling("llama3", factor, low, high, original)
-
-
-def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
+    field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    given, local_theta = fields.object(field), None
+    if family == "gemma3":
+        by_layer = fields.object("rope_parameters")
+        local = by_layer.object("sliding_attention")
+        if local.get("rope_type") not in (None, "default"):
+            local.refuse("rope_type", f"{local.get('rope_type')!r} is not supported in local layers")
+        local_theta = local.number("rope_theta", fields.get("rope_local_base_freq"))
+        given = given if field == "rope_scaling" else by_layer.object("full_attention")
+    for name, value in given.values.items():
+        if isinstance(value, dict):
+            fields.refuse(field, f"rotary positions that differ by layer ({name!r}) are not supported")
+    for holder in (fields, given):
+        if holder.get("partial_rotary_factor") not in (None, 1.0):
+            holder.refuse("partial_rotary_factor", "partly rotated heads are not supported")
     return {
-        "rope_type": scaling.kind,
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_length,
+        "rope_theta": given.number("rope_theta", fields.get("rope_theta")),
+        "rope_scaling": _scaling(given, fields),
+        "local_rope_theta": local_theta,
     }
 
 
-def _count(values, field, file, default=None, place=None) -> int:
-    value = values.get(field)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        what = "is missing" if value is None else f"must be a positive integer, got {value!r}"
-        raise InputError(what, file=file, field=f"{place}.{field}" if place else field)
-    return value
+def _scaling(rope, fields) -> RopeScaling | None:
+    name = "type" if rope.get("rope_type") is None and rope.get("type") else "rope_type"
+    kind = "default" if rope.get(name) is None else rope.get(name)
+    if kind not in ROPE_TYPES:
+        supported = f"{', '.join(ROPE_TYPES)}{nearest(kind, ROPE_TYPES)}"
+        rope.refuse(name, f"rotary type {kind!r} is not supported; supported: {supported}")
+    if kind in ("default", "dynamic"):  # dynamic scaling begins behind the context, where nothing is read
+        return None
+    context, name = fields.count("max_position_embeddings"), "original_max_position_embeddings"
+    original = fields.count(name) if fields.get(name) else rope.count(name, context)
+    factor = rope.number("factor", context / original if kind == "yarn" else None)
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    if kind == "yarn":
+        return RopeScaling(
+            "yarn", factor, rope.number("beta_slow", 1.0), rope.number("beta_fast", 32.0), original,
+            rope.number("attention_factor", _yarn_attention(rope, factor)), rope.get("truncate") is not False,
+        )  # fmt: skip
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if high <= low:
+        rope.refuse("high_freq_factor", f"must be above low_freq_factor={low}, got {high}")
+    return RopeScaling("llama3", factor, low, high, original)
 
 
-def _number(values, field, file, default=None, place=None) -> float:
-    value = values.get(field)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        what = "is missing" if value is None else f"must be a positive number, got {value!r}"
-        raise InputError(what, file=file, field=f"{place}.{field}" if place else field)
-    return float(value)
+def _yarn_attention(rope, factor) -> float:
+    """The factor of cosines and sines that a config without `attention_factor` means."""
+
+    def scale(weight):
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    both = rope.get("mscale"), rope.get("mscale_all_dim")
+    return scale(rope.number("mscale")) / scale(rope.number("mscale_all_dim")) if all(both) else scale(1.0)

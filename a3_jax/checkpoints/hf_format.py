@@ -1,4 +1,4 @@
-"""A Hugging Face model directory as parameters, and parameters as such a directory."""
+"""A Hugging Face model directory as parameters; `hf_export` is the way back."""
 
 import base64
 import dataclasses
@@ -11,21 +11,16 @@ import ml_dtypes
 import numpy as np
 
 from a3_jax.checkpoints import families
-from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.families import QUERY_LEAF, QUERY_TENSOR, Tensor
-from a3_jax.checkpoints.hf_config import CONFIG_FILE, config_from_hf, config_to_hf
+from a3_jax.checkpoints.hf_config import CONFIG_FILE, config_from_hf
 from a3_jax.checkpoints.safetensors_io import (
     INDEX_FILE,
-    MAX_SHARD_BYTES,
     StoredTensor,
-    TensorSpec,
     list_tensors,
-    write_tensors,
 )
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
-from a3_jax.paths import as_path, read_json, write_json
-from a3_jax.tokenizer import Tokenizer
+from a3_jax.paths import as_path, read_json
 
 FLOATS = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
 _KEPT_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -36,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class HFModel:
-    """A Hugging Face directory that was checked, not read: names, shapes and dtypes fit the config."""
+    """A Hugging Face directory that was checked, not read: names, shapes and dtypes fit the config.
+
+    `stored` goes by the names of the family's table; each tensor knows its own.
+    """
 
     directory: Any
     config: ModelConfig
@@ -47,7 +45,7 @@ class HFModel:
         """What `Meta.source` keeps, so that the way back gives the same names, dtypes and files."""
         return {
             "config": self.hf_config,
-            "tensors": {name: tensor.dtype.name for name, tensor in self.stored.items()},
+            "tensors": {tensor.name: tensor.dtype.name for tensor in self.stored.values()},
             "files": _read_kept_files(self.directory),
         }
 
@@ -61,15 +59,13 @@ def open_hf(directory) -> HFModel:
     directory = as_path(directory)
     hf_config = read_json(directory / CONFIG_FILE)
     config = config_from_hf(hf_config, directory / CONFIG_FILE)
-    stored = list_tensors(directory)
-    families.check_names(stored, config, directory)
-    parameters = {
-        name: tensor for name, tensor in stored.items() if not families.is_buffer(name, config.family)
-    }
-    table = _table_with_tied_head(config)
-    for name, tensor in parameters.items():
-        _check_tensor(tensor, table[name].shape)
-    return HFModel(directory, config, hf_config, parameters)
+    tensors = list_tensors(directory)
+    names = families.table_names(tensors, config, directory)
+    families.check_names(names, config, directory)
+    stored = {name: tensors[in_file] for name, in_file in names.items()}
+    for name, tensor in stored.items():
+        _check_tensor(tensor, families.shape_of(name, config))
+    return HFModel(directory, config, hf_config, stored)
 
 
 def read_params(model: HFModel, dtype=None, seed: int = 0, place=lambda path, leaf: leaf):
@@ -82,11 +78,12 @@ def read_params(model: HFModel, dtype=None, seed: int = 0, place=lambda path, le
       place: called with (path, NumPy array) of each leaf, gives what the tree shall hold.
     """
     tied = families.tied_head(model.config)
-    if tied is not None and tied.name in model.stored:
-        _check_tied(model.stored[tied.name], model.stored[next(iter(families.tensor_table(model.config)))])
+    if tied in model.stored:
+        _check_tied(model.stored[tied], model.stored[families.embedding(model.config)])
     leaves: dict[tuple[str, ...], list[Tensor]] = {}
-    for tensor in families.tensor_table(model.config).values():
-        leaves.setdefault(tensor.leaf, []).append(tensor)
+    for parts in families.tensor_table(model.config).values():
+        for tensor in parts:
+            leaves.setdefault(tensor.leaf, []).append(tensor)
     tree: dict[str, Any] = {}
     for path, tensors in leaves.items():
         if path == QUERY_LEAF and QUERY_TENSOR not in model.stored:
@@ -98,61 +95,6 @@ def read_params(model: HFModel, dtype=None, seed: int = 0, place=lambda path, le
             parent = parent.setdefault(key, {})
         parent[path[-1]] = place(path, leaf)
     return tree
-
-
-def write_hf(
-    directory,
-    params,
-    meta: Meta,
-    tokenizer: Tokenizer | None,
-    dtype=None,
-    max_shard_bytes=MAX_SHARD_BYTES,
-    query_vector=True,
-) -> None:
-    """Fills a directory that transformers opens: safetensors, config, tokenizer, the source's other files.
-
-    Args:
-      directory: is made; the caller makes the whole of it atomic.
-      params: the parameter tree.
-      meta: with a `source`, its names, dtypes and architecture are kept; else Llama's in float32.
-      dtype: of all tensors instead.
-      query_vector: False leaves it out: the plain left-to-right model.
-    """
-    directory = as_path(directory)
-    directory.mkdir(parents=True)
-    source = meta.source or {"config": config_to_hf(meta.model), "tensors": {}, "files": {}}
-    table = _table_to_write(meta.model, source["tensors"])
-    if not query_vector:
-        table = {name: tensor for name, tensor in table.items() if name != QUERY_TENSOR}
-    # A query vector that the source lacked is written as the embedding, the first of the table.
-    new = source["tensors"].get(next(iter(table)), "float32")
-    specs = {
-        name: TensorSpec(np.dtype(dtype or jnp.dtype(source["tensors"].get(name, new))), tensor.shape)
-        for name, tensor in table.items()
-    }
-
-    def read(name):
-        tensor = table[name]
-        leaf = params
-        for key in tensor.leaf:
-            leaf = leaf[key]
-        array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-        return cast(tensor.to_stored(array), specs[name].dtype, name)
-
-    write_tensors(directory, specs, read, max_shard_bytes)
-    write_json(directory / CONFIG_FILE, _config_to_write(source["config"], dtype))
-    _write_kept_files(directory, source["files"])
-    if tokenizer is not None:
-        _write_kept_files(directory, tokenizer.files())
-
-
-def with_dtype(meta: Meta, dtype) -> Meta:
-    """What a checkpoint says of itself once all its parameters have another dtype."""
-    if meta.source is None:
-        return meta
-    tensors = dict.fromkeys(meta.source["tensors"], np.dtype(dtype).name)
-    config = _config_to_write(meta.source["config"], dtype)
-    return dataclasses.replace(meta, source={**meta.source, "tensors": tensors, "config": config})
 
 
 def cast(array: np.ndarray, dtype, name: str, file=None) -> np.ndarray:
@@ -169,27 +111,6 @@ def cast(array: np.ndarray, dtype, name: str, file=None) -> np.ndarray:
     if dtype == np.float16 and np.any(np.isinf(result) & np.isfinite(array)):
         raise InputError("a value is too large for float16", file=file, field=name)
     return result
-
-
-def _table_with_tied_head(config: ModelConfig) -> dict[str, Tensor]:
-    table, tied = families.tensor_table(config), families.tied_head(config)
-    return {**table, tied.name: tied} if tied else table
-
-
-def _table_to_write(config: ModelConfig, source_tensors) -> dict[str, Tensor]:
-    """The model's tensors, and the tied head where the source repeated it."""
-    table = _table_with_tied_head(config)
-    tied = families.tied_head(config)
-    if tied is not None and tied.name not in source_tensors:
-        del table[tied.name]
-    return table
-
-
-def _config_to_write(hf_config, dtype) -> dict[str, Any]:
-    if dtype is None:
-        return hf_config
-    field = "dtype" if "dtype" in hf_config else "torch_dtype"  # transformers 5, 4
-    return {**hf_config, field: np.dtype(dtype).name}
 
 
 def _check_tensor(tensor: StoredTensor, shape) -> None:
@@ -223,8 +144,7 @@ def _read_leaf(tensors: list[Tensor], stored, dtype) -> np.ndarray:
     if tensors[0].layer is None:
         array = np.ascontiguousarray(tensors[0].to_leaf(parts[0].read()))
         return cast(array, dtype, parts[0].name, parts[0].file)
-    layer_shape = [tensors[0].split[axis] for axis in tensors[0].order]
-    leaf = np.empty((len(tensors), *layer_shape), dtype)
+    leaf = np.empty((len(tensors), *tensors[0].leaf_shape), dtype)
     for tensor, part in zip(tensors, parts, strict=True):
         leaf[tensor.layer] = cast(tensor.to_leaf(part.read()), dtype, part.name, part.file)
     return leaf
@@ -237,7 +157,7 @@ def _drawn_query(model: HFModel, seed: int, dtype) -> np.ndarray:
     )
     config = model.config
     vector = config.query_init_scale * jax.random.normal(jax.random.key(seed), (config.d_model,), jnp.float32)
-    embedding = model.stored[next(iter(families.tensor_table(config)))]
+    embedding = model.stored[families.embedding(config)]
     stored = np.asarray(vector).astype(embedding.dtype)
     return stored if dtype is None else stored.astype(dtype)
 
@@ -257,11 +177,3 @@ def _read_kept_files(directory) -> dict[str, Any]:
         except UnicodeDecodeError:
             files[path.name] = {"base64": base64.b64encode(data).decode("ascii")}
     return files
-
-
-def _write_kept_files(directory, files) -> None:
-    for name, content in files.items():
-        if as_path(name).name != name or name in (CONFIG_FILE, INDEX_FILE):
-            raise InputError(f"{name!r} is no name for a file to keep", field="source.files")
-        data = content.encode("utf-8") if isinstance(content, str) else base64.b64decode(content["base64"])
-        (directory / name).write_bytes(data)

@@ -1,8 +1,7 @@
-"""Safetensors files, read and written tensor by tensor.
+"""Safetensors files, read tensor by tensor (`safetensors_writer` writes them).
 
-The safetensors library maps local files and writes a shard from memory as a whole; here a file may lie
-in a bucket, no more than one tensor is in memory, and damage is reported by tensor. The tests hold both
-to the same bytes.
+The safetensors library maps local files; here a file may lie in a bucket, no more than one tensor is in
+memory, and damage is reported by tensor. The tests hold both to the same bytes.
 
 A file is `<8 bytes: N, little endian> <N bytes: JSON header> <data>`; the header gives each tensor's
 dtype, shape and byte range in the data. A model is one `model.safetensors`, or several files and
@@ -14,27 +13,24 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
 
 from a3_jax.errors import InputError
-from a3_jax.paths import as_path, read_json, write_json
+from a3_jax.paths import as_path, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_SHARD_BYTES = 5_000_000_000
 
 # Every dtype of the format has a size; those with a NumPy type can be read.
-_DTYPES = {
+DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
-_CODES = {np.dtype(dtype).name: code for code, dtype in _DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +152,11 @@ def _stored_tensor(file, name, entry, data_start) -> StoredTensor:
         ) from error
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise InputError("damaged header: a shape or offset is no natural number", file=file, field=name)
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise InputError(
-            f"dtype {dtype!r} is not supported; known: {', '.join(_DTYPES)}", file=file, field=name
+            f"dtype {dtype!r} is not supported; known: {', '.join(DTYPES)}", file=file, field=name
         )
-    tensor = StoredTensor(name, file, np.dtype(_DTYPES[dtype]), shape, data_start + begin)
+    tensor = StoredTensor(name, file, np.dtype(DTYPES[dtype]), shape, data_start + begin)
     if tensor.nbytes != end - begin:
         raise InputError(
             f"damaged header: shape {list(shape)} of {dtype} is {tensor.nbytes} bytes, not {end - begin}",
@@ -195,77 +191,3 @@ def _shard_path(directory, index_file, name, shard):
     if not path.exists():
         raise InputError(f"shard is missing; {INDEX_FILE} names it", file=path, field=name)
     return path
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written: its dtype (NumPy) and shape."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-def write_tensors(
-    directory,
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], np.ndarray],
-    max_shard_bytes=MAX_SHARD_BYTES,
-) -> None:
-    """Writes a model's tensors into a directory: the same bytes for the same input.
-
-    Args:
-      directory: exists; the caller makes the whole of it atomic.
-      specs: dtype and shape of every tensor by name, in the order in which they fill the shards.
-      read: gives a tensor when its turn comes; one at a time is in memory.
-      max_shard_bytes: a new file begins before this is exceeded; a tensor is never split.
-    """
-    directory = as_path(directory)
-    shards = _plan_shards(specs, max_shard_bytes)
-    if len(shards) == 1:
-        _write_file(directory / SINGLE_FILE, specs, shards[0], read)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / file, specs, names, read)
-        weight_map.update(dict.fromkeys(names, file))
-    total = sum(spec.nbytes for spec in specs.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(directory / INDEX_FILE, index)
-
-
-def _plan_shards(specs, max_shard_bytes) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, spec in specs.items():
-        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += spec.nbytes
-    return shards
-
-
-def _write_file(path, specs, names: Iterable[str], read) -> None:
-    # Wide dtypes first, so that every tensor is aligned to its item size.
-    names = sorted(names, key=lambda name: (-np.dtype(specs[name].dtype).itemsize, name))
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        spec = specs[name]
-        begin, end = end, end + spec.nbytes
-        code = _CODES[np.dtype(spec.dtype).name]
-        header[name] = {"dtype": code, "shape": list(spec.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            array = np.asarray(read(name))
-            if array.dtype != specs[name].dtype or array.shape != tuple(specs[name].shape):
-                raise ValueError(f"{name}: promised {specs[name]}, got {array.dtype} {array.shape}")
-            file.write(array.tobytes())

@@ -1,6 +1,6 @@
 """Batches as a function of (seed, step).
 
-    step s, place b in the batch -> running number  i = s * batch_size + b
+    step s, place b in the batch -> running number  i = (s + rows_ahead) * batch_size + b
     epoch e = i // R             -> row             permute(i mod R) under (seed, e); see `mixing` for several
     (seed, i)                    -> ranks, absent   ordering.ranks.draw
     ranks                        -> sorted rows     ordering.intervals.sort_order
@@ -36,6 +36,7 @@ class Plan:
       batch_size: B, examples a step over all hosts.
       host, num_hosts: this host has examples [host * B / num_hosts, (host + 1) * B / num_hosts).
       bos_id: the token that a document begins with, where there is one; read by stages that give it.
+      rows_ahead: batches passed over: step s has the rows of step s + this.
     """
 
     table: Any
@@ -45,6 +46,7 @@ class Plan:
     host: int = 0
     num_hosts: int = 1
     bos_id: int | None = None
+    rows_ahead: int = 0
 
     def __post_init__(self):
         if self.batch_size < 1 or self.batch_size % self.num_hosts:
@@ -55,8 +57,8 @@ class Plan:
 
     def numbers(self, step: int) -> np.ndarray:
         """[B / num_hosts] int64: running numbers of this host's examples at a step."""
-        share = self.batch_size // self.num_hosts
-        return step * self.batch_size + self.host * share + np.arange(share, dtype=np.int64)
+        share, batch = self.batch_size // self.num_hosts, step + self.rows_ahead
+        return batch * self.batch_size + self.host * share + np.arange(share, dtype=np.int64)
 
 
 def batch(plan: Plan, step: int) -> Batch:
@@ -79,7 +81,7 @@ def arrange(plan: Plan, number, tokens, positions, segment_ids, roles=None) -> B
     """Draws each example's order and sorts its row by it.
 
     Args:
-      plan: stages, seed, batch size and BOS are read.
+      plan: all but its table and hosts is read.
       number: [B] int64, examples of one step.
       tokens, positions, segment_ids: [B, T] int32, in reading order.
       roles: [B, T] uint8, see `table`; None: every token is predicted.
@@ -88,9 +90,9 @@ def arrange(plan: Plan, number, tokens, positions, segment_ids, roles=None) -> B
       tokens, positions, segment_ids, ranks: [B, T] int32, sorted, absent tokens among the padding;
       weights: [B, T] float32, 1 where a token is predicted, 0 at given tokens, filler and padding.
     """
-    step = int(number[0]) // plan.batch_size
-    _, stage, _ = stage_at(plan.stages, step)
-    drawn_by = np.full_like(number, step * plan.batch_size) if stage.one_order_per_batch else number
+    batch = int(number[0]) // plan.batch_size
+    _, stage, _ = stage_at(plan.stages, batch - plan.rows_ahead)
+    drawn_by = np.full_like(number, batch * plan.batch_size) if stage.one_order_per_batch else number
     return _sorted_rows(stage, plan, drawn_by, tokens, positions, segment_ids, roles)
 
 
@@ -103,11 +105,12 @@ def stream(
     host: int = 0,
     num_hosts: int = 1,
     bos_id: int | None = None,
+    rows_ahead: int = 0,
 ) -> Generator[Batch, None, None]:
     """`batch` of every step from `first_step` to the end of the curriculum, prepared ahead.
 
     Args:
-      table, stages, seed, batch_size, host, num_hosts, bos_id: as in `Plan`.
+      table, stages, seed, batch_size, host, num_hosts, bos_id, rows_ahead: as in `Plan`.
       first_step: counted from 0 over all stages.
 
     Yields:
@@ -118,7 +121,7 @@ def stream(
     """
     from a3_jax.data.feature_converter import iterate  # TensorFlow: only when training data is read
 
-    return iterate(Plan(table, stages, seed, batch_size, host, num_hosts, bos_id), first_step)
+    return iterate(Plan(table, stages, seed, batch_size, host, num_hosts, bos_id, rows_ahead), first_step)
 
 
 def eval_batch(

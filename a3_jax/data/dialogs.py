@@ -26,7 +26,6 @@ Pieces = list[str | int]
 Part = tuple[int, Pieces]  # its role: GIVEN or PREDICTED
 
 _ROLE = re.compile("[a-z_]{1,32}")  # no special token looks like that
-_WRONG_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # met by a template
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters without a meaning
 
 
@@ -49,6 +48,8 @@ class ChatTemplate:
             self._template = _sandbox().from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"no chat template: {error.message}", file=place, line=error.lineno) from error
+        except Exception as error:  # nested too deeply, say: for Jinja, or for the Python it makes
+            raise InputError(f"no chat template: {_told(error)}", file=place) from error
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool) -> str:
         """The text of messages.
@@ -64,8 +65,8 @@ class ChatTemplate:
             return self._template.render(**values, tools=None, **self._names)
         except jinja2.exceptions.SecurityError as error:
             raise InputError(f"the chat template is refused: {error}", file=self._place) from error
-        except (jinja2.TemplateError, *_WRONG_VALUES) as error:
-            message = f"the chat template can't write it: {error}"
+        except Exception as error:  # a template is a program: it may raise anything
+            message = f"the chat template can't write it: {_told(error)}"
             raise BadRecord("template", message, field=MESSAGES) from error
 
 
@@ -85,8 +86,14 @@ def chat_template(tokenizer: Tokenizer, file=None) -> ChatTemplate | None:
         config = json.loads(files.get("tokenizer_config.json", "{}"))
         text = config.get("chat_template") if isinstance(config, dict) else None
     if isinstance(text, list):  # several by name
-        text = {entry.get("name"): entry.get("template") for entry in text}.get("default")
+        named = [entry for entry in text if isinstance(entry, dict) and entry.get("name") == "default"]
+        text = named[-1].get("template") if named else None
     return ChatTemplate(text, tokenizer, "the tokenizer's chat_template") if isinstance(text, str) else None
+
+
+def _told(error: Exception) -> str:
+    """What an exception says, or its kind where it says nothing."""
+    return str(error) or type(error).__name__
 
 
 def prompt_parts(record: dict) -> list[Part]:

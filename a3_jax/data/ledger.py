@@ -13,18 +13,21 @@ import fcntl
 import io
 import json
 import os
+import re
 import uuid
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from a3_jax.data.documents import BadRecord
-from a3_jax.data.manifest import SPLITS, TOKENIZER_DIRECTORY, ShardInfo
+from a3_jax.data.manifest import SPLITS, TOKENIZER_DIRECTORY, ShardInfo, parse_shard
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path, check_parents, read_json
 
 PROGRESS_FILE, LOCK_FILE = "progress.json", ".lock"
+_PENDING = re.compile(r"pending-[0-9]+\.npz")
 
 Waiting = dict[str, list[tuple[np.ndarray, np.ndarray | None]]]  # tokens and roles by split
 
@@ -101,11 +104,14 @@ def read_progress(directory) -> Progress | None:
     fields = read_json(file)
     try:
         fields["splits"] = {
-            split: [ShardInfo(**shard) for shard in fields["splits"][split]] for split in SPLITS
+            split: [parse_shard(shard) for shard in fields["splits"][split]] for split in SPLITS
         }
-        fields["next"] = tuple(fields["next"])
+        source, record = fields["next"]
+        fields["next"] = int(source), int(record)
+        if fields["pending"] is not None and not _PENDING.fullmatch(fields["pending"]):
+            raise ValueError(f"{fields['pending']!r} is no file of ours")
         return Progress(**fields)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError("not what `a3 data prepare` writes; remove it to begin anew", file=file) from error
 
 
@@ -144,7 +150,7 @@ def read_waiting(directory, progress: Progress) -> Waiting:
                 if f"{split}_roles" in arrays:
                     roles = np.split(arrays[f"{split}_roles"], ends)
                 waiting[split] = [pair for pair in zip(tokens, roles) if len(pair[0])]
-    except (OSError, KeyError, ValueError, EOFError) as error:
+    except (OSError, KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise InputError("is damaged; remove the directory to begin anew", file=file) from error
     return waiting
 

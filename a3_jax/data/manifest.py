@@ -9,6 +9,7 @@ The manifest holds every shard's size and CRC-32, and a CRC-32 of its own text.
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +21,10 @@ FORMAT, FORMAT_VERSION = "a3_data", 1
 MANIFEST_FILE, TOKENIZER_DIRECTORY = "manifest.json", "tokenizer"
 TRAIN, HELDOUT = "train", "heldout"
 SPLITS = (TRAIN, HELDOUT)
+STORED_DTYPES = ("uint16", "uint32")
 _READ_AT_ONCE = 1 << 22  # bytes
+_MAX_SEQ_LEN = 1 << 24  # tokens; what a damaged file claims is bounded before it is believed
+_SHARD_FILE = re.compile(r"[A-Za-z0-9_-]+\.array_record")  # a file beside the manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +108,45 @@ def read_manifest(directory) -> Manifest:
         raise InputError(message, file=file, field="format_version")
     if fields.pop("crc32", None) != _text_crc32(fields):
         raise InputError("is damaged: its checksum is not that of its text", file=file, field="crc32")
-    fields = {field.name: fields[field.name] for field in dataclasses.fields(Manifest)}
-    fields["splits"] = {
-        split: [ShardInfo(**shard) for shard in shards] for split, shards in fields["splits"].items()
-    }
-    return Manifest(**fields)
+    try:
+        fields = {field.name: fields[field.name] for field in dataclasses.fields(Manifest)}
+        fields["splits"] = {
+            split: [parse_shard(shard) for shard in shards] for split, shards in fields["splits"].items()
+        }
+        manifest = Manifest(**fields)
+        _check_fields(manifest)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"is damaged: {type(error).__name__}: {error}", file=file) from error
+    return manifest
+
+
+def parse_shard(fields) -> ShardInfo:
+    """A shard as JSON tells it.
+
+    Raises:
+      TypeError, ValueError: it is none, or its name is none of a file beside the one that tells it.
+    """
+    shard = ShardInfo(**fields)
+    if not _SHARD_FILE.fullmatch(shard.file):
+        raise ValueError(f"{shard.file!r} is no shard of this directory")
+    for number in (shard.rows, shard.tokens, shard.bytes, shard.crc32):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(f"{shard.file}: {str(number)[:40]!r} is no count")
+    return shard
+
+
+def _check_fields(manifest: Manifest) -> None:
+    """Refuses, by a ValueError, what rows can't be read by."""
+    if type(manifest.seq_len) is not int or not 0 < manifest.seq_len <= _MAX_SEQ_LEN:
+        raise ValueError(f"seq_len is {str(manifest.seq_len)[:40]}")
+    for dtype in (manifest.token_dtype, manifest.segment_dtype):
+        if dtype not in STORED_DTYPES:
+            raise ValueError(f"rows of {str(dtype)[:40]}")
+    kinds = {"vocab_size": int, "largest_id": int, "tokenizer": str, "has_roles": bool,
+             "settings": dict, "sources": list, "counts": dict}  # fmt: skip
+    for field, kind in kinds.items():
+        if type(getattr(manifest, field)) is not kind:
+            raise ValueError(f"{field} is no {kind.__name__}")
 
 
 def check_shards(directory, manifest: Manifest, *, deep: bool) -> None:

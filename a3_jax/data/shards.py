@@ -62,7 +62,7 @@ class ShardTable:
             places = np.flatnonzero(shards == shard)
             first = int(self._ends[shard]) - self._shards[shard].rows
             entries[places] = self._reader(int(shard)).read((rows[places] - first).tolist())
-        return _decoded(entries.tolist(), self._manifest)
+        return _decoded(entries.tolist(), self._manifest, self._directory)
 
     def _reader(self, shard: int) -> "_Reader":
         with self._lock:
@@ -102,11 +102,14 @@ def _naming(path):
         raise InputError(f"is damaged: {str(error).splitlines()[0]}", file=path) from error
 
 
-def _decoded(entries: list[bytes], manifest: Manifest) -> dict[str, np.ndarray]:
-    """Entries as rows, [B, T] each."""
+def _decoded(entries: list[bytes], manifest: Manifest, directory) -> dict[str, np.ndarray]:
+    """Entries as rows, [B, T] each; the directory is named where they are none."""
     dtypes = [manifest.token_dtype, manifest.segment_dtype, *["uint8"] * manifest.has_roles]
     fields = [(name, dtype, (manifest.seq_len,)) for name, dtype in zip(_STORED, dtypes)]
-    rows = np.frombuffer(b"".join(entries), np.dtype(fields))
+    row = np.dtype(fields)
+    if any(len(entry) != row.itemsize for entry in entries):
+        raise InputError("is damaged: a row is not as long as the manifest says", file=directory)
+    rows = np.frombuffer(b"".join(entries), row)
     segment_ids = rows["segment_ids"].astype(np.int32)
     decoded = {
         "tokens": rows["tokens"].astype(np.int32),

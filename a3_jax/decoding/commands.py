@@ -187,7 +187,7 @@ def _run(args, options_class, check, compute) -> int:
     """
     options = _options(args, options_class)
     _check_output(args.output)
-    from a3_jax.checkpoints.conversion import open_checkpoint
+    from a3_jax.checkpoints.opening import open_checkpoint
     from a3_jax.decoding.requests import read_lines
 
     bad: list[InputError] = []

@@ -173,5 +173,5 @@ _transposed = jax.jit(jnp.transpose)
 def _head(params, config: ModelConfig, precision):
     """A function: hidden state [D] -> scores [V]."""
     if TABLE in params:
-        return lambda hidden_D: logits_of_table(params[TABLE], hidden_D, precision)
+        return lambda hidden_D: logits_of_table(params[TABLE], config, hidden_D, precision)
     return lambda hidden_D: logits(params, config, hidden_D, precision)

@@ -136,9 +136,9 @@ def _located(line: Line, make, *arguments):
 
 def _score_request(line, checkpoint, options, context) -> ScoreRequest:
     item = _object(line.item, SCORE_FIELDS)
-    tokens, source = _tokens(item, checkpoint, Tokenizer.encode, options.bos)
+    tokens, source = _tokens(item, checkpoint, Tokenizer.encode, options)
     tokens, length = _token_ids(tokens, source, checkpoint.config.vocab_size), len(tokens)
-    positions = _positions(item, length, checkpoint.config.max_length)
+    positions = _positions(item, length, checkpoint.config, options.model == "ar")
     front = 1 if source == "text" and _has_bos(checkpoint.tokenizer, options.bos) else 0
     given = np.arange(length) < front + _context(item, length - front)
     present, scored = _present_and_scored(item, length)
@@ -158,7 +158,7 @@ def _score_request(line, checkpoint, options, context) -> ScoreRequest:
 
 def _blank_request(line, checkpoint, options) -> BlankRequest:
     item = _object(line.item, GENERATE_FIELDS)
-    tokens, source = _tokens(item, checkpoint, encode_blanks, options.bos)
+    tokens, source = _tokens(item, checkpoint, encode_blanks, options)
     blank = np.array([token is None for token in tokens])
     if options.model == "ar" and blank[0]:
         raise InputError(
@@ -182,7 +182,7 @@ def _object(item, fields) -> dict:
     return item
 
 
-def _tokens(item, checkpoint, encode, bos) -> tuple[list, str]:
+def _tokens(item, checkpoint, encode, options) -> tuple[list, str]:
     """The item's tokens, as many as the model's context holds, and the field they come from."""
     field = "text" if "text" in item else "tokens"
     if field == "tokens":
@@ -193,15 +193,12 @@ def _tokens(item, checkpoint, encode, bos) -> tuple[list, str]:
         raise InputError("the checkpoint has no tokenizer: give 'tokens' instead", field="text")
     else:
         try:
-            tokens = encode(checkpoint.tokenizer, item["text"], bos)
+            tokens = encode(checkpoint.tokenizer, item["text"], options.bos)
         except InputError as error:
             raise InputError(error.message, field=error.field or "text") from error
     if not tokens:
         raise InputError("is empty", field=field)
-    if len(tokens) > checkpoint.config.max_length:
-        raise InputError(
-            f"{len(tokens)} tokens, the model's context is {checkpoint.config.max_length}", field=field
-        )
+    checkpoint.config.check_length(len(tokens), field, options.model == "ar")
     return tokens, field
 
 
@@ -239,11 +236,12 @@ def _token_ids(tokens, field, vocab_size) -> list[int]:
     return tokens
 
 
-def _positions(item, length, max_length) -> np.ndarray:
+def _positions(item, length, config, left_to_right) -> np.ndarray:
     """[T] int32: as given, or 0..T-1."""
     if "positions" not in item:
         return np.arange(length, dtype=np.int32)
-    values = _integers(_list(item, "positions", length), "positions", 0, max_length - 1)
+    context = config.context_length(left_to_right)
+    values = _integers(_list(item, "positions", length), "positions", 0, context - 1)
     positions = np.asarray(values, np.int32)
     taken, counts = np.unique(positions, return_counts=True)
     if counts.max() > 1:

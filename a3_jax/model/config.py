@@ -1,13 +1,22 @@
 """The decoder's shape and switches, for every family, and the published presets."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from a3_jax.errors import InputError, nearest
 
 RESIDUALS = ("standard", "release")
-ROPE_KINDS = ("linear", "llama3")
+ROPE_KINDS = ("linear", "llama3", "yarn")
+CHOICES = {
+    "residual": RESIDUALS,
+    "norm": ("rms", "rms_offset", "layer"),
+    "norm_place": ("pre", "post", "both"),
+    "qk_norm": ("none", "head", "full"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+    "positions": ("rotary", "learned"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +24,9 @@ class RopeScaling:
     """How rotary frequencies are stretched for long contexts.
 
     `linear` divides every frequency by `factor`; `llama3` divides the low ones, keeps the high ones
-    and blends between (Llama 3.1).
+    and blends between (Llama 3.1); so does `yarn` (arXiv 2309.00071), with a ramp over the pairs of a
+    head that is rounded to whole pairs if `truncate`, and cosines and sines times `attention_factor`.
+    Low and high are told by `low_freq_factor` and `high_freq_factor`: turns in the original context.
     """
 
     kind: str
@@ -23,6 +34,8 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_length: int = 8192
+    attention_factor: float = 1.0
+    truncate: bool = True
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
@@ -33,12 +46,31 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm decoder with grouped key/value heads, gated MLP and rotary positions.
+    """A decoder with grouped key/value heads, and the switches in which families differ.
 
-    `residual` is "standard", the pretrained model's own block, or "release", the authors' variant
-    that adds the MLP to the normed state. `query_init_scale` is the standard deviation with which the
-    learned query vector is drawn when a pretrained model has none; the release draws N(0, 1), some 50
-    times a Llama embedding's scale.
+    Attributes:
+      max_length: tokens of a document, in any order.
+      left_length: tokens that the left-to-right model reads, where a sliding window makes that more
+        than `max_length`; None: as many.
+      family: which table of tensors (`checkpoints.families`).
+      rope_theta, rope_scaling: rotary base, and its stretching.
+      norm: "rms", "rms_offset" (times 1 + scale, Gemma) or "layer" (LayerNorm with bias, GPT-2).
+      norm_place: "pre" (before attention and mlp), "post" (on what they add, OLMo-2) or "both" (Gemma).
+      qk_norm: of queries and keys, over each "head" (Qwen3, Gemma 3) or all heads together, "full" (OLMo-2).
+      qkv_bias, out_bias, mlp_bias: which projections have biases.
+      activation, gated_mlp: down(act(gate(x)) * up(x)), or down(act(up(x))) without gate.
+      positions: "rotary", or "learned": a vector for each position, added to both streams' rows.
+      unrotated_layers: indices of layers without rotary positions (SmolLM3).
+      local_layers: indices of layers with the rotary base `local_rope_theta` (None: `rope_theta`,
+        stretched; Gemma 3) that see `window` tokens back, the own included (None: all). A window means
+        something from left to right alone, so `max_length` is not above it.
+      scale_embedding: embeddings times sqrt(D), rounded to the model's dtype (Gemma).
+      attention_scale: of scores; None: 1 / sqrt(H).
+      attention_softcap, final_softcap: scores and logits become cap * tanh(. / cap); None: they don't.
+      residual: "standard", the pretrained model's own block, or "release", the authors' variant that
+        adds the MLP to the normed state.
+      query_init_scale: standard deviation with which the learned query vector is drawn when a pretrained
+        model has none; the release draws N(0, 1), some 50 times a Llama embedding's scale.
     """
 
     vocab_size: int
@@ -49,11 +81,29 @@ class ModelConfig:
     head_size: int
     mlp_size: int
     max_length: int
+    left_length: int | None = None
     family: str = "llama"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    norm: str = "rms"
+    norm_place: str = "pre"
+    qk_norm: str = "none"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    gated_mlp: bool = True
+    positions: str = "rotary"
+    unrotated_layers: tuple[int, ...] = ()
+    local_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
+    window: int | None = None
+    scale_embedding: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
     residual: str = "standard"
     query_init_scale: float = 0.02
 
@@ -63,16 +113,53 @@ class ModelConfig:
             size = getattr(self, field)
             if not isinstance(size, int) or size < 1:
                 raise InputError(f"must be a positive whole number, got {size!r}", field=field)
+        for field in ("left_length", "window"):
+            size = getattr(self, field)
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise InputError(f"must be null or a positive whole number, got {size!r}", field=field)
+        for field in ("local_rope_theta", "attention_scale", "attention_softcap", "final_softcap"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int | float) or not 0 < value < math.inf):
+                raise InputError(f"must be null or a positive number, got {value!r}", field=field)
+        for field in ("unrotated_layers", "local_layers"):
+            layers = getattr(self, field)
+            if not isinstance(layers, tuple) or any(layer not in range(self.num_layers) for layer in layers):
+                raise InputError(
+                    f"must be indices of the {self.num_layers} layers, got {layers!r}", field=field
+                )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"{self.num_kv_heads} does not divide num_heads={self.num_heads}", field="num_kv_heads"
             )
-        if self.head_size % 2:
+        if self.positions == "rotary" and self.head_size % 2:
             raise InputError(f"rotary positions need an even size, got {self.head_size}", field="head_size")
-        if self.residual not in RESIDUALS:
-            raise InputError(
-                f"unknown: {self.residual!r}{nearest(self.residual, RESIDUALS)}", field="residual"
-            )
+        for field, choices in CHOICES.items():
+            choice = getattr(self, field)
+            if choice not in choices:
+                raise InputError(f"unknown: {choice!r}{nearest(choice, choices)}", field=field)
+        if self.residual == "release" and self.norm_place != "pre":
+            raise InputError("'release' adds to the normed state, which is not 'pre' here", field="residual")
+        if self.local_layers and self.window is not None and self.max_length > self.window:
+            raise InputError(f"{self.max_length} is longer than window={self.window}", field="max_length")
+
+    def context_length(self, left_to_right: bool = False) -> int:
+        """How many tokens of a document the model reads exactly, in any order or from left to right."""
+        return (self.left_length or self.max_length) if left_to_right else self.max_length
+
+    def check_length(self, length: int, field: str, left_to_right: bool = False) -> None:
+        """Refuses a document of more than `context_length` tokens.
+
+        Raises:
+          InputError: naming `field`, with the reason.
+        """
+        context = self.context_length(left_to_right)
+        if length <= context:
+            return
+        if length <= (self.left_length or 0):
+            why = f"more than the sliding window of {context}, which has no meaning but from left to right"
+        else:
+            why = f"the model's context is {context}"
+        raise InputError(f"{length} tokens, {why}", field=field)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -88,6 +175,8 @@ class ModelConfig:
         if fields.get("rope_scaling") is not None and not isinstance(fields["rope_scaling"], RopeScaling):
             scaling = _checked(RopeScaling, fields["rope_scaling"], "rope_scaling")
             fields["rope_scaling"] = RopeScaling(**scaling)
+        for name in {"unrotated_layers", "local_layers"} & set(fields):  # JSON has lists alone
+            fields[name] = tuple(fields[name]) if isinstance(fields[name], list) else fields[name]
         return cls(**fields)
 
 

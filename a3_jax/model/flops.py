@@ -5,12 +5,12 @@
     content, last layer        -       4 D K H       -           -        -
     query, every layer       4 D N H     -       4 N H pairs   6 D F    2 D V (once)
 
-A multiply-add counts as two; `pairs` is the number of keys that the row sees; looking up an embedding
-costs nothing. The last layer's content half gives keys and values alone, as long as only the query
-output is wanted (`two_stream.Block.first_output`). A training step costs three times its forward pass:
-the gradient of a matrix product is two more of the same size. Counted is what the mathematics needs, so
-neither masked pairs, nor what remat computes again, nor elementwise work: these are the model FLOPs of
-Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
+Without a gate the mlp costs 4 D F. A multiply-add counts as two; `pairs` is the number of keys that the row
+sees; looking up an embedding costs nothing. The last layer's content half gives keys and values alone, as
+long as only the query output is wanted (`two_stream.Block.first_output`). A training step costs three times
+its forward pass: the gradient of a matrix product is two more of the same size. Counted is what the
+mathematics needs, so neither masked pairs, nor what remat computes again, nor elementwise work: these are
+the model FLOPs of Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def forward_flops(
         return Cost(
             projections=4.0 * c.d_model * width * rows * layers,
             attention=4.0 * width * pairs * layers,
-            mlp=6.0 * c.d_model * c.mlp_size * rows * layers,
+            mlp=2.0 * _mlp_matrices(c) * c.d_model * c.mlp_size * rows * layers,
             head=2.0 * c.d_model * c.vocab_size * rows * wanted,
         )
 
@@ -163,7 +163,8 @@ def forward_bytes(
             projections=product(rows, c.d_model, width) + product(rows, width, c.d_model)
             + 2 * product(content, c.d_model, kv_width),
             attention=2.0 * (rows * width + content * kv_width) * itemsize,
-            mlp=2 * product(rows, c.d_model, c.mlp_size) + product(rows, c.mlp_size, c.d_model),
+            mlp=(_mlp_matrices(c) - 1) * product(rows, c.d_model, c.mlp_size)
+            + product(rows, c.mlp_size, c.d_model),
         )  # fmt: skip
 
     wanted = content * (outputs != "query") + query
@@ -173,11 +174,20 @@ def forward_bytes(
 
 def parameter_count(config: ModelConfig) -> int:
     """How many numbers the model's parameters are, the query vector included."""
-    c = config
-    projections = 2 * (c.num_heads + c.num_kv_heads) * c.head_size * c.d_model
-    layer = projections + 3 * c.d_model * c.mlp_size + 2 * c.d_model
+    c, heads, kv_heads = config, config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    norm = c.d_model * (2 if c.norm == "layer" else 1)
+    layer = 2 * (heads + kv_heads) * c.d_model + _mlp_matrices(c) * c.d_model * c.mlp_size
+    layer += norm * (4 if c.norm_place == "both" else 2)
+    layer += {"none": 0, "head": 2 * c.head_size, "full": heads + kv_heads}[c.qk_norm]
+    layer += c.qkv_bias * (heads + 2 * kv_heads) + c.out_bias * c.d_model
+    layer += c.mlp_bias * ((_mlp_matrices(c) - 1) * c.mlp_size + c.d_model)
     tables = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
-    return c.num_layers * layer + tables + 2 * c.d_model
+    tables += c.max_length * c.d_model * (c.positions == "learned")
+    return c.num_layers * layer + tables + norm + c.d_model
+
+
+def _mlp_matrices(config: ModelConfig) -> int:
+    return 3 if config.gated_mlp else 2
 
 
 def cache_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
@@ -204,6 +214,8 @@ def kept_bytes_per_token(config: ModelConfig, remat: str, itemsize: int = 2) -> 
         return inputs * itemsize
     if remat != "dots":
         raise ValueError(f"no formula for what remat={remat!r} keeps")
-    row = (2 * c.num_heads * c.head_size + c.d_model + 2 * c.mlp_size) * itemsize + 4 * c.num_heads
+    row = (
+        2 * c.num_heads * c.head_size + c.d_model + (_mlp_matrices(c) - 1) * c.mlp_size
+    ) * itemsize + 4 * c.num_heads
     keys_values = 2 * c.num_kv_heads * c.head_size * itemsize
     return inputs * itemsize + (2 * c.num_layers - 1) * row + c.num_layers * keys_values

@@ -1,10 +1,20 @@
-"""The decoder's parts other than attention: embedding, norm, rotary positions, gated MLP."""
+"""The decoder's parts other than attention: embedding, norms, rotary positions, activations, MLP."""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from a3_jax.model.config import RopeScaling
 from a3_jax.model.sharding import axis_parts, mesh_axes, partition_spec
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 def embed(table, tokens, dtype):
@@ -33,18 +43,42 @@ def embed(table, tokens, dtype):
     )(table, tokens)
 
 
-def rms_norm(x, scale, eps):
-    """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich, arXiv 1910.07467).
+def rms_norm(x, scale, eps, offset=False):
+    """x / rms(x) * scale over the axes of `scale`, in float32 (Zhang & Sennrich, arXiv 1910.07467).
 
     Args:
-      x: [..., D].  scale: [D].  eps: added to the mean square.
+      x: [..., D].  scale: [D], or of several axes, which are normed together.
+      eps: added to the mean square.
+      offset: times 1 + scale, and in float32 to the end, as in Gemma (arXiv 2403.08295).
+
+    Returns:
+      [..., D] in x's dtype.
+    """
+    x32, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
+    if offset:
+        return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+    return (scale * normed.astype(x.dtype)).astype(x.dtype)
+
+
+def layer_norm(x, scale, bias, eps):
+    """(x - mean(x)) / std(x) * scale + bias over the last axis, in float32 (Ba et al., arXiv 1607.06450).
+
+    Args:
+      x: [..., D].  scale, bias: [D].  eps: added to the variance.
 
     Returns:
       [..., D] in x's dtype.
     """
     x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (scale * normed.astype(x.dtype)).astype(x.dtype)
+    return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def softcap(scores, cap):
+    """cap * tanh(scores / cap), so that no score exceeds the cap; [...] to [...]. None: as they are."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def rotary_frequencies(head_size: int, theta: float, scaling: RopeScaling | None = None):
@@ -54,6 +88,8 @@ def rotary_frequencies(head_size: int, theta: float, scaling: RopeScaling | None
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        return _yarn_frequencies(frequencies, theta, scaling)
     return _llama3_frequencies(frequencies, scaling)
 
 
@@ -63,6 +99,22 @@ def _llama3_frequencies(frequencies, scaling):
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
+
+
+def _yarn_frequencies(frequencies, theta, scaling):
+    """Pairs that turn often in the original context stay, slow ones are stretched; between, a linear ramp."""
+    pairs = frequencies.shape[0]
+
+    def pair_of(turns):  # the pair, a fraction as it comes, that makes so many turns
+        return pairs * math.log(scaling.original_max_length / (turns * 2 * math.pi)) / math.log(theta)
+
+    first, last = pair_of(scaling.high_freq_factor), pair_of(scaling.low_freq_factor)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    last += 0.001 if last == first else 0.0
+    stretch = jnp.clip((jnp.arange(pairs, dtype=jnp.float32) - first) / (last - first), 0.0, 1.0)
+    return frequencies * (1.0 - stretch + stretch / scaling.factor)
 
 
 def rotary_angles(positions, frequencies):
@@ -86,10 +138,14 @@ def rotate(x_BTNH, cos_BTh, sin_BTh):
     return rotated.astype(x_BTNH.dtype)
 
 
-def gated_mlp(x_BTD, gate, up, down):
-    """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x)); [B, T, D] to [B, T, D].
+def gated_mlp(x_BTD, gate, up, down, activation=jax.nn.silu):
+    """Gated MLP (Shazeer, arXiv 2002.05202): down(act(gate(x)) * up(x)); [B, T, D] to [B, T, D].
 
     Args:
-      gate, up, down: linear functions [B, T, D] to [B, T, F], and back.
+      gate, up, down: linear functions [B, T, D] to [B, T, F], and back. Without `gate` it is
+        down(act(up(x))).
+      activation: elementwise; SiLU makes SwiGLU.
     """
-    return down(jax.nn.silu(gate(x_BTD)) * up(x_BTD))
+    if gate is None:
+        return down(activation(up(x_BTD)))
+    return down(activation(gate(x_BTD)) * up(x_BTD))

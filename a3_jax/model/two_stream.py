@@ -18,6 +18,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
@@ -25,7 +26,17 @@ from a3_jax.model.attention import FEW_ROWS, attention
 from a3_jax.model.attention_cached import append, cached_attention
 from a3_jax.model.attention_chunked import RESIDUALS
 from a3_jax.model.config import ModelConfig
-from a3_jax.model.layers import embed, gated_mlp, rms_norm, rotary_angles, rotary_frequencies, rotate
+from a3_jax.model.layers import (
+    ACTIVATIONS,
+    embed,
+    gated_mlp,
+    layer_norm,
+    rms_norm,
+    rotary_angles,
+    rotary_frequencies,
+    rotate,
+    softcap,
+)
 from a3_jax.model.sharding import axes_shardings, constrain
 
 NO_WINDOW = 2**30
@@ -103,16 +114,32 @@ class LayerRecord:
 
 
 def layer_records(config: ModelConfig) -> LayerRecord:
-    """The records of all layers, [L] each: no window and the one rotary table, in this family."""
-    layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-    return LayerRecord(
-        index=layers, window=jnp.full_like(layers, NO_WINDOW), rotary_table=jnp.zeros_like(layers)
-    )
+    """The records of all layers, NumPy [L] each."""
+    window, table = [], []
+    local_table = int(config.local_rope_theta is not None)
+    for layer in range(config.num_layers):
+        local = layer in config.local_layers
+        window.append(config.window if local and config.window is not None else NO_WINDOW)
+        table.append(local_table if local else 0)
+        if layer in config.unrotated_layers:
+            table[-1] = local_table + 1
+    return LayerRecord(*(np.asarray(values, np.int32) for values in (range(len(table)), window, table)))
 
 
 def frequency_tables(config: ModelConfig):
-    """[tables, H / 2] float32, radians per position."""
-    return rotary_frequencies(config.head_size, config.rope_theta, config.rope_scaling)[None]
+    """(radians per position, float32 [H / 2]; factor of cosines and sines) of each table.
+
+    The model's own; that of local layers, if they have a base of their own; zeros, if some layers are
+    not rotated.
+    """
+    c = config
+    factor = 1.0 if c.rope_scaling is None else c.rope_scaling.attention_factor
+    tables = [(rotary_frequencies(c.head_size, c.rope_theta, c.rope_scaling), factor)]
+    if c.local_rope_theta is not None:
+        tables.append((rotary_frequencies(c.head_size, c.local_rope_theta), 1.0))
+    if c.unrotated_layers:
+        tables.append((jnp.zeros(c.head_size // 2, jnp.float32), 1.0))
+    return tables
 
 
 @struct.dataclass
@@ -121,7 +148,7 @@ class Geometry:
 
     Attributes:
       start, limit: [B, R] int32, R = content rows + query rows.
-      cos, sin: [tables, B, R, H / 2] float32.
+      cos, sin: [tables, B, R, H / 2] float32; None without rotary positions.
     """
 
     start: Any
@@ -131,7 +158,7 @@ class Geometry:
 
 
 class Block(nn.Module):
-    """One pre-norm layer over both row sets at once: each projection is one matrix product.
+    """One layer over both row sets at once: each projection is one matrix product.
 
     Attributes:
       content_rows: how many of the rows are content rows; they come first.
@@ -148,8 +175,15 @@ class Block(nn.Module):
     first_output: int = 0
     few_rows: bool = False
 
-    def linear(self, name, axes, shape, inputs=1):
+    def linear(self, name, axes, shape, inputs=1, bias=False):
         """A function [B, T, in] -> [B, T, out] with the weight `name`, whose first `inputs` axes are "in"."""
+        product = self.product(name, axes, shape, inputs)
+        if not bias:
+            return product
+        added = _parameter(self, f"{name}_bias", axes[inputs:], shape[inputs:], 0.0).astype(self.dtype)
+        return lambda x: product(x) + added
+
+    def product(self, name, axes, shape, inputs):
         fan_in = math.prod(shape[:inputs])
         if self.few_rows:
             axes, shape = (names[inputs:] + names[:inputs] for names in (axes, shape))
@@ -164,60 +198,72 @@ class Block(nn.Module):
 
         return apply
 
-    def scale(self, name):
-        return _parameter(self, name, ("norm",), (self.config.d_model,)).astype(self.dtype)
-
     @nn.compact
     def __call__(self, carry, record: LayerRecord, geometry: Geometry):
         c = self.config
         x_BRD, cache = carry
         x_BRD = checkpoint_name(x_BRD, _BLOCK_INPUT)
         with jax.named_scope("attention"):
-            normed = rms_norm(x_BRD, self.scale("attn_norm"), c.norm_eps)
+            normed = self.norm_if("pre", "attn_norm", x_BRD)
             attended, cache = self.attend(normed, cache, record, geometry)
-            x_BRD = x_BRD[:, self.first_output :] + attended
+            x_BRD = x_BRD[:, self.first_output :] + self.norm_if("post", "attn_post_norm", attended)
         with jax.named_scope("mlp"):
-            normed = rms_norm(x_BRD, self.scale("mlp_norm"), c.norm_eps)
+            normed = self.norm_if("pre", "mlp_norm", x_BRD)
             residual = normed if c.residual == "release" else x_BRD
-            up_axes, up_shape = ("embed", "mlp"), (c.d_model, c.mlp_size)
-            x_BRD = residual + gated_mlp(
-                normed,
-                self.linear("gate", up_axes, up_shape),
-                self.linear("up", up_axes, up_shape),
-                self.linear("down", up_axes[::-1], up_shape[::-1]),
-            )
+            x_BRD = residual + self.norm_if("post", "mlp_post_norm", self.mlp(normed))
         return (constrain(x_BRD, ("batch", "length", "embed_act")), cache), None
+
+    def norm_if(self, place, name, x_BTD):
+        """The norm `name` of x if the model has one in this place, else x."""
+        return _norm(self, name, x_BTD) if self.config.norm_place in (place, "both") else x_BTD
+
+    def mlp(self, x_BTD):
+        c, axes = self.config, ("embed", "mlp")
+        shape, bias = (c.d_model, c.mlp_size), c.mlp_bias
+        gate = self.linear("gate", axes, shape, bias=bias) if c.gated_mlp else None
+        up = self.linear("up", axes, shape, bias=bias)
+        down = self.linear("down", axes[::-1], shape[::-1], bias=bias)
+        return gated_mlp(x_BTD, gate, up, down, ACTIVATIONS[c.activation])
+
+    def head_norm(self, name, x_BTNH, heads):
+        """The norm of queries or keys over each head, over all of them together, or none."""
+        shape = {"none": None, "head": x_BTNH.shape[-1:], "full": x_BTNH.shape[-2:]}[self.config.qk_norm]
+        if shape is None:
+            return x_BTNH
+        return _norm(self, name, x_BTNH, (heads, "head_size")[-len(shape) :], shape)
+
+    def heads_of(self, name, x_BTD, axis, heads, normed=True):
+        """A projection to heads, [B, T, D] to [B, T, heads, H], with the norm that queries and keys have."""
+        c = self.config
+        axes, shape = ("embed", axis, "head_size"), (c.d_model, heads, c.head_size)
+        x_BTNH = self.linear(name, axes, shape, bias=c.qkv_bias)(x_BTD)
+        return self.head_norm(f"{name}_norm", x_BTNH, axis) if normed else x_BTNH
 
     def attend(self, x_BRD, cache, record, geometry):
         """Attention with output projection: [B, R, D] to [B, R - first_output, D], and the new cache."""
         c, first = self.config, self.first_output
-        q_axes, q_shape = ("embed", "heads", "head_size"), (c.d_model, c.num_heads, c.head_size)
-        kv_axes, kv_shape = ("embed", "kv_heads", "head_size"), (c.d_model, c.num_kv_heads, c.head_size)
         content = x_BRD[:, : self.content_rows]
-        q = self.linear("q", q_axes, q_shape)(x_BRD[:, first:])
-        k = self.linear("k", kv_axes, kv_shape)(content)
-        v = self.linear("v", kv_axes, kv_shape)(content)
+        q = self.heads_of("q", x_BRD[:, first:], "heads", c.num_heads)
+        k = self.heads_of("k", content, "kv_heads", c.num_kv_heads)
+        v = self.heads_of("v", content, "kv_heads", c.num_kv_heads, normed=False)
 
-        cos, sin = geometry.cos[record.rotary_table], geometry.sin[record.rotary_table]
-        q = rotate(q, cos[:, first:], sin[:, first:])
-        k = rotate(k, cos[:, : self.content_rows], sin[:, : self.content_rows])
+        if c.positions == "rotary":
+            cos, sin = geometry.cos[record.rotary_table], geometry.sin[record.rotary_table]
+            q = rotate(q, cos[:, first:], sin[:, first:])
+            k = rotate(k, cos[:, : self.content_rows], sin[:, : self.content_rows])
         start = _windowed(geometry, record.window, self.content_rows)[:, first:]
-        limit, scale = geometry.limit[:, first:], c.head_size**-0.5
+        limit, scale = geometry.limit[:, first:], c.attention_scale or c.head_size**-0.5
+        scoring = {"scale": scale, "logit_softcap": c.attention_softcap, "precision": self.precision}
         if cache is not None:
             cache = _append(cache, k, v, record.index)
         if cache is not None and q.shape[1] <= FEW_ROWS:
-            out = cached_attention(
-                q, cache.key, cache.value, record.index, start, limit, scale=scale, precision=self.precision
-            )
+            out = cached_attention(q, cache.key, cache.value, record.index, start, limit, **scoring)
         else:
             if cache is not None:
                 k, v = (_layer_keys(array, record.index, q.dtype) for array in (cache.key, cache.value))
-            out = attention(
-                q, k, v, start, limit,
-                scale=scale, precision=self.precision, implementation=self.attention,
-            )  # fmt: skip
+            out = attention(q, k, v, start, limit, implementation=self.attention, **scoring)
         o_axes, o_shape = ("heads", "head_size", "embed"), (c.num_heads, c.head_size, c.d_model)
-        return self.linear("o", o_axes, o_shape, inputs=2)(out), cache
+        return self.linear("o", o_axes, o_shape, inputs=2, bias=c.out_bias)(out), cache
 
 
 class TwoStream(nn.Module):
@@ -267,9 +313,8 @@ class TwoStream(nn.Module):
         geometry = _geometry(c, content, query)
         first_output = rows if outputs == "query" else 0
         x_BRD, new_cache = self._layers(x_BRD, cache, geometry, rows, first_output)
-        scale = _parameter(self, "final_norm", ("norm",), (c.d_model,)).astype(self.dtype)
         with jax.named_scope("final_norm"):
-            hidden = rms_norm(x_BRD, scale, c.norm_eps)
+            hidden = _norm(self, "final_norm", x_BRD)
         return Outputs(
             query=None if query is None else hidden[:, rows - first_output :],
             content=None if first_output else hidden[:, :rows],
@@ -277,7 +322,8 @@ class TwoStream(nn.Module):
         )
 
     def _embedded(self, content, query):
-        """Embeddings of the content rows, then the vector for each query row, [B, R, D]."""
+        """Embeddings of the content rows, then the vector for each query row, [B, R, D]; learned positions
+        are added to both."""
         c = self.config
         table = _parameter(self, "embed", ("vocab", "embed"), (c.vocab_size, c.d_model), 0.02)
         vector = _parameter(self, "query_embed", ("norm",), (c.d_model,), c.query_init_scale)
@@ -285,9 +331,17 @@ class TwoStream(nn.Module):
             _parameter(self, "head", ("embed", "vocab"), (c.d_model, c.vocab_size), c.d_model**-0.5)
         with jax.named_scope("embed"):
             x_BRD = embed(table, content.tokens, self.dtype)
+            if c.scale_embedding:
+                x_BRD = x_BRD * jnp.asarray(math.sqrt(c.d_model), self.dtype)
+        positions = content.positions
         if query is not None:
             vectors = jnp.broadcast_to(vector.astype(self.dtype), (*query.positions.shape, c.d_model))
             x_BRD = jnp.concatenate([x_BRD, vectors], axis=1)
+            positions = jnp.concatenate([positions, query.positions], axis=1)
+        if c.positions == "learned":
+            shape = (c.max_length, c.d_model)
+            learned = _parameter(self, "position_embed", ("length", "embed"), shape, 0.02)
+            x_BRD = x_BRD + learned[positions].astype(self.dtype)
         return constrain(x_BRD, ("batch", "length", "embed_act"))
 
     def _layers(self, x_BRD, cache, geometry, content_rows, first_output):
@@ -336,12 +390,12 @@ def lay_out_for_few_rows(params, config: ModelConfig):
 
 
 def _outputs_first(layer):
-    """A layer's weights with their input axes (of "o" two, of others one) behind those of the output."""
-    inputs = {"attn_norm": 0, "mlp_norm": 0, "o": 2}
+    """A layer's weights with their input axes (of "o" two) behind those of the output."""
+    inputs = dict.fromkeys(("q", "k", "v", "gate", "up", "down"), 1) | {"o": 2}
     return {
         name: jnp.moveaxis(weight, tuple(range(n)), tuple(range(-n, 0)))
         for name, weight in layer.items()
-        for n in [inputs.get(name, 1)]
+        for n in [inputs.get(name, 0)]  # norms and biases have none
     }
 
 
@@ -364,22 +418,24 @@ def run_rows(
 def logits(params, config: ModelConfig, hidden, precision=None):
     """Scores over the vocabulary, float32 [..., V], of hidden states [..., D] after the final norm."""
     if config.tie_embeddings:
-        return logits_of_table(params["embed"], hidden, precision)
+        return logits_of_table(params["embed"], config, hidden, precision)
     head_DV = params["head"].astype(hidden.dtype)
-    return jnp.einsum(
+    scores = jnp.einsum(
         "...D,DV->...V", hidden, head_DV, precision=precision, preferred_element_type=jnp.float32
     )
+    return softcap(scores, config.final_softcap)
 
 
-def logits_of_table(table_VD, hidden, precision=None):
+def logits_of_table(table_VD, config: ModelConfig, hidden, precision=None):
     """The same, of a head that lies as an embedding table does.
 
     The table comes first: with few rows CPUs then read it as it lies, and don't pack it.
     """
     table_VD = table_VD.astype(hidden.dtype)
-    return jnp.einsum(
+    scores = jnp.einsum(
         "VD,...D->...V", table_VD, hidden, precision=precision, preferred_element_type=jnp.float32
     )
+    return softcap(scores, config.final_softcap)
 
 
 def init_params(config: ModelConfig, key, dtype=jnp.float32):
@@ -420,9 +476,21 @@ def _init(config, key):
 
 
 def _parameter(module: nn.Module, name, axes, shape, scale=None) -> jax.Array:
-    """Declares a parameter: its logical axes, its shape, and N(0, scale^2) or ones to begin with."""
-    initializer = nn.initializers.ones if scale is None else functools.partial(_normal, scale)
+    """Declares a parameter: its logical axes, its shape, and ones (no scale), zeros or N(0, scale^2)."""
+    initializer = functools.partial(_normal, scale)
+    if not scale:
+        initializer = nn.initializers.ones if scale is None else nn.initializers.zeros
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(initializer, axes), shape))
+
+
+def _norm(module, name, x, axes=("norm",), shape=None):
+    """The model's kind of norm, with the scale `name`, and a bias if it is LayerNorm."""
+    c = module.config
+    shape, offset = shape or (c.d_model,), c.norm == "rms_offset"
+    scale = _parameter(module, name, axes, shape, 0.0 if offset else None)
+    if c.norm == "layer":
+        return layer_norm(x, scale, _parameter(module, f"{name}_bias", axes, shape, 0.0), c.norm_eps)
+    return rms_norm(x, scale.astype(module.dtype), c.norm_eps, offset)
 
 
 def _normal(scale, key, shape, dtype=jnp.float32):
@@ -441,7 +509,12 @@ def _geometry(config, content, query) -> Geometry:
         jnp.concatenate([getattr(rows, field) for rows in sets], axis=1)
         for field in ("positions", "start", "limit")
     )
-    tables = [rotary_angles(positions, frequencies) for frequencies in frequency_tables(config)]
+    if config.positions == "learned":
+        return Geometry(start=start, limit=limit, cos=None, sin=None)
+    tables = []
+    for frequencies, factor in frequency_tables(config):
+        cos, sin = rotary_angles(positions, frequencies)
+        tables.append((cos, sin) if factor == 1.0 else (factor * cos, factor * sin))
     cos, sin = (jnp.stack(parts) for parts in zip(*tables, strict=True))
     return Geometry(start=start, limit=limit, cos=cos, sin=sin)
 

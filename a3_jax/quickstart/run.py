@@ -115,7 +115,7 @@ def _walk(run: RunConfig, workdir) -> None:
 
 
 def _open(directory):
-    from a3_jax.checkpoints.conversion import open_checkpoint
+    from a3_jax.checkpoints.opening import open_checkpoint
 
     return open_checkpoint(directory)
 

@@ -12,6 +12,7 @@ from a3_jax.model.config import PRESETS, ModelConfig
 from a3_jax.model.two_stream import REMAT_POLICIES
 from a3_jax.ordering.curriculum import SCHEDULES, Stage, stages_from_config, total_steps
 from a3_jax.training.optimizer import MOMENT_DTYPES, OPTIMIZERS
+from a3_jax.training.processes import differences
 
 DTYPES = ("float32", "bfloat16")
 MESH = {"data": 0, "fsdp": -1, "tensor": 1}
@@ -19,7 +20,7 @@ MESH = {"data": 0, "fsdp": -1, "tensor": 1}
 # A resumed run may differ in these: where and how it is computed, what it writes and how often.
 FREE_FIELDS = (
     "remat", "attention", "mesh", "compilation_cache", "checkpoint_every", "keep", "eval_every",
-    "eval_batches", "sample_every", "log_every", "profile_steps",
+    "eval_batches", "sample_every", "save_attempts", "hang_seconds", "log_every", "profile_steps",
 )  # fmt: skip
 
 
@@ -55,6 +56,12 @@ class RunConfig:
       checkpoint_every, eval_every, sample_every: steps; 0 = at the end of each stage for the first,
         never for the others.
       keep: checkpoints kept. eval_batches: held-out batches an evaluation.
+      max_skipped: after so many steps in a row whose loss or gradient is no finite number, and which
+        therefore changed nothing, the run goes back to its last checkpoint before them and passes over
+        these rows; after as many once more it ends.
+      save_attempts: failed saves in a row that end the run.
+      hang_seconds: without the end of a step, after which the process ends; 0: 20 times the median step,
+        at least 120.
       log_every: steps between plain progress lines and TensorBoard points.
       profile_steps: first and last step whose profile is written to `profile/`; () for none.
     """
@@ -91,6 +98,9 @@ class RunConfig:
     eval_every: int = 0
     eval_batches: int = 4
     sample_every: int = 0
+    max_skipped: int = 5
+    save_attempts: int = 3
+    hang_seconds: float = 0.0
     log_every: int = 10
     profile_steps: tuple[int, ...] = ()
 
@@ -204,7 +214,7 @@ def check_unchanged(saved: Mapping[str, Any], run: RunConfig, file) -> None:
     changed = []
     for name in old:
         if name not in FREE_FIELDS:
-            changed += _differences(name, old[name], new[name])
+            changed += differences(name, old[name], new[name])
     if changed:
         raise InputError(
             f"this run began with another config: {'; '.join(changed)} (use another --workdir)", file=file
@@ -219,6 +229,7 @@ _LEAST = {
     "seq_len": 1, "batch_size": 1, "microbatches": 1, "warmup_steps": 0, "learning_rate": 0,
     "weight_decay": 0, "holdout": 0, "b1": 0, "b2": 0, "eps": 0, "clip": 0, "checkpoint_every": 0, "keep": 1,
     "eval_every": 0, "eval_batches": 1, "sample_every": 0, "log_every": 1,
+    "max_skipped": 1, "save_attempts": 1, "hang_seconds": 0,
 }  # fmt: skip
 
 
@@ -264,18 +275,3 @@ def _without_added_steps(old, new):
     if len(new) == len(old) and new[-1]["steps"] > old[-1]["steps"]:
         new = new[:-1] + [new[-1] | {"steps": old[-1]["steps"]}]
     return old, new
-
-
-def _differences(name, old, new) -> list[str]:
-    """`field: old -> new` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        missing = "absent"
-        pairs = [
-            (f"{name}.{key}", old.get(key, missing), new.get(key, missing))
-            for key in sorted(old.keys() | new)
-        ]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(f"{name}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
-    else:
-        return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
-    return [difference for pair in pairs for difference in _differences(*pair)]

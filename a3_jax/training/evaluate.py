@@ -21,21 +21,26 @@ def held_out_losses(
     losses: Mapping[str, Callable],
     params: Any,
     batches: Callable[[str, str, int], Iterable[Mapping[str, Any]]],
-) -> dict[str, float]:
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Nats a predicted token, by name: three orders of the query stream, and the AR stream.
 
     Args:
       losses: objective -> compiled (params, batch) -> (sum, weight), see `step.make_loss`.
       params: parameter tree.
       batches: (objective, order, group size) -> batches on the device, the same at every call.
+      should_stop: asked before each batch.
 
     Returns:
-      A loss for each name of `HELD_OUT`: sums over all batches, divided once.
+      A loss for each name of `HELD_OUT`: sums over all batches, divided once. None if it was stopped.
     """
-    sums = [
-        [losses[objective](params, batch) for batch in batches(objective, order, group_size)]
-        for objective, order, group_size in HELD_OUT.values()
-    ]
+    sums = []
+    for objective, order, group_size in HELD_OUT.values():
+        sums.append([])
+        for batch in batches(objective, order, group_size):
+            if should_stop():
+                return None
+            sums[-1].append(losses[objective](params, batch))
     return {name: _mean(pairs) for name, pairs in zip(HELD_OUT, jax.device_get(sums), strict=True)}
 
 

@@ -1,8 +1,10 @@
 """What a run writes down: one JSON object a line, and the same numbers for TensorBoard."""
 
+import contextlib
 import json
 import math
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,47 +14,86 @@ from a3_jax.paths import as_path, write_text
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with the step it belongs to.
+    """A file of JSON objects, one a line.
 
-    A row is on disk when `append` returns; a reader of a running job never sees half a row for long.
+    A row is on disk when `append` returns; a reader of a running job never sees half a row for long. A
+    file that can't be written costs one warning and its rows, not the run. Threads may share it.
     """
 
-    def __init__(self, path):
-        self.path = as_path(path)
-        self._file = self.path.open("a")
+    def __init__(self, path, writes: bool = True):
+        """`writes` is false in all processes but the first: they write nothing."""
+        self.path, self._file, self._lock = as_path(path), None, threading.Lock()
+        if writes:
+            self._file = self.path.open("a")
+            if _is_torn(self.path):  # its last row stays unreadable, and by itself
+                self._file.write("\n")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(_without_nan(row)) + "\n")
-        self._file.flush()
+        with self._lock:
+            if self._file is None:
+                return
+            try:
+                self._file.write(json.dumps(_without_nan(row)) + "\n")
+                self._file.flush()
+            except OSError as error:
+                warn_once(self, f"{self.path} is not written any more: {error.strerror or error}")
+
+    def cut_back(self, step: int) -> None:
+        """Drops the rows of steps after `step`, and a torn last line: a run that goes on writes them again.
+
+        One row a step stays one row a step after any number of interruptions.
+        """
+        if self._file is None:
+            return
+        self.close()
+        kept = [line for line, row in self._rows() if row["step"] <= step]
+        write_text(self.path, "".join(kept))
+        self._file = self.path.open("a")
+
+    def has(self, step: int) -> bool:
+        """Whether there is a row of this step."""
+        return any(row["step"] == step for _, row in self._rows())
+
+    def _rows(self):
+        """(line, object) of every line that is whole."""
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                yield line.decode() + "\n", row
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is left in the buffer
+            if self._file is not None:
+                self._file.close()
+        self._file = None
 
 
-def cut_back(path, step: int) -> None:
-    """Drops the rows of steps after `step`, and a torn last line: a resumed run writes them again.
+def _is_torn(path) -> bool:
+    """Whether a file's last line has no end."""
+    if not path.stat().length:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
 
-    One row a step stays one row a step after any number of interruptions.
-    """
-    path = as_path(path)
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and row.get("step", math.inf) <= step:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+
+def warn_once(sink, problem: str) -> None:
+    """One warning of what a sink of rows can't do; the run goes on without."""
+    if not getattr(sink, "warned", False):
+        print(f"warning: {problem}", file=sys.stderr)
+        sink.warned = True
 
 
 class TensorBoard:
-    """Scalars for TensorBoard through clu; where that can't be had, one warning and nothing else."""
+    """Scalars for TensorBoard through clu; where there is none, or no room, one warning and nothing else."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, writes: bool = True):
         self._writer = None
+        if not writes:
+            return
         try:
             from clu import metric_writers  # brings TensorFlow with it
         except ImportError as error:
@@ -61,12 +102,17 @@ class TensorBoard:
             self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(directory)))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        if self._writer is not None:
-            self._writer.write_scalars(step, dict(scalars))
+        self._try(lambda writer: writer.write_scalars(step, dict(scalars)))
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._try(lambda writer: writer.close())
+
+    def _try(self, function) -> None:
+        try:
+            if self._writer is not None:
+                function(self._writer)
+        except Exception as error:  # TensorFlow's own kinds, of an earlier write too
+            warn_once(self, f"no TensorBoard summaries any more: {str(error).splitlines()[0]}")
 
 
 class Profiler:

@@ -18,14 +18,15 @@ class ProgressLine:
     Args:
       first_step, total_steps: steps done at the start; steps in all.
       log_every: steps between plain lines, where standard error is no terminal.
+      shows: False for nothing but notes: another process shows the rest.
     """
 
-    def __init__(self, first_step: int, total_steps: int, log_every: int):
-        self._total, self._log_every = total_steps, log_every
+    def __init__(self, first_step: int, total_steps: int, log_every: int, shows: bool = True):
+        self._total, self._log_every, self._shows = total_steps, log_every, shows
         self._last_time, self._step_seconds = None, None
         self._bar = None
         console = Console(stderr=True)
-        if console.is_terminal:
+        if shows and console.is_terminal:
             columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
             self._task = self._bar.add_task("starting", total=total_steps, completed=first_step)
@@ -43,7 +44,7 @@ class ProgressLine:
             text += f"  mfu {100 * row['mfu']:.0f} %"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif step % self._log_every == 0 or step == self._total:
+        elif self._shows and (step % self._log_every == 0 or step == self._total):
             self.note(f"step {step}/{self._total}  {text}  {self._time_left(step)}")
 
     def note(self, text: str) -> None:

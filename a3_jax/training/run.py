@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import os
+import socket
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,28 +16,36 @@ from a3_jax.checkpoints.a3_format import (
     Meta,
     StepWriter,
     latest_step,
+    list_steps,
     load_checkpoint_tokenizer,
     load_meta,
 )
-from a3_jax.errors import InputError
+from a3_jax.checkpoints.agreement import agree, by_first, together
+from a3_jax.checkpoints.manifest import DamagedCheckpoint
+from a3_jax.errors import EXIT_NUMERICS, EXIT_PREEMPTED, InputError, RunError
 from a3_jax.model.accelerators import peak_flops
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import train_step_flops
-from a3_jax.model.sharding import batch_sharding, make_mesh
-from a3_jax.ordering.curriculum import trained_context
+from a3_jax.model.sharding import batch_sharding, make_mesh, replicated
+from a3_jax.ordering.curriculum import stage_at, trained_context
 from a3_jax.paths import as_path, check_parents, read_json, write_json
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
-from a3_jax.training import loop
+from a3_jax.training import loop, processes
 from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.config import RunConfig, check_unchanged, model_config
 from a3_jax.training.evaluate import held_out_losses
-from a3_jax.training.metrics import JsonLines, Profiler, TensorBoard, cut_back
+from a3_jax.training.events import Events, process_seconds
+from a3_jax.training.lease import Lease
+from a3_jax.training.metrics import JsonLines, Profiler, TensorBoard
 from a3_jax.training.optimizer import learning_rate
 from a3_jax.training.parts import network_of, optimizer_of
+from a3_jax.training.preemption import StopRequest
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.samples import make_sampler
-from a3_jax.training.state import TrainState, abstract_state, init_state, state_shardings
+from a3_jax.training.saving import Saver
+from a3_jax.training.state import Numerics, TrainState, abstract_state, init_state, state_shardings
 from a3_jax.training.step import LOSSES, make_loss, make_reset, make_train_step
+from a3_jax.training.watchdog import Limits, Watchdog
 
 JSON_LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
@@ -57,12 +68,15 @@ class Start:
 
 
 def train(config: Mapping[str, Any], workdir, devices=None):
-    """Trains a run to its end, from its start or from its newest checkpoint.
+    """Trains a run to its end, from its start or from its newest intact checkpoint.
 
         WORKDIR/config.json      the resolved run; data.json: checksums of its prepared data
-        WORKDIR/metrics.jsonl    one object a step; eval.jsonl, samples.jsonl beside it
+        WORKDIR/metrics.jsonl    one object a step; eval.jsonl, samples.jsonl, events.jsonl beside it
         WORKDIR/checkpoints/N    an A3 checkpoint after N steps
         WORKDIR/tensorboard      and profile, if steps are to be profiled
+        WORKDIR/lease.json       who writes here, while it does; stacks/ of a process that hung
+
+    Several processes that were joined (`processes.join`) make the same call and train one run.
 
     Args:
       config: `ConfigDict` or dictionary with the fields of `RunConfig`.
@@ -73,52 +87,107 @@ def train(config: Mapping[str, Any], workdir, devices=None):
       The path of the last checkpoint.
 
     Raises:
-      InputError: a config, data, tokenizer or checkpoint that can't be used, or a directory that
-        belongs to a run with another config. Nothing is written then.
+      InputError: a config, data, tokenizer or checkpoint that can't be used, a directory that belongs to
+        a run with another config or is written by another run, or processes that differ. Nothing is
+        written then.
+      RunError: told to stop (75), saving failed (77), or loss and gradients are no numbers any more (79).
     """
-    run = RunConfig.from_config(config)
-    workdir = as_path(workdir)
-    checkpoints = workdir / "checkpoints"
-    restored = _find_progress(run, workdir)
-    if restored is not None and restored >= run.total_steps:
-        print(f"finished: {restored} of {run.total_steps} steps, {checkpoints / str(restored)}")
-        return checkpoints / str(restored)
+    run, workdir = RunConfig.from_config(config), as_path(workdir)
+    last_words: list[Callable[[BaseException | None], None]] = []
 
+    def tell(error=None):
+        for function in reversed(last_words):
+            function(error)
+
+    with contextlib.ExitStack() as stack, processes.leaving_together(tell):
+        stop = stack.enter_context(StopRequest(tell))
+        processes.check_alike({"config": run.to_dict(), **processes.software()})
+        newest = by_first("progress", lambda: _find_progress(run, workdir))
+        if newest is None or newest < run.total_steps:
+            _train(run, workdir, newest, devices, stop, last_words, stack)
+    done = max(newest or 0, run.total_steps)
+    last = workdir / "checkpoints" / str(done)
+    if processes.is_first():
+        print(f"finished: {done} of {run.total_steps} steps, {last}")
+    return last
+
+
+def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopRequest, last_words, stack):
+    """Opens the run and trains it to its end.
+
+    Args:
+      newest: the step to go on from, if it is intact; None for a new run.
+      stop: SIGTERM.
+      last_words: gets what is to be done if this process has to leave at once.
+      stack: gets what is to be closed in the end.
+    """
+    checkpoints, is_first = workdir / "checkpoints", processes.is_first()
     mesh = open_mesh(run, devices)
-    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        start = _open_start(run, mesh) if restored is None else _reopen_start(checkpoints / str(restored))
-        data_file = workdir / "data.json"
-        saved = read_json(data_file) if restored is not None and data_file.exists() else None
-        data, described = _open_data(run, start, saved)
-        first_step = run.first_step if restored is None else restored
-        optimizer = optimizer_of(run)
-        shardings = state_shardings(start.model, optimizer, mesh)  # the last thing that can be bad input
+    stack.enter_context(jax.set_mesh(mesh))
+    start = _open_start(run, mesh) if newest is None else _reopen_start(checkpoints)
+    data_file = workdir / "data.json"
+    saved = read_json(data_file) if newest is not None and data_file.exists() else None
+    data, described = together("data", lambda: _open_data(run, start, saved))
+    processes.check_alike({"data": described})
+    optimizer = optimizer_of(run)
+    shardings = state_shardings(start.model, optimizer, mesh)
+    lease = Lease(workdir)  # the last thing that can be bad input
+    together("lease", lambda: stack.enter_context(lease) if is_first else None)
+    if is_first:
+        last_words.append(lambda _: lease.release())
         _warn(run, start, data)
         write_json(data_file, described)
         write_json(workdir / "config.json", run.to_dict())
-        stack.enter_context(compilation_cache(run.compilation_cache, mesh.devices.flat[0].platform))
-        writer = stack.enter_context(StepWriter(checkpoints, keep=run.keep))
-        if restored is None:
-            state = init_state(
-                start.model, optimizer, mesh, seed=run.seed, step=first_step, params=start.params
-            )
-        else:
-            state = _restore(writer, restored, abstract_state(start.model, optimizer), shardings)
+    agree("written", None, lambda _: None)  # nobody goes on before
+    stack.enter_context(compilation_cache(run.compilation_cache, mesh.devices.flat[0].platform))
 
-        logs, samples = _open_logs(run, workdir, first_step, stack)
-        functions = _functions(run, start, data, mesh, optimizer, writer, samples, logs.progress.note)
-        loop.train(
-            state,
-            _batches(run, data, first_step, start.tokenizer.bos_id),
-            functions,
-            logs,
-            stages=run.stages,
-            first_step=first_step,
-            fresh=restored is None,
-            intervals=loop.Intervals(run.eval_every, run.sample_every, run.checkpoint_every, run.log_every),
+    events = stack.enter_context(contextlib.closing(Events(workdir / "events.jsonl", is_first)))
+    last_words.append(functools.partial(_write_end, events))
+    limits = Limits(step=run.hang_seconds)
+    watchdog = stack.enter_context(
+        Watchdog(workdir, jax.process_index(), limits, functools.partial(_write_hang, events))
+    )
+    watchdog.enter("restore")
+    writer = stack.enter_context(StepWriter(checkpoints, keep=run.keep, on_event=events.write))
+    began = time.monotonic()
+    abstract = abstract_state(start.model, optimizer)
+    restore = functools.partial(_restore, writer, abstract, shardings)
+    state = restore() if newest is not None else None
+    restored = state is not None
+    if state is None:
+        state = init_state(
+            start.model, optimizer, mesh, seed=run.seed, step=run.first_step, params=start.params
         )
-    print(f"finished: {run.total_steps} steps, {checkpoints / str(run.total_steps)}")
-    return checkpoints / str(run.total_steps)
+    first_step, rows_ahead = int(state.step), int(state.numerics.rows_ahead)
+    _write_beginning(events, run, mesh, first_step, time.monotonic() - began if restored else None)
+
+    logs, samples = _open_logs(run, workdir, events, first_step, stack)
+    guards = _guards(run, start, mesh, writer, stop, watchdog, lease, logs.progress.note)
+
+    def roll_back(first, last):
+        nonlocal state, rows_ahead
+        state = _roll_back(first, last, rows_ahead, restore, guards.saver, writer, mesh)
+        rows_ahead = int(state.numerics.rows_ahead)
+        step = int(state.step)
+        for file in (logs.metrics, logs.evaluations, samples):
+            file.cut_back(step)
+        events.write("rollback", from_step=last, to_step=step, skipped_steps=last - first + 1)
+        return state, step, rows_ahead
+
+    functions = _functions(run, start, data, mesh, optimizer, samples, logs.progress.note, roll_back)
+    loop.train(
+        state,
+        functions,
+        logs,
+        guards,
+        stages=run.stages,
+        first_step=first_step,
+        rows_ahead=rows_ahead,
+        evaluate_first=_evaluation_due(run, first_step, restored, logs.evaluations),
+        intervals=loop.Intervals(
+            run.eval_every, run.sample_every, run.checkpoint_every, run.log_every, run.max_skipped
+        ),
+    )
 
 
 def open_mesh(run: RunConfig, devices=None) -> jax.sharding.Mesh:
@@ -159,7 +228,7 @@ def _open_start(run, mesh) -> Start:
     if not run.init_from:
         tokenizer = _open_tokenizer(run, None)
         return Start(model_config(run, tokenizer.vocab_size), tokenizer)
-    from a3_jax.checkpoints.conversion import open_checkpoint
+    from a3_jax.checkpoints.opening import open_checkpoint
 
     checkpoint = open_checkpoint(run.init_from, dtype="float32", seed=run.seed, mesh=mesh)
     tokenizer = _open_tokenizer(run, checkpoint.tokenizer)
@@ -183,9 +252,17 @@ def _warn(run, start, data) -> None:
         print("warning: no held-out documents, so no held-out losses", file=sys.stderr)
 
 
-def _reopen_start(checkpoint) -> Start:
-    """A run that goes on: everything is in its own checkpoint, `init_from` may be gone."""
-    meta, tokenizer = load_meta(checkpoint), load_checkpoint_tokenizer(checkpoint)
+def _reopen_start(checkpoints) -> Start:
+    """A run that goes on: everything is in its own checkpoints, `init_from` may be gone."""
+    steps = list_steps(checkpoints)
+    while True:
+        checkpoint = checkpoints / str(steps.pop())
+        try:
+            meta, tokenizer = load_meta(checkpoint), load_checkpoint_tokenizer(checkpoint)
+            break
+        except DamagedCheckpoint:  # will be set aside by the restore; all steps have the same tokenizer
+            if not steps:
+                raise
     if tokenizer is None:
         raise InputError("has no tokenizer, this run can't go on from it", file=checkpoint)
     return Start(meta.model, tokenizer, source=meta.source)
@@ -237,56 +314,123 @@ def _open_data(run, start, saved):
     return data, describe(found)
 
 
-def _batches(run, data, first_step, bos_id) -> Iterator[Mapping[str, Any]]:
-    """This process's rows of each step's batch, from `first_step` on."""
-    from a3_jax.data.batches import stream
-
-    return stream(
-        data.train, run.stages, run.seed, run.batch_size, first_step,
-        host=jax.process_index(), num_hosts=jax.process_count(), bos_id=bos_id,
-    )  # fmt: skip
-
-
-def _restore(writer, step, abstract, shardings) -> TrainState:
+def _restore(writer, abstract, shardings, at_most: int | None = None) -> TrainState | None:
+    """The state of the newest intact step, not after `at_most`; None where there is none."""
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
         shardings,
     )
-    params, rest = writer.restore(step, target.params, {"step": target.step, "opt_state": target.opt_state})
-    return TrainState(step=rest["step"], params=params, opt_state=rest["opt_state"])
+    rest = {"step": target.step, "opt_state": target.opt_state, "numerics": target.numerics}
+    found = writer.restore_newest(target.params, rest, at_most=at_most)
+    if found is None:
+        return None
+    _, params, rest = found
+    return TrainState(params=params, **{name: rest[name] for name in ("step", "opt_state", "numerics")})
 
 
-def _open_logs(run, workdir, first_step, stack):
+def _roll_back(first, last, rows_ahead, restore, saver, writer, mesh) -> TrainState:
+    """The state of the last checkpoint before steps that were skipped, to go on behind their rows.
+
+    Once a run: what makes no numbers on other rows too is not the rows' fault.
+    """
+    said = f"steps {first} to {last} had no finite loss and gradient"
+    if rows_ahead:
+        raise RunError(EXIT_NUMERICS, f"{said}, after the run had rolled back once already")
+    saver.settle()
+    state = restore(at_most=first - 1)
+    if state is None:
+        raise RunError(EXIT_NUMERICS, f"{said}, and there is no checkpoint before them")
+    writer.discard_after(int(state.step))
+    skipped, ahead = int(state.numerics.skipped) + last - first + 1, last - int(state.step)
+    numerics = jax.jit(lambda: Numerics.create(0, skipped, ahead), out_shardings=replicated(mesh))()
+    return dataclasses.replace(state, numerics=numerics)
+
+
+def _guards(run, start, mesh, writer, stop, watchdog, lease, note) -> loop.Guards:
+    contexts = {stage.name: trained_context(stage) for stage in run.stages}
+
+    def meta_of(stage):
+        return Meta(start.model, source=start.source, stage=stage, context=contexts[stage],
+                    run_config=run.to_dict())  # fmt: skip
+
+    votes = processes.Votes(mesh)
+    saver = Saver(writer, votes, start.tokenizer, meta_of, attempts=run.save_attempts, note=note)
+    check_lease = lease.check if processes.is_first() else lambda: None
+    return loop.Guards(saver, votes, stop, watchdog, check_lease)
+
+
+def _write_beginning(events, run, mesh, first_step, restore_seconds) -> None:
+    events.write(
+        "init", host=socket.gethostname(), pid=os.getpid(), processes=jax.process_count(),
+        devices=mesh.size, first_step=first_step, total_steps=run.total_steps,
+        seconds=round(process_seconds() - (restore_seconds or 0.0), 3),
+    )  # fmt: skip
+    if restore_seconds is not None:
+        events.write("restore", step=first_step, seconds=round(restore_seconds, 4))
+
+
+def _write_end(events, error) -> None:
+    """The event of a run that ends before its time."""
+    if isinstance(error, processes.PeerLost):
+        events.write("peer_lost", problem=str(error))
+    elif error is not None and getattr(error, "status", None) != EXIT_PREEMPTED:
+        events.write("failed", problem=f"{type(error).__name__}: {error}")
+    elif error is None:
+        events.write("preempt")
+
+
+def _write_hang(events, phase, seconds, file) -> None:
+    events.write("hang", phase=phase, seconds=round(seconds, 1), file=file)
+
+
+def _open_logs(run, workdir, events, first_step, stack):
     """Where rows go, cut back to the step that the run goes on from; closed with the stack."""
-    opened = []
+    opened, is_first = [], processes.is_first()
     for name in JSON_LINES:
-        cut_back(workdir / name, first_step)
-        opened.append(stack.enter_context(contextlib.closing(JsonLines(workdir / name))))
+        opened.append(stack.enter_context(contextlib.closing(JsonLines(workdir / name, is_first))))
+        opened[-1].cut_back(first_step)
     metrics, evaluations, samples = opened
-    tensorboard = stack.enter_context(contextlib.closing(TensorBoard(workdir / "tensorboard")))
-    progress = ProgressLine(first_step, run.total_steps, run.log_every)
+    tensorboard = stack.enter_context(contextlib.closing(TensorBoard(workdir / "tensorboard", is_first)))
+    progress = ProgressLine(first_step, run.total_steps, run.log_every, is_first)
     stack.enter_context(contextlib.closing(progress))
     profiler = Profiler(workdir / "profile", run.profile_steps, progress.note)
     stack.enter_context(contextlib.closing(profiler))
-    return loop.Logs(metrics, evaluations, tensorboard, progress, profiler), samples
+    return loop.Logs(metrics, evaluations, events, tensorboard, progress, profiler), samples
 
 
-def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop.Functions:
+def _evaluation_due(run, first_step, restored, evaluations) -> str:
+    """The stage whose held-out losses are missing at the step to begin with; empty if none are."""
+    if not run.eval_every:
+        return ""
+    _, stage, stage_first = stage_at(run.stages, first_step)
+    if restored:
+        _, before, _ = stage_at(run.stages, first_step - 1)
+        missing = not by_first("evaluated", lambda: evaluations.has(first_step))
+        due = first_step == stage_first or first_step % run.eval_every == 0
+        return before.name if due and missing else ""
+    return stage.name
+
+
+def _functions(run, start, data, mesh, optimizer, samples, note, roll_back) -> loop.Functions:
     """The compiled functions of a run, and those that write."""
     model = network_of(run, start.model)
-    place = functools.partial(_place, batch_sharding(mesh))
+    sharding, bos_id = batch_sharding(mesh), start.tokenizer.bos_id
+    place = functools.partial(_place, sharding)
     table = data.heldout if data.heldout is not None else data.train
     make_step = functools.partial(make_train_step, model, optimizer, mesh, microbatches=run.microbatches)
-    contexts = {stage.name: trained_context(stage) for stage in run.stages}
 
-    def save(step, stage, state):
-        meta = Meta(start.model, source=start.source, step=step, stage=stage, context=contexts[stage],
-                    run_config=run.to_dict())  # fmt: skip
-        train_state = {"step": state.step, "opt_state": state.opt_state}
-        writer.save(step, state.params, train_state, meta, start.tokenizer)
+    def batches(step, rows_ahead):
+        from a3_jax.data.batches import stream
+
+        host, num_hosts = processes.rows_of_process(sharding, run.batch_size)
+        return stream(
+            data.train, run.stages, run.seed, run.batch_size, step,
+            host=host, num_hosts=num_hosts, bos_id=bos_id, rows_ahead=rows_ahead,
+        )  # fmt: skip
 
     return loop.Functions(
+        batches=batches,
         step={
             (objective, weight): make_step(objective=objective, content_loss_weight=weight)
             for objective, weight in sorted({loop.step_kind(stage) for stage in run.stages})
@@ -297,9 +441,9 @@ def _functions(run, start, data, mesh, optimizer, writer, samples, note) -> loop
             learning_rate=run.learning_rate, warmup_steps=run.warmup_steps, schedule=run.schedule,
         ),
         place=place,
-        evaluate=_evaluation(run, model, data.heldout, place, start.tokenizer.bos_id),
+        evaluate=_evaluation(run, model, data.heldout, place, sharding, bos_id),
         sample=make_sampler(table, start.model, start.tokenizer, samples, note, run.seed),
-        save=save,
+        roll_back=roll_back,
         utilization=_utilization(run, start.model, mesh),
     )  # fmt: skip
 
@@ -322,8 +466,11 @@ def _utilization(run, model, mesh):
     return lambda objective, tokens_per_second: token_flops[objective] * tokens_per_second / peak
 
 
-def _evaluation(run, model, heldout, place, bos_id):
-    """A function of parameters: held-out losses; None without rows. What a stage gives is not scored."""
+def _evaluation(run, model, heldout, place, sharding, bos_id):
+    """A function (parameters, whether to stop): held-out losses; None without rows.
+
+    What a stage gives is not scored.
+    """
     if heldout is None:
         return None
     from a3_jax.data.batches import eval_batch
@@ -332,16 +479,19 @@ def _evaluation(run, model, heldout, place, bos_id):
     contexts = {order.context for stage in run.stages for order in stage.orders}
     context = contexts.pop() if len(contexts) == 1 else "flat"
 
+    rows_a_batch = run.batch_size // run.microbatches
+    host, num_hosts = processes.rows_of_process(sharding, rows_a_batch)
+
     def batches(objective, order, group_size):
         rows = eval_batch(
-            heldout, order, group_size, run.seed, run.batch_size // run.microbatches, run.eval_batches,
-            host=jax.process_index(), num_hosts=jax.process_count(),
+            heldout, order, group_size, run.seed, rows_a_batch, run.eval_batches,
+            host=host, num_hosts=num_hosts,
             objective=objective, context=context, bos_given=bos_given, bos_id=bos_id,
         )  # fmt: skip
         return map(place, rows)
 
     losses = {objective: make_loss(model, objective=objective) for objective in LOSSES}
-    return lambda params: held_out_losses(losses, params, batches)
+    return lambda params, should_stop: held_out_losses(losses, params, batches, should_stop)
 
 
 def _place(sharding, batch):

@@ -1,5 +1,6 @@
 """What a run carries from step to step, and how it is laid out over the mesh."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,6 +15,25 @@ from a3_jax.model.two_stream import abstract_params, init_params, param_sharding
 
 
 @struct.dataclass
+class Numerics:
+    """What became of steps whose loss or gradient was no finite number; int32 scalars, replicated.
+
+    Attributes:
+      in_a_row: skipped steps just before; 0 after a step that counted.
+      skipped: steps skipped since the run began.
+      rows_ahead: batches passed over for good by a roll-back: step s reads the rows of step s + this.
+    """
+
+    in_a_row: Any
+    skipped: Any
+    rows_ahead: Any
+
+    @classmethod
+    def create(cls, in_a_row=0, skipped=0, rows_ahead=0) -> "Numerics":
+        return cls(*(jnp.asarray(value, jnp.int32) for value in (in_a_row, skipped, rows_ahead)))
+
+
+@struct.dataclass
 class TrainState:
     """A pure function of (seed, steps done, rows seen): resuming is loading it.
 
@@ -21,16 +41,18 @@ class TrainState:
       step: int32 scalar, replicated: optimiser steps done.
       params: float32 parameter tree.
       opt_state: optax state; moments are laid out as the parameters they belong to.
+      numerics: of the steps that were skipped.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    numerics: Numerics
 
 
 def create(params, optimizer: optax.GradientTransformation, step: int = 0) -> TrainState:
     """A fresh state around given parameters."""
-    return TrainState(step=jnp.asarray(step, jnp.int32), params=params, opt_state=optimizer.init(params))
+    return TrainState(jnp.asarray(step, jnp.int32), params, optimizer.init(params), Numerics.create())
 
 
 def init_state(
@@ -54,10 +76,10 @@ def init_state(
         return make(jax.random.key(seed))
     params = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), shardings.params)
     rest = jax.jit(
-        lambda params: (jnp.asarray(step, jnp.int32), optimizer.init(params)),
-        out_shardings=(shardings.step, shardings.opt_state),
+        lambda params: dataclasses.replace(create(params, optimizer, step), params=None),
+        out_shardings=dataclasses.replace(shardings, params=None),
     )(params)
-    return TrainState(step=rest[0], params=params, opt_state=rest[1])
+    return dataclasses.replace(rest, params=params)
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
@@ -90,4 +112,4 @@ def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation
         params,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(step=everywhere, params=params, opt_state=opt_state)
+    return TrainState(everywhere, params, opt_state, jax.tree.map(lambda _: everywhere, state.numerics))

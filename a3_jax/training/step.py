@@ -11,6 +11,7 @@ A stage may add a next-token loss of the content rows (`content_loss_weight`): t
 (query sum + weight * content sum) / predicted tokens, and tells both losses apart.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -140,7 +141,7 @@ def gradients(loss: Callable, params, batch: Batch, microbatches: int):
 
 
 def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: Batch, learning_rate):
-    """One optimiser step.
+    """One optimiser step; without a finite loss and gradient, parameters and optimiser stay as they are.
 
     Args:
       model, optimizer, microbatches: static; see `make_train_step`. loss: of `step_loss`.
@@ -151,20 +152,33 @@ def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: B
     Returns:
       (new state, metrics), metrics being float32 scalars: `loss` in nats a predicted token (and
       `content_loss`, if there is one, in nats a content row that counts; 0 where none does),
-      `grad_norm` before clipping, `tokens`: rows that are not padding.
+      `grad_norm` before clipping, `tokens`: rows that are not padding, `skipped`: how many steps in a
+      row, up to this one, changed nothing.
     """
     pairs, gradient = gradients(
         lambda params, piece: loss(model, params, piece), state.params, batch, microbatches
     )
+    losses = {name: total / _divisor(weight) for name, (total, weight) in pairs.items()}
+    grad_norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        params, opt_state = jax.tree.map(
+            functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+        )
+    numerics = dataclasses.replace(
+        state.numerics,
+        in_a_row=jnp.where(finite, 0, state.numerics.in_a_row + 1),
+        skipped=state.numerics.skipped + ~finite,
+    )
     metrics = {
-        **{name: total / _divisor(weight) for name, (total, weight) in pairs.items()},
-        "grad_norm": optax.tree.norm(gradient),
+        **losses,
+        "grad_norm": grad_norm,
         "tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
+        "skipped": numerics.in_a_row.astype(jnp.float32),
     }
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, numerics), metrics
 
 
 def make_train_step(
@@ -190,7 +204,8 @@ def make_reset(optimizer: optax.GradientTransformation, model: TwoStream, mesh: 
     """The compiled `state -> state` with a fresh optimiser: zero moments, count 0."""
     shardings = state_shardings(model.config, optimizer, mesh)
     return jax.jit(
-        lambda state: state.replace(opt_state=optimizer.init(state.params)), out_shardings=shardings
+        lambda state: dataclasses.replace(state, opt_state=optimizer.init(state.params)),
+        out_shardings=shardings,
     )
 
 

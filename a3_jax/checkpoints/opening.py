@@ -1,0 +1,127 @@
+"""Checkpoints of either format, opened."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from a3_jax.checkpoints.a3_format import (
+    Meta,
+    is_a3,
+    latest_step,
+    load_checkpoint_tokenizer,
+    load_meta,
+    load_params,
+)
+from a3_jax.checkpoints.hf_config import CONFIG_FILE
+from a3_jax.checkpoints.hf_format import FLOATS, open_hf, read_params
+from a3_jax.checkpoints.safetensors_io import has_tensors
+from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.model.config import ModelConfig
+from a3_jax.model.two_stream import param_shardings
+from a3_jax.paths import as_path
+from a3_jax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+
+CHECKPOINTS = "checkpoints"  # in a run's directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model ready to use.
+
+    Attributes:
+      params: the parameter tree (`model.two_stream`).
+      config: its model.
+      tokenizer: None: token input only.
+      meta: what the checkpoint says of itself.
+    """
+
+    params: Any
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    meta: Meta
+
+
+def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
+    """Opens an A3 checkpoint, a Hugging Face directory, or the newest checkpoint of a run.
+
+    Args:
+      path: the directory.
+      dtype: of the parameters, a name or NumPy dtype; None: as stored.
+      seed: draws the query vector of a Hugging Face model that has none, 0 to 2^32 - 1.
+      mesh: where the parameters go, by the model's sharding rules; None: the first device.
+
+    Raises:
+      InputError: no checkpoint, or one that is damaged or not supported.
+    """
+    check_seed(seed)
+    directory, is_hf = find_checkpoint(path)
+    dtype = parse_dtype(dtype)
+    if not is_hf:
+        meta = load_meta(directory)
+        params = load_params(directory, mesh, dtype)
+        return Checkpoint(params, meta.model, load_checkpoint_tokenizer(directory), meta)
+    model = open_hf(directory)
+    shardings = None if mesh is None else param_shardings(mesh, model.config)
+    params = read_params(model, dtype, seed, lambda path, leaf: _place(path, leaf, shardings))
+    return Checkpoint(
+        params, model.config, hf_tokenizer(directory), Meta(model.config, source=model.source())
+    )
+
+
+def find_checkpoint(path) -> tuple[Any, bool]:
+    """The directory that a checkpoint argument means, and whether it is a Hugging Face one.
+
+    Raises:
+      InputError: it means none.
+    """
+    path = as_path(path)
+    if not path.exists():
+        raise InputError("no such checkpoint directory", file=path)
+    if not path.is_dir():
+        raise InputError("is a file, expected a checkpoint directory", file=path)
+    if is_a3(path):
+        return path, False
+    for steps in (path / CHECKPOINTS, path):  # before Hugging Face: a run has a config.json too
+        step = latest_step(steps)
+        if step is not None:
+            return steps / str(step), False
+    if has_tensors(path) and not (path / CONFIG_FILE).exists():
+        raise InputError(f"there are tensors here, but no {CONFIG_FILE}", file=path)
+    if (path / CHECKPOINTS).is_dir():
+        raise InputError("a run that has no finished checkpoint yet", file=path)
+    if not (path / CONFIG_FILE).exists():
+        raise InputError("no checkpoint: neither A3, nor Hugging Face, nor a run's directory", file=path)
+    return path, True
+
+
+def parse_dtype(dtype) -> np.dtype | None:
+    """A dtype that parameters may have, by name.
+
+    Raises:
+      InputError: any other.
+    """
+    if dtype is None:
+        return None
+    names = [known.name for known in FLOATS]
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in names:
+        raise InputError(
+            f"must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}", field="dtype"
+        )
+    return jnp.dtype(name)
+
+
+def hf_tokenizer(directory) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory, None where it has none."""
+    return load_tokenizer(directory) if has_tokenizer(directory) else None
+
+
+def _place(path, leaf: np.ndarray, shardings):
+    if shardings is None:
+        return jnp.asarray(leaf)
+    for key in path:
+        shardings = shardings[key]
+    return jax.make_array_from_callback(leaf.shape, shardings, lambda index: leaf[index])

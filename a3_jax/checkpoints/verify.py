@@ -1,0 +1,168 @@
+"""Whether every byte of a checkpoint is what was written."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from a3_jax.checkpoints.a3_format import is_a3
+from a3_jax.checkpoints.fingerprint import tree_name, tree_names
+from a3_jax.checkpoints.hf_config import CONFIG_FILE
+from a3_jax.checkpoints.manifest import MANIFEST_FILE, find_damage, read_manifest, step_of
+from a3_jax.checkpoints.opening import CHECKPOINTS
+from a3_jax.checkpoints.orbax_items import ITEMS
+from a3_jax.checkpoints.reading import damaged_leaves, one_line, silence_reads_in_flight
+from a3_jax.checkpoints.safetensors_io import has_tensors, list_tensors
+from a3_jax.errors import InputError
+from a3_jax.paths import absolute, as_path
+
+AT_ONCE = 1 << 30  # bytes of arrays
+COMMIT_FILE = "commit_success.txt"  # orbax had written all
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was found in one checkpoint.
+
+    Attributes:
+      path: its directory. kind: "a3" or "hf".
+      problems: `InputError`s, one a damaged or missing file or leaf.
+      files, leaves: how many were looked at (tensors, in a Hugging Face directory).
+      bytes: of the files.
+      note: what could not be checked, or is worth knowing; empty: nothing.
+    """
+
+    path: Any
+    kind: str
+    problems: list[InputError]
+    files: int = 0
+    leaves: int = 0
+    bytes: int = 0
+    note: str = ""
+
+
+def verify(path) -> list[Verdict]:
+    """Reads a checkpoint, all steps of a run, or the headers of a Hugging Face directory.
+
+    Raises:
+      InputError: it is none of them.
+    """
+    path = as_path(path)
+    if not path.is_dir():
+        raise InputError("no such checkpoint directory", file=path)
+    if _is_checkpoint(path):
+        return [verify_a3(path)]
+    steps = [step for place in (path / CHECKPOINTS, path) for step in _steps(place)]
+    if steps:
+        return [_verify_step(step) for step in steps]
+    if has_tensors(path) or (path / CONFIG_FILE).exists():
+        return [verify_hf(path)]
+    raise InputError("no checkpoint: neither A3, nor Hugging Face, nor a run that has one", file=path)
+
+
+def verify_a3(directory) -> Verdict:
+    """Every file by its checksum, every array by its fingerprint."""
+    directory = absolute(directory)
+    silence_reads_in_flight()
+    try:
+        manifest = read_manifest(directory)
+    except InputError as error:
+        return Verdict(directory, "a3", [error])
+    problems: list[InputError] = [*find_damage(directory, manifest, deep=True)]
+    for item in ITEMS:
+        if manifest.item(item):
+            problems += _verify_item(directory, manifest, item, known=bool(problems))
+    size = sum(file.bytes for file in manifest.files.values())
+    return Verdict(directory, "a3", problems, len(manifest.files), len(manifest.leaves), size)
+
+
+def verify_hf(directory) -> Verdict:
+    """Headers and lengths of the safetensors files: more can't be known without a manifest."""
+    note = "no manifest: headers and lengths are checked, the tensors' values can't be"
+    try:
+        tensors = list_tensors(directory)
+    except InputError as error:
+        return Verdict(directory, "hf", [error], note=note)
+    files = {tensor.file for tensor in tensors.values()}
+    size = sum(as_path(file).stat().length for file in files)
+    return Verdict(directory, "hf", [], len(files), len(tensors), size, note)
+
+
+def _is_checkpoint(path) -> bool:
+    return is_a3(path) or (path / MANIFEST_FILE).exists()
+
+
+def _steps(place) -> list[Any]:
+    if not place.is_dir():
+        return []
+    steps = ((step_of(path), path) for path in place.iterdir())
+    return [path for _, path in sorted(pair for pair in steps if pair[0] is not None)]
+
+
+def _verify_step(directory) -> Verdict:
+    if not (directory / MANIFEST_FILE).exists() and not (directory / COMMIT_FILE).exists():
+        return Verdict(directory, "a3", [], note="unfinished: being written, or left by an interrupted save")
+    return verify_a3(directory)
+
+
+def _verify_item(directory, manifest, item, known) -> list[InputError]:
+    """Reads the arrays of an item, `AT_ONCE` bytes at a time.
+
+    Args:
+      known: a file is damaged, so what can't be read needs no other explanation.
+    """
+    try:
+        stored = ocp.StandardCheckpointHandler().metadata(directory / item).tree
+        names = [name for name in tree_names(stored) if name in manifest.item(item)]
+    except Exception as error:  # they share no type
+        return _unreadable(error, directory, item, known)
+    problems: list[InputError] = [
+        InputError("is missing", file=directory, field=f"{item}/{name}")
+        for name in manifest.item(item).keys() - set(names)
+    ]
+    for group in _groups(tree_names(stored), names):
+        problems += _verify_leaves(directory, manifest, item, stored, group, known)
+    return problems
+
+
+def _verify_leaves(directory, manifest, item, stored, names, known) -> list[InputError]:
+    def target(path, leaf):
+        wanted = tree_name(path) in names
+        return 0 if wanted else ocp.PLACEHOLDER
+
+    tree = jax.tree_util.tree_map_with_path(target, stored)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # 64 bits stay 64
+    try:
+        args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy)
+        restored = ocp.PyTreeCheckpointHandler().restore(directory / item, args=args)
+    except Exception as error:
+        if len(names) == 1:
+            return _unreadable(error, directory, f"{item}/{names[0]}", known)
+        return [
+            problem
+            for name in names
+            for problem in _verify_leaves(directory, manifest, item, stored, [name], known)
+        ]
+    leaves = tree_names(restored)
+    return [*damaged_leaves(directory, manifest, item, {name: leaves[name] for name in names})]
+
+
+def _groups(stored, names) -> list[list[str]]:
+    groups, size = [[]], 0
+    for name in names:
+        leaf_bytes = stored[name].dtype.itemsize
+        for length in stored[name].shape:
+            leaf_bytes *= length
+        if groups[-1] and size + leaf_bytes > AT_ONCE:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += leaf_bytes
+    return groups
+
+
+def _unreadable(error, directory, field, known) -> list[InputError]:
+    reason = "a file is damaged" if known else one_line(error)
+    return [InputError(f"can't be read: {reason}", file=directory, field=field)]

@@ -1,0 +1,114 @@
+"""`a3 launch`, `a3 goodput` and `a3 status`: flags, and late imports."""
+
+import argparse
+
+_LAUNCH_EPILOG = """examples:
+  a3 launch local --processes=2 --devices=2 --config=configs/tiny.py --workdir=runs/tiny
+  a3 launch local --help
+"""
+
+_LOCAL_EPILOG = """\
+Each process writes to DIR/logs/process-N.log; what process 0 writes is shown as well. All are started
+again when one was preempted (75), hung (76), could not save (77) or was killed; any other failure ends the
+launch with that status. After --max_restarts restarts in a row without a new checkpoint the status is 78,
+and DIR/no_progress.json says which step and which examples were in flight.
+SIGTERM and Ctrl-C are passed on: the run saves, and the same command goes on there.
+
+examples:
+  a3 launch local --config=configs/tiny.py --workdir=runs/tiny
+  a3 launch local --processes=2 --devices=2 --config=configs/tiny.py --workdir=runs/tiny --config.seed=1
+"""
+
+_GOODPUT_EPILOG = """examples:
+  a3 goodput runs/tiny
+  a3 goodput gs://bucket/a3-1b --json
+"""
+
+_STATUS_EPILOG = """examples:
+  a3 status runs/tiny
+  a3 status runs/tiny --json | jq .state
+"""
+
+
+def add_launch(subparsers) -> None:
+    """Adds `a3 launch`, with a command for each kind of machine."""
+    parser = _parser(
+        subparsers,
+        "launch",
+        "start a run and keep it going",
+        "Starts a run and keeps it going.",
+        _LAUNCH_EPILOG,
+    )
+    commands = parser.add_subparsers(dest="launch_command", metavar="COMMAND", required=True)
+    for add in (_add_local,):
+        add(commands)
+
+
+def add_goodput(subparsers) -> None:
+    description = "Says where the wall time of a run went, from its events.jsonl."
+    parser = _parser(
+        subparsers, "goodput", "which share of a run's time was training", description, _GOODPUT_EPILOG
+    )
+    _add_run_and_json(parser)
+    parser.set_defaults(run=_run_goodput)
+
+
+def add_status(subparsers) -> None:
+    description = "Says how far a run is and whether it lives, from the files that it wrote."
+    parser = _parser(subparsers, "status", "how a run is doing", description, _STATUS_EPILOG)
+    _add_run_and_json(parser)
+    parser.set_defaults(run=_run_status)
+
+
+def _add_local(commands) -> None:
+    description = "Runs `a3 train` in several processes on the CPUs of this machine, and starts them again."
+    parser = _parser(commands, "local", "processes on this machine", description, _LOCAL_EPILOG)
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="CPU devices of each process (default: %(default)s)",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="as of a3 train")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="as of a3 train; a local one")
+    parser.add_argument(
+        "--max_restarts", type=int, default=3, metavar="K",
+        help="restarts in a row that may bring no new checkpoint (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=_run_local, takes_config_flags=True)
+
+
+def _parser(subparsers, name, help_line, description, epilog):
+    return subparsers.add_parser(
+        name,
+        help=help_line,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_run_and_json(parser) -> None:
+    parser.add_argument("run_directory", metavar="RUN", help="the --workdir of a run")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+
+
+def _run_local(args) -> int:
+    from a3_jax.pods.local import run_local
+
+    return run_local(args)
+
+
+def _run_goodput(args) -> int:
+    from a3_jax.pods.goodput import run_goodput
+
+    return run_goodput(args)
+
+
+def _run_status(args) -> int:
+    from a3_jax.pods.status import run_status
+
+    return run_status(args)

@@ -1,0 +1,240 @@
+"""One writer a run directory: `WORKDIR/lease.json`, renewed for as long as the run lives.
+
+A holder on this host is alive or gone, which its process id and start time tell at once. One on
+another host is watched: a live one renews its lease before two of its renewals have passed. Clocks of
+hosts are never compared. What can't be read counts as another host's.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from typing import Any
+
+from a3_jax.errors import InputError
+from a3_jax.paths import absolute, write_text
+
+LEASE_FILE = "lease.json"
+_MAX_BYTES = 1 << 16  # of the file; ours has some hundred
+_MAX_RENEW = 600.0  # seconds; a damaged file must not make anyone wait for days
+
+
+class Lease:
+    """The right to write into a run directory, as a context manager.
+
+    Attributes:
+      file: the path of `lease.json`.
+      lost: another run took over, after this one had not renewed for long; see `check`.
+    """
+
+    def __init__(self, workdir, renew_seconds: float = 20.0):
+        """`workdir` is made on entering, local or in a bucket; `renew_seconds` lie between renewals."""
+        self._directory = absolute(workdir)
+        self.file = self._directory / LEASE_FILE
+        self.renew_seconds, self.lost = renew_seconds, False
+        self._owner, self._since = uuid.uuid4().hex, time.time()
+        self._is_remote = "://" in str(self.file)
+        self._confirmed = -math.inf
+        self._stop, self._warned = threading.Event(), False
+        self._thread = threading.Thread(target=self._keep, name="a3-lease", daemon=True)
+
+    def __enter__(self) -> "Lease":
+        """Takes the lease, at once or after having watched another host's for two renewals.
+
+        Raises:
+          InputError: another run holds it, or the directory can't be written.
+        """
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._take()
+        except OSError as error:
+            raise InputError(f"can't be written: {error.strerror or error}", file=self.file) from error
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives it back: the file goes, unless it is another run's by now."""
+        self._stop.set()
+        self._thread.join(5.0)  # it may hang in a write
+        with contextlib.suppress(OSError):
+            if _fields(self._read()).get("owner") == self._owner:
+                self.file.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """To be called before anything of the run is written.
+
+        Raises:
+          InputError: the lease is lost.
+        """
+        if time.monotonic() - self._confirmed > 1.5 * self.renew_seconds:  # this process was stopped, say
+            with contextlib.suppress(OSError):
+                self._look()
+        if self.lost:
+            raise InputError("another run took over", file=self.file)
+
+    def _take(self) -> None:
+        found = self._read()
+        is_foreign = found is not None and self._is_foreign(_fields(found))
+        if found is not None and is_foreign:
+            found = self._watched(found)
+        with _locked(None if self._is_remote else self._directory):
+            now = self._read()
+            if now != found:  # another starter was faster
+                raise self._refusal(_fields(now))
+            if found is None and not self._is_remote:
+                try:
+                    with open(self.file, "x", encoding="utf-8") as file:
+                        file.write(self._text())
+                except FileExistsError:  # another host was faster: locks may be this host's alone
+                    raise self._refusal(_fields(self._read())) from None
+            else:
+                write_text(self.file, self._text())
+        if is_foreign or self._is_remote:  # two hosts may both have written: the last one has it
+            time.sleep(min(1.0, self.renew_seconds / 4))
+        self._look()
+        if self.lost:
+            raise self._refusal(_fields(self._read()))
+
+    def _is_foreign(self, holder: dict[str, Any]) -> bool:
+        """Whether only watching can tell if the holder lives; False: it is gone.
+
+        Raises:
+          InputError: it is alive, on this host.
+        """
+        pid = holder.get("pid")
+        is_here = holder.get("host") == socket.gethostname()
+        is_here &= holder.get("pid_namespace", _pid_namespace()) == _pid_namespace()
+        if not is_here or type(pid) is not int or not 0 < pid < 2**31:
+            return True
+        start = process_start(pid)
+        if start is None or (start and start != holder.get("process_start")):
+            return False
+        raise self._refusal(holder)
+
+    def _watched(self, found: bytes) -> bytes | None:
+        """What is there after two renewals in which nothing changed; None where it was given back.
+
+        Raises:
+          InputError: it was renewed.
+        """
+        holder = _fields(found)
+        renew: Any = holder.get("renew_seconds")
+        if type(renew) not in (int, float) or not 0 < renew <= _MAX_RENEW:
+            renew = self.renew_seconds
+        seconds = 2 * renew
+        print(
+            f"a3: {self.file}: held by {_named(holder)}; waiting {seconds:.0f} s to see if it is alive",
+            file=sys.stderr,
+            flush=True,
+        )
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0, seconds / 20))
+            now = self._read()
+            if now is None:
+                return None
+            if now != found:
+                raise self._refusal(_fields(now))
+        return found
+
+    def _refusal(self, holder: dict[str, Any]) -> InputError:
+        return InputError(f"another run writes here: {_named(holder)}", file=self.file)
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self.renew_seconds) and not self.lost:
+            try:
+                self._renew()
+            except Exception as error:  # a bucket's errors share no type, and none of them ends the run
+                if not self._warned:
+                    print(f"a3: warning: {self.file}: can't be renewed: {error}", file=sys.stderr, flush=True)
+                self._warned = True
+
+    def _renew(self) -> None:
+        self._look()
+        if not self.lost and self._directory.exists():  # whoever removed it doesn't want it back
+            write_text(self.file, self._text())
+
+    def _look(self) -> None:
+        """Sets `lost` where the file is another's. Absent or damaged it is nobody's."""
+        self.lost |= _fields(self._read()).get("owner", self._owner) != self._owner
+        self._confirmed = time.monotonic()
+
+    def _read(self) -> bytes | None:
+        try:
+            with self.file.open("rb") as file:
+                return file.read(_MAX_BYTES)
+        except FileNotFoundError:
+            return None
+
+    def _text(self) -> str:
+        fields = {
+            "owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(),
+            "process_start": process_start(os.getpid()) or "", "pid_namespace": _pid_namespace(),
+            "since": self._since, "renewed": time.time(), "renew_seconds": self.renew_seconds,
+        }  # fmt: skip
+        return json.dumps(fields) + "\n"
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this host started, in the kernel's ticks; None: it is gone; "": can't be told."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            state, *fields = file.read().rpartition(")")[2].split()  # the name before it may hold spaces
+    except ProcessLookupError:
+        return None
+    except (OSError, ValueError):
+        return ""
+    return None if state in ("Z", "X") else fields[18]  # ended, if not collected yet
+
+
+def _pid_namespace() -> str:
+    """Containers may share a host's name, but not its process ids."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _fields(content: bytes | None) -> dict[str, Any]:
+    """The lease's fields; none where it is absent or damaged."""
+    try:
+        fields = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _named(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "unknown (damaged lease)"
+    since = holder.get("since")
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(since))
+    except (TypeError, ValueError, OverflowError, OSError):
+        since = "unknown"
+    return f"host {str(holder.get('host'))[:80]}, pid {str(holder.get('pid'))[:12]}, since {since}"
+
+
+@contextlib.contextmanager
+def _locked(directory):
+    """Keeps starters on one host apart; file systems without locks have only the reading again after it."""
+    if directory is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,65 @@
+"""SIGTERM as a request to save and leave."""
+
+import contextlib
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+from a3_jax.errors import EXIT_PREEMPTED
+from a3_jax.training.processes import leave
+
+
+class StopRequest(contextlib.AbstractContextManager):
+    """Whether this process was told to stop; a context manager that listens for SIGTERM.
+
+    The first one is a request: the run saves at the end of its step and leaves. While nothing was done
+    that a restart would have to do again (`anything_to_save` is false: opening, restoring, compiling),
+    it leaves at once, and so it does at the second. The system tells a thread of ours, so that it also
+    works while the main thread is inside a compiler or waits for a device.
+
+    Attributes:
+      anything_to_save: set by the loop once a step has begun.
+      received: SIGTERMs so far.
+    """
+
+    def __init__(self, before_leaving: Callable[[], None] = lambda: None):
+        """`before_leaving` is called, in the thread, before this process leaves at once."""
+        self.anything_to_save, self.received = False, 0
+        self._before_leaving = before_leaving
+        self._ours, self._systems = socket.socketpair()
+        self._listens = False
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # no other may listen for signals
+            self._systems.setblocking(False)
+            self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
+            self._wakeup = signal.set_wakeup_fd(self._systems.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, name="a3 stop request", daemon=True).start()
+            self._listens = True
+        return self
+
+    def __exit__(self, *_):
+        if self._listens:
+            signal.set_wakeup_fd(self._wakeup)
+            signal.signal(signal.SIGTERM, self._handler)
+            self._listens = False
+        self._systems.close()  # ends the thread
+
+    def __bool__(self):
+        return self.received > 0
+
+    def _listen(self):
+        while received := self._ours.recv(64):
+            terms = received.count(signal.SIGTERM)
+            if not terms:
+                continue
+            self.received += terms
+            if self.received > 1 or not self.anything_to_save:
+                print("a3: stopped by SIGTERM, nothing new to save", file=sys.stderr)
+                with contextlib.suppress(Exception):
+                    self._before_leaving()
+                leave(EXIT_PREEMPTED)
+            print("a3: SIGTERM: saving after this step, then leaving", file=sys.stderr)
+        self._ours.close()

@@ -1,0 +1,204 @@
+"""Several processes as one run: joining, agreeing, leaving together."""
+
+import contextlib
+import ctypes
+import os
+import pathlib
+import signal
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import a3_jax
+from a3_jax.checkpoints.agreement import agree
+from a3_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, InputError, RunError
+from a3_jax.model.sharding import replicated
+
+ADDRESS, NUMBER, ID = "JAX_COORDINATOR_ADDRESS", "A3_NUM_PROCESSES", "A3_PROCESS_ID"
+JOIN_SECONDS = 300  # until all processes have come
+HEARTBEAT_SECONDS = 60  # of silence, after which a process counts as lost
+LEAVE_SECONDS = 30
+
+
+def join() -> bool:
+    """Joins the other processes of the run that the environment names; False if it names none.
+
+    Raises:
+      InputError: an environment that can't be understood.
+      RunError: the others didn't come in time.
+    """
+    address = os.environ.get(ADDRESS)
+    if not address or jax.distributed.is_initialized():
+        return bool(address)
+    number, own = (_whole_number(name) for name in (NUMBER, ID))
+    if own >= number:
+        raise InputError(f"{own} is not below {NUMBER}={number}", field=ID)
+    jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from ours
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            address,
+            num_processes=number,
+            process_id=own,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=LEAVE_SECONDS,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(EXIT_PREEMPTED, f"the other processes were not to be found: {reason}") from error
+    ctypes.CDLL(None).signal(signal.SIGABRT, _leave_on_abort)
+    return True
+
+
+def part() -> None:
+    """Waits for the other processes to come to their end too: the first to leave would look lost to them."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _leave_on_abort(_):
+    # Where the coordinator is gone, jax's own thread aborts the process, and takes no callback from Python.
+    print("a3: process 0 is gone", file=sys.stderr)
+    leave(EXIT_PREEMPTED)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once: an orderly shutdown waits for processes that may be gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+class PeerLost(RunError):
+    """Another process of the run is gone: this one can't go on either."""
+
+
+@contextlib.contextmanager
+def leaving_together(before: Callable[[BaseException], None]) -> Iterator[None]:
+    """Where the block fails and there are other processes, ends this one at once with its status.
+
+    An exception that unwinds would wait for saves and shutdowns that the others no longer take part in.
+
+    Args:
+      before: called with the exception first; for a lost process that is a `PeerLost`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            before(error)
+            raise
+        status, told = _status(error)
+        with contextlib.suppress(Exception):
+            before(told)
+        if status == EXIT_FAILED:
+            traceback.print_exception(error)
+        print(f"a3: {told}", file=sys.stderr)
+        leave(status)
+
+
+def _status(error: BaseException) -> tuple[int, BaseException]:
+    """The exit status of a process that fails among others, and what is told of it."""
+    if isinstance(error, InputError):
+        return EXIT_BAD_INPUT, error
+    if isinstance(error, RunError):
+        return error.status, error
+    text = " ".join(str(error).split())
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text:
+        return EXIT_PREEMPTED, PeerLost(EXIT_PREEMPTED, f"another process is gone: {text[:200]}")
+    return EXIT_FAILED, error
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes down what all of them know."""
+    return jax.process_index() == 0
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Whether all processes are about to do the same.
+
+    Args:
+      facts: JSON-able, by name.
+
+    Raises:
+      InputError: in every process, with every difference from process 0.
+    """
+    every = agree("facts", facts, lambda every: every)
+    different = [
+        f"process {process} has {difference}"
+        for process, other in enumerate(every)
+        for difference in differences("", every[0], other)
+    ]
+    if different:
+        raise InputError(f"processes differ (process 0 -> other): {'; '.join(different)}")
+
+
+def differences(name: str, old, new) -> list[str]:
+    """`field: old -> new` for every leaf of two JSON-able values that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        stem, keys = f"{name}." if name else "", sorted(old.keys() | new)
+        pairs = [(stem + key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{name}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
+    return [difference for pair in pairs for difference in differences(*pair)]
+
+
+def software() -> dict[str, str]:
+    """What must be the same on all processes: versions, and the code itself, edited or not."""
+    checksum, package = 0, pathlib.Path(__file__).parent.parent
+    for path in sorted(package.rglob("*.py")):
+        checksum = zlib.crc32(str(path.relative_to(package)).encode(), checksum)
+        checksum = zlib.crc32(path.read_bytes(), checksum)
+    return {"a3_jax": a3_jax.__version__, "code": f"{checksum:08x}", "jax": jax.__version__}
+
+
+class Votes:
+    """What any process wants, known to all of them a step later, without waiting in between."""
+
+    def __init__(self, mesh: Mesh):
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(lambda wishes: wishes.max(axis=0), out_shardings=replicated(mesh))
+
+    def cast(self, *wishes: bool) -> Any:
+        """[wishes] on the devices (one process: NumPy), to be read later: whether any process had each.
+
+        All processes vote in the same places.
+        """
+        mine = np.asarray([wishes], np.int32)
+        if jax.process_count() == 1:
+            return mine[0]
+        rows = np.repeat(mine, jax.local_device_count(), axis=0)
+        return self._any(jax.make_array_from_process_local_data(self._sharding, rows))
+
+    def decide(self, *wishes: bool) -> list[bool]:
+        """`cast`, read at once."""
+        return [bool(wish) for wish in np.asarray(self.cast(*wishes))]
+
+
+def rows_of_process(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
+    """Which part of each batch this process's devices hold, as (part, number of parts).
+
+    Processes that share the tensor axis of the same rows have the same part.
+    """
+    spans = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    first = min(span.start or 0 for span in spans)
+    last = max(batch_size if span.stop is None else span.stop for span in spans)
+    return first // (last - first), batch_size // (last - first)
+
+
+def _whole_number(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdigit():
+        raise InputError(f"must be a whole number where {ADDRESS} is set, got {value!r}", field=name)
+    return int(value)

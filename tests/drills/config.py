@@ -1,0 +1,27 @@
+"""A run of seconds, for drills: two stages, both objectives' streams, checkpoints and evaluations often."""
+
+import ml_collections
+
+from tests.drills import sabotage
+
+
+def get_config():
+    sabotage.put_in_place()
+    return ml_collections.ConfigDict({
+        "seed": 3,
+        "model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_size": 16,
+                  "mlp_size": 48},
+        "holdout": 8,
+        "seq_len": 24,
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "warmup_steps": 2,
+        "eval_batches": 1,
+        "checkpoint_every": 4,
+        "log_every": 1,
+        "stages": (
+            {"name": "l2r", "steps": 12},
+            {"name": "random", "steps": 12, "orders": ({"order": "random", "group_sizes": (2,)},),
+             "reset_optimizer": True},
+        ),
+    })  # fmt: skip

@@ -1,0 +1,64 @@
+"""One process: told to stop, out of disk, two on one directory."""
+
+import contextlib
+import signal
+import subprocess
+
+import pytest
+
+from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_STORAGE
+
+pytestmark = pytest.mark.drill
+
+
+def test_a_request_to_stop_while_compiling(run, tmp_path):
+    """Nothing was done that a restart would do again, so it leaves at once; the next start begins anew."""
+    cold = run()
+    cold._cache = str(tmp_path / "cold")
+    cold.start().wait_for(lambda: cold.events("init"))
+    cold.kill(0, signal.SIGTERM)
+    assert cold.wait(30) == [EXIT_PREEMPTED], cold.told()
+    assert not cold.rows() and not (cold.workdir / "lease.json").exists()
+    cold.start().wait_for_step(1)
+    second = run()
+    second.start()
+    assert second.wait() == [EXIT_BAD_INPUT], "a second run on one directory"
+    assert "another run writes here" in second.log().read_text()
+    cold.kill(0, signal.SIGTERM)
+    assert cold.wait() == [EXIT_PREEMPTED]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with open(cold.workdir / name, "a") as torn:
+            torn.write('{"time": 1.0, "step": 99, "ev')
+    cold.finish()
+    assert [row["step"] for row in cold.rows()] == list(range(1, 25))
+    assert cold.events("finish")
+
+
+@contextlib.contextmanager
+def small_disk(directory):
+    """A file system of 700 KB, for a checkpoint of some 400 KB; where none may be mounted, small files."""
+    directory.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(directory)], capture_output=True
+    )
+    try:
+        yield mounted.returncode == 0
+    finally:
+        if mounted.returncode == 0:
+            subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def test_a_full_disk(run):
+    """The failed save is told by the next step and doesn't exist; after three the run ends with 77."""
+    full = run(overrides=["--config.checkpoint_every=2"])
+    with small_disk(full.workdir / "checkpoints") as mounted:
+        full.start(drill="" if mounted else "small_files:20000")
+        assert full.wait() == [EXIT_STORAGE], full.told()
+        failed = full.events("save_failed")
+        assert len(failed) == 3 and full.log().read_text().count("a save failed") == 3
+        steps = sorted(path.parent.name for path in (full.workdir / "checkpoints").glob("*/manifest.json"))
+        assert steps == ["2"] and failed[0]["step"] == 4
+        assert [row["step"] for row in full.rows()] == list(range(1, full.rows()[-1]["step"] + 1))
+        assert full.rows()[-1]["step"] <= failed[-1]["step"] + 2
+    full.finish()
+    assert [row["step"] for row in full.rows()] == list(range(1, 25))
