@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # The TPU compiler runs on any Linux x86-64: programs for TPUs are compiled ahead of time in tests.
 LIBTPU := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu)
 
-.PHONY: setup setup-torch quickstart test lint format golden bench soak wheel-test ci clean
+.PHONY: setup setup-torch quickstart test drills lint format golden bench soak wheel-test ci clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2
+
+# Faults injected into real runs: killed processes, flipped bits, full disks. One after the other: they watch the clock.
+drills: setup
+	$(BIN)/python -m pytest -q -m drill --durations=10
 
 lint: setup
 	$(BIN)/ruff check .
@@ -57,6 +61,7 @@ wheel-test: setup
 
 ci: setup-torch lint
 	CI=true $(BIN)/python -m pytest -q -n 2 --durations=15
+	CI=true $(MAKE) drills
 	$(MAKE) wheel-test
 
 clean:

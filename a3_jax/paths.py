@@ -47,12 +47,17 @@ def read_json(path) -> dict:
     """The JSON object in a file.
 
     Raises:
-      InputError: unreadable, not JSON, or JSON of another kind.
+      InputError: unreadable, not JSON, JSON of another kind, or text that no file could hold again.
     """
     text = read_text(path)
     value = parse_json(text, path)
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object, got {type(value).__name__}", file=path)
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError("holds half of a surrogate pair, which is no character", file=path) from error
     return value
 
 
@@ -70,6 +75,13 @@ def parse_json(text: str, file=None):
         raise InputError("not JSON: nested too deeply", file=file) from error
     except ValueError as error:  # Python converts no longer numbers
         raise InputError("not JSON: a number has too many digits", file=file) from error
+
+
+def is_file_name(name) -> bool:
+    """Whether a name from outside means a file in the directory where it is looked for."""
+    if not isinstance(name, str) or not name.isprintable():  # no zero bytes, no halves of surrogate pairs
+        return False
+    return "/" not in name and name not in ("", ".", "..") and len(name.encode("utf-8")) <= 255
 
 
 def check_parents(path) -> None:

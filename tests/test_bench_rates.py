@@ -24,6 +24,16 @@ def test_score_is_the_training_loss(capsys):
     np.testing.assert_allclose(ratios, np.divide(theirs, ours))
 
 
+def test_guards_are_a_share_of_the_step(capsys):
+    rows = {row["metric"]: row for row in rows_of(capsys, "guards", *MODEL, "--length=24", "--repeats=2")}
+    step, each, saved, share = (
+        np.array(rows[name]["repeats"])
+        for name in ("step_time", "guards_time", "fingerprints_time", "guards_and_fingerprints_over_step")
+    )
+    assert min(*step, *each, *saved) > 0
+    np.testing.assert_allclose(share, (each + saved / 100) / step)
+
+
 def test_forwards_by_strategy(capsys, monkeypatch):
     """Never more than one a blank; of the exact chain what is known of it, whatever the model has learnt."""
     monkeypatch.setattr(forwards, "TEXTS", 8)

@@ -25,7 +25,8 @@ def test_a_damaged_checkpoint_is_one_line_in_a_process_of_its_own(llama, tmp_pat
     convert(llama, tmp_path / "a3")
     files = [path for path in (tmp_path / "a3" / "params").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    content = largest.read_bytes()  # as long as before: found when it is read, not by its size
+    largest.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
     lines = write_lines(tmp_path / "in.jsonl", {"tokens": [1, 2]})
     arguments = ["score", tmp_path / "a3", lines, tmp_path / "out.jsonl"]
     done = subprocess.run(
@@ -36,7 +37,7 @@ def test_a_damaged_checkpoint_is_one_line_in_a_process_of_its_own(llama, tmp_pat
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
-    assert f"{tmp_path / 'a3' / 'params'}: can't be restored" in done.stderr
+    assert f"{largest}: is damaged" in done.stderr
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -125,3 +125,24 @@ def test_a_mesh_changes_nothing(sizes, vocab_first):
     if sizes[2] > 1:
         assert f",{vocabulary}]" not in compiled.as_text().replace("{", "]")
         assert f"[{vocabulary},{width}]" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("vocab_first", [False, True])
+def test_a_softcap_reaches_the_loss_and_its_gradients(arrays, vocab_first):
+    """Against automatic differentiation of the formula."""
+    hidden, head, targets, weights = arrays
+    head = head.T if vocab_first else head
+
+    def plain(hidden, head):
+        capped = 3.0 * jnp.tanh(hidden @ (head.T if vocab_first else head) / 3.0)
+        losses = (
+            jax.nn.logsumexp(capped, axis=-1) - jnp.take_along_axis(capped, targets[..., None], -1)[..., 0]
+        )
+        return jnp.sum(losses * weights)
+
+    def ours(hidden, head):
+        how = {"vocab_first": vocab_first, "softcap": 3.0, "chunk_rows": 7}
+        return cross_entropy(hidden, head, targets, weights, **how)[0]
+
+    found, expected = (jax.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)

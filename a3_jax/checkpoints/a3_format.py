@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from a3_jax.checkpoints.agreement import TIMEOUT_SECONDS, agree, by_first
 from a3_jax.checkpoints.directories import new_directory
 from a3_jax.checkpoints.fingerprint import hexadecimal, start_fingerprints, tree_name, tree_names
+from a3_jax.checkpoints.hf_format import check_source
 from a3_jax.checkpoints.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -131,6 +132,8 @@ def load_meta(directory) -> Meta:
     ):
         if not isinstance(fields.get(field), kinds):
             raise InputError(f"damaged: {type(fields.get(field)).__name__}", file=file, field=field)
+    if fields.get("source") is not None:
+        check_source(fields["source"], file)
     try:
         model = ModelConfig.from_dict(fields["model"])
     except InputError as error:

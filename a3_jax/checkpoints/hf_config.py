@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.model.config import ModelConfig, RopeScaling
+from a3_jax.model.config import MAX_LAYERS, MAX_SIZE, ModelConfig, RopeScaling
 
 CONFIG_FILE = "config.json"
 RELEASE_ARCHITECTURE = "LlamaTwoStreamForCausalLM"
@@ -143,7 +144,7 @@ def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
         "family": architecture.family,
         "vocab_size": fields.count("vocab_size"),
         "d_model": width,
-        "num_layers": fields.count("num_hidden_layers"),
+        "num_layers": fields.count("num_hidden_layers", most=MAX_LAYERS),
         "num_heads": heads,
         "num_kv_heads": fields.count("num_key_value_heads", heads),
         "head_size": fields.count("head_dim", max(width // heads, 1)),
@@ -186,18 +187,20 @@ class _Fields:
             self.refuse(field, f"expected an object, got {value!r}"[:200])
         return _Fields(value, self.file, {}, {}, f"{self.place}.{field}" if self.place else field)
 
-    def count(self, field, default=None) -> int:
+    def count(self, field, default=None, most=MAX_SIZE) -> int:
         value = default if self.get(field) is None else self.get(field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.refuse(
-                field, "is missing" if value is None else f"must be a positive integer, got {value!r}"
-            )
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            why = f"must be a positive integer up to {most}, got {value!r}"[:100]
+            self.refuse(field, "is missing" if value is None else why)
         return value
 
     def number(self, field, default=None) -> float:
         value = default if self.get(field) is None else self.get(field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            self.refuse(field, "is missing" if value is None else f"must be a positive number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (
+            0 < value <= sys.float_info.max  # an integer may be larger
+        ):
+            why = f"must be a positive number, got {value!r}"[:100]
+            self.refuse(field, "is missing" if value is None else why)
         return float(value)
 
     def optional(self, field) -> float | None:
@@ -205,7 +208,7 @@ class _Fields:
 
     def choice(self, field, choices):
         value = self.get(field)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             supported = f"{', '.join(choices)}{nearest(value, choices)}"
             self.refuse(field, f"{value!r} is not supported; supported: {supported}")
         return choices[value]

@@ -1,6 +1,5 @@
 """Parameters as a Hugging Face directory, which transformers opens."""
 
-import base64
 import dataclasses
 from typing import Any
 
@@ -11,8 +10,7 @@ from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.families import QUERY_TENSOR, Tensor
 from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf
-from a3_jax.checkpoints.hf_format import cast
-from a3_jax.checkpoints.safetensors_io import INDEX_FILE
+from a3_jax.checkpoints.hf_format import cast, kept_bytes
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_tensors
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig, RopeScaling
@@ -152,7 +150,4 @@ def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def _write_kept_files(directory, files) -> None:
     for name, content in files.items():
-        if as_path(name).name != name or name in (CONFIG_FILE, INDEX_FILE):
-            raise InputError(f"{name!r} is no name for a file to keep", field="source.files")
-        data = content.encode("utf-8") if isinstance(content, str) else base64.b64decode(content["base64"])
-        (directory / name).write_bytes(data)
+        (directory / name).write_bytes(kept_bytes(content))

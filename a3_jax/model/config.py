@@ -1,12 +1,13 @@
 """The decoder's shape and switches, for every family, and the published presets."""
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from a3_jax.errors import InputError, nearest
 
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000  # what a config from outside may ask for
 RESIDUALS = ("standard", "release")
 ROPE_KINDS = ("linear", "llama3", "yarn")
 CHOICES = {
@@ -111,21 +112,28 @@ class ModelConfig:
         for field in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_size",
                       "mlp_size", "max_length"):  # fmt: skip
             size = getattr(self, field)
-            if not isinstance(size, int) or size < 1:
-                raise InputError(f"must be a positive whole number, got {size!r}", field=field)
+            most = MAX_LAYERS if field == "num_layers" else MAX_SIZE
+            if not isinstance(size, int) or not 1 <= size <= most:
+                why = f"must be a positive whole number up to {most}, got {size!r}"[:100]
+                raise InputError(why, field=field)
         for field in ("left_length", "window"):
             size = getattr(self, field)
-            if size is not None and (not isinstance(size, int) or size < 1):
-                raise InputError(f"must be null or a positive whole number, got {size!r}", field=field)
+            if size is not None and (not isinstance(size, int) or not 1 <= size <= MAX_SIZE):
+                why = f"must be null or a positive whole number up to {MAX_SIZE}, got {size!r}"[:100]
+                raise InputError(why, field=field)
         for field in ("local_rope_theta", "attention_scale", "attention_softcap", "final_softcap"):
             value = getattr(self, field)
-            if value is not None and (not isinstance(value, int | float) or not 0 < value < math.inf):
-                raise InputError(f"must be null or a positive number, got {value!r}", field=field)
+            if value is not None and not _is_positive(value):
+                raise InputError(f"must be null or a positive number, got {value!r}"[:100], field=field)
+        for field in ("rope_theta", "norm_eps"):
+            if not _is_positive(getattr(self, field)):
+                why = f"must be a positive number, got {getattr(self, field)!r}"[:100]
+                raise InputError(why, field=field)
         for field in ("unrotated_layers", "local_layers"):
             layers = getattr(self, field)
             if not isinstance(layers, tuple) or any(layer not in range(self.num_layers) for layer in layers):
                 raise InputError(
-                    f"must be indices of the {self.num_layers} layers, got {layers!r}", field=field
+                    f"must be indices of the {self.num_layers} layers, got {layers!r}"[:200], field=field
                 )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
@@ -178,6 +186,10 @@ class ModelConfig:
         for name in {"unrotated_layers", "local_layers"} & set(fields):  # JSON has lists alone
             fields[name] = tuple(fields[name]) if isinstance(fields[name], list) else fields[name]
         return cls(**fields)
+
+
+def _is_positive(value) -> bool:
+    return isinstance(value, int | float) and 0 < value <= sys.float_info.max  # an integer may be larger
 
 
 def _checked(cls, fields, name):

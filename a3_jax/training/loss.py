@@ -11,11 +11,12 @@ computed once, and no [B, T, V] array is ever alive.
 
 import functools
 import math
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
+from a3_jax.model.layers import softcap as softcapped
 from a3_jax.model.sharding import axis_parts, mesh_axes, partition_spec, platform
 
 # Rows of a device whose logits are alive at once. Each chunk reads and writes the head's gradient: larger
@@ -26,7 +27,7 @@ _AXES = ("batch", "length", "embed_act")
 
 
 def cross_entropy(
-    hidden_BTD, head, targets_BT, weights_BT, *, vocab_first, precision=None, chunk_rows=None
+    hidden_BTD, head, targets_BT, weights_BT, *, vocab_first, softcap=None, precision=None, chunk_rows=None
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of negative log-likelihoods, and the sum of the weights.
 
@@ -42,6 +43,7 @@ def cross_entropy(
       targets_BT: int32 token ids in 0..V-1; where the weight is 0 any value will do.
       weights_BT: float32, 0 for rows that aren't predicted. No gradient flows to them.
       vocab_first: which of the two layouts `head` has.
+      softcap: logits become cap * tanh(logits / cap) when given.
       precision: of the matrix products; they accumulate in float32.
       chunk_rows: rows of a device at a time; None: by its platform.
 
@@ -51,24 +53,34 @@ def cross_entropy(
     weights_BT = weights_BT.astype(jnp.float32)
     chunk_rows = chunk_rows or _CHUNK_ROWS.get(platform(), _CHUNK_ROWS_ELSEWHERE)
     with jax.named_scope("loss"):
-        total = _loss_sum(hidden_BTD, head, targets_BT, weights_BT, vocab_first, precision, chunk_rows)
+        how = _How(vocab_first, softcap, precision, chunk_rows)
+        total = _loss_sum(hidden_BTD, head, targets_BT, weights_BT, how)
         return cast(jax.Array, total), jnp.sum(weights_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _loss_sum(hidden, head, targets, weights, vocab_first, precision, chunk_rows):
-    run = _on_mesh(_value, hidden, vocab_first, precision, chunk_rows, with_gradients=False)
+class _How(NamedTuple):
+    """What `cross_entropy` is told besides arrays."""
+
+    vocab_first: bool
+    softcap: float | None
+    precision: Any
+    chunk_rows: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss_sum(hidden, head, targets, weights, how):
+    run = _on_mesh(_value, hidden, how, with_gradients=False)
     return run(hidden, head, targets, weights)
 
 
-def _forward_rule(hidden, head, targets, weights, vocab_first, precision, chunk_rows):
-    run = _on_mesh(_value_and_gradients, hidden, vocab_first, precision, chunk_rows, with_gradients=True)
+def _forward_rule(hidden, head, targets, weights, how):
+    run = _on_mesh(_value_and_gradients, hidden, how, with_gradients=True)
     total, d_hidden, d_head = run(hidden, head, targets, weights)
     return total, (d_hidden, d_head.astype(head.dtype))
 
 
-def _backward_rule(vocab_first, precision, chunk_rows, gradients, factor):
-    del vocab_first, precision, chunk_rows
+def _backward_rule(how, gradients, factor):
+    del how
     d_hidden, d_head = gradients
     return factor.astype(d_hidden.dtype) * d_hidden, factor.astype(d_head.dtype) * d_head, None, None
 
@@ -76,17 +88,15 @@ def _backward_rule(vocab_first, precision, chunk_rows, gradients, factor):
 _loss_sum.defvjp(_forward_rule, _backward_rule)
 
 
-def _on_mesh(function, hidden, vocab_first, precision, chunk_rows, *, with_gradients):
+def _on_mesh(function, hidden, how, *, with_gradients):
     """`function` over each device's rows and vocabulary; over all of them without a mesh."""
-    function = functools.partial(
-        function, vocab_first=vocab_first, precision=precision, chunk_rows=chunk_rows
-    )
+    function = functools.partial(function, how=how)
     axes = dict.fromkeys(("batch", "embed", "vocab"), ())
     if math.prod(map(axis_parts, ("batch", "vocab"))) == 1 or hidden.shape[0] % axis_parts("batch"):
         return functools.partial(function, axes=axes)
     axes = {name: mesh_axes(name) for name in axes}
     of_hidden, of_rows = partition_spec(_AXES), partition_spec(_AXES[:2])
-    of_head = partition_spec(("vocab", "embed") if vocab_first else ("embed", "vocab"))
+    of_head = partition_spec(("vocab", "embed") if how.vocab_first else ("embed", "vocab"))
     nothing = partition_spec(())
     return jax.shard_map(
         functools.partial(function, axes=axes),
@@ -96,45 +106,47 @@ def _on_mesh(function, hidden, vocab_first, precision, chunk_rows, *, with_gradi
     )
 
 
-def _value(hidden, head, targets, weights, *, axes, vocab_first, precision, chunk_rows):
+def _value(hidden, head, targets, weights, *, axes, how):
     """The loss sum of this device's rows, added over all devices."""
-    head = _gathered(head, hidden.dtype, axes, vocab_first)
+    head = _gathered(head, hidden.dtype, axes, how.vocab_first)
 
     def add(total, chunk):
         hidden_RD, targets, weights = chunk
-        logits = _logits(hidden_RD, head, vocab_first, precision)
+        logits = _logits(hidden_RD, head, how)
         losses, *_ = _losses(logits, targets, axes)
         return total + jnp.sum(losses * weights), None
 
-    chunks = _chunks(hidden, targets, weights, chunk_rows)
+    chunks = _chunks(hidden, targets, weights, how.chunk_rows)
     total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)
     return _sum(total, axes["batch"])
 
 
-def _value_and_gradients(hidden, head, targets, weights, *, axes, vocab_first, precision, chunk_rows):
+def _value_and_gradients(hidden, head, targets, weights, *, axes, how):
     """The same, with the gradients of the hidden states and of this device's part of the head."""
-    shape, head = hidden.shape, _gathered(head, hidden.dtype, axes, vocab_first)
+    shape, head = hidden.shape, _gathered(head, hidden.dtype, axes, how.vocab_first)
 
     def add(totals, chunk):
         hidden_RD, targets, weights = chunk
-        logits = _logits(hidden_RD, head, vocab_first, precision)
+        logits = _logits(hidden_RD, head, how)
         losses, is_target, normaliser = _losses(logits, targets, axes)
         d_logits = (jnp.exp(logits - normaliser[:, None]) - is_target) * weights[:, None]
+        if how.softcap is not None:
+            d_logits *= 1.0 - jnp.square(logits / how.softcap)
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = _product("RV,VD->RD" if vocab_first else "RV,DV->RD", d_logits, head, precision)
+        d_hidden = _product("RV,VD->RD" if how.vocab_first else "RV,DV->RD", d_logits, head, how.precision)
         d_head = (
-            _product("RV,RD->VD", d_logits, hidden_RD, precision)
-            if vocab_first
-            else _product("RD,RV->DV", hidden_RD, d_logits, precision)
+            _product("RV,RD->VD", d_logits, hidden_RD, how.precision)
+            if how.vocab_first
+            else _product("RD,RV->DV", hidden_RD, d_logits, how.precision)
         )
         total, head_total = totals
         return (total + jnp.sum(losses * weights), head_total + d_head), d_hidden.astype(hidden.dtype)
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
-    chunks = _chunks(hidden, targets, weights, chunk_rows)
+    chunks = _chunks(hidden, targets, weights, how.chunk_rows)
     (total, d_head), d_hidden = jax.lax.scan(add, zeros, chunks)
     d_hidden = _sum(d_hidden.reshape(-1, shape[-1])[: shape[0] * shape[1]].reshape(shape), axes["vocab"])
-    return _sum(total, axes["batch"]), d_hidden, _scattered(d_head, axes, vocab_first)
+    return _sum(total, axes["batch"]), d_hidden, _scattered(d_head, axes, how.vocab_first)
 
 
 def _chunks(hidden, targets, weights, chunk_rows):
@@ -151,8 +163,9 @@ def _chunks(hidden, targets, weights, chunk_rows):
     return split(hidden), split(targets), split(weights)
 
 
-def _logits(hidden_RD, head, vocab_first, precision):
-    return _product("RD,VD->RV" if vocab_first else "RD,DV->RV", hidden_RD, head, precision)
+def _logits(hidden_RD, head, how):
+    equation = "RD,VD->RV" if how.vocab_first else "RD,DV->RV"
+    return softcapped(_product(equation, hidden_RD, head, how.precision), how.softcap)
 
 
 def _losses(logits_RV, targets_R, axes):

@@ -39,7 +39,7 @@ def make_optimizer(
         decay 1 - t^-0.8, updates of an RMS of 1 at most; no first moment and no relative step size, so
         that learning rate and weight decay mean what they do with AdamW).
       b1, b2, eps: as in Adam; not used by Adafactor.
-      weight_decay: pulls matrices towards zero; norms and the query vector are left alone.
+      weight_decay: pulls matrices towards zero; norms, biases and the query vector are left alone.
       clip: the gradient's largest global norm; 0 for no limit.
       moment_dtype: of AdamW's first moment, "float32" or "bfloat16". The second is never rounded: with
         b2 = 0.999 its steps are too small for bfloat16.
@@ -71,7 +71,7 @@ def is_matrix(params) -> dict:
 
     def decays(path, leaf):
         del leaf
-        return not path[-1].key.endswith(("norm", "query_embed"))
+        return not path[-1].key.endswith(("norm", "bias", "query_embed"))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -237,6 +237,8 @@ def _rows(batch):
 
 
 def _loss(model, params, hidden, targets, weights):
-    tied = model.config.tie_embeddings
-    head = params["embed" if tied else "head"]
-    return cross_entropy(hidden, head, targets, weights, vocab_first=tied, precision=model.precision)
+    c = model.config
+    return cross_entropy(
+        hidden, params["embed" if c.tie_embeddings else "head"], targets, weights,
+        vocab_first=c.tie_embeddings, softcap=c.final_softcap, precision=model.precision,
+    )  # fmt: skip

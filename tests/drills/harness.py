@@ -17,8 +17,8 @@ PRELOAD = ["a3_jax.cli", "a3_jax.training.run", "a3_jax.data.feature_converter",
            "a3_jax.data.prepared", "a3_jax.decoding.filling", "tests.drills.harness"]  # fmt: skip
 TIMEOUT = 240  # seconds, of anything that a healthy machine does in ten
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOAD)
+context = multiprocessing.getcontext("forkserver")
+context.set_forkserver_preload(PRELOAD)
 
 
 class Run:
@@ -53,7 +53,7 @@ class Run:
                         "A3_NUM_PROCESSES": str(self.processes), "A3_PROCESS_ID": str(process)}  # fmt: skip
             arguments = ["train", f"--config={CONFIG}", f"--workdir={self.workdir}", *self._overrides,
                          *overrides, *(overrides_of or {}).get(process, ())]  # fmt: skip
-            child = _context.Process(target=_child, args=(arguments, env, str(self.log(process))))
+            child = context.Process(target=_child, args=(arguments, env, str(self.log(process))))
             child.start()
             self.children.append(child)
         return self
@@ -93,12 +93,12 @@ class Run:
     def events(self, name):
         return [row for row in self.rows("events.jsonl") if row["event"] == name]
 
-    def wait_for(self, what, timeout=TIMEOUT):
-        """Until `what()` is true."""
+    def wait_for(self, what, timeout=TIMEOUT, alive=True):
+        """Until `what()` is true, while a process of it is alive if it has to be."""
         end = time.monotonic() + timeout
         while not what():
             assert time.monotonic() < end, f"waited in vain\n{self.told()}"
-            assert any(child.exitcode is None for child in self.children), self.told()
+            assert not alive or any(child.exitcode is None for child in self.children), self.told()
             time.sleep(0.02)
         return self
 

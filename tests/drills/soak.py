@@ -92,6 +92,7 @@ class Disturbed:
             self._check_beginning(left)
             if self._nothing_left:
                 self._check_refusal(statuses)
+                self._count_set_aside()
                 shutil.rmtree(self._run.workdir)
                 self._nothing_left = False
             elif not any(statuses):
@@ -102,7 +103,7 @@ class Disturbed:
             if self._attempt > 3 * HURT_ATTEMPTS:
                 self._wrong("comes to no end")
                 return
-        self._tally.set_aside += len(list((self._run.workdir / "checkpoints").glob("*.damaged*")))
+        self._count_set_aside()
         for problem in differences(self._run, self._undisturbed):
             self._wrong(problem)
 
@@ -114,8 +115,8 @@ class Disturbed:
         self._read_from = events.stat().st_size if events.exists() else 0
         began = time.monotonic()
         run.start(drill=self._draw.choice(["", "", "slow_save:0.4"]))
-        if not peaceful:
-            self._strike()
+        while not peaceful and self._strike() == "pause":  # which ends nothing
+            pass
         self._wait_for(lambda: any(child.exitcode is not None for child in run.children), TIMEOUT)
         if not self._wait_for(self._all_left, LEAVE):
             self._tally.ended += sum(child.exitcode is None for child in run.children)
@@ -131,8 +132,8 @@ class Disturbed:
         self._check_statuses(statuses)
         return statuses
 
-    def _strike(self) -> None:
-        """Waits for a moment, and does something to a process."""
+    def _strike(self) -> str:
+        """Waits for a moment, and does something to a process: what; empty if it was too late."""
         draw = self._draw
         kind = draw.choices(list(STRIKES), list(STRIKES.values()))[0]
         victim, delay = draw.randrange(PROCESSES), draw.uniform(0.0, 0.4)
@@ -141,11 +142,12 @@ class Disturbed:
         if self._any_left():
             self._tally.missed += 1
             self._say(f"{kind} at {moment}: too late")
-            return
+            return ""
         time.sleep(delay)
         self._tally.faults[kind] += 1
         self._say(f"{kind}, process {victim} at {moment} + {delay:.2f} s")
         getattr(self, f"_{kind.replace(', ', '_').replace(' ', '_')}")(victim)
+        return kind
 
     def _moment(self, only_steps: bool):
         """A step that is still to come, or seconds from the start on: what it is, whether it has come.
@@ -255,6 +257,9 @@ class Disturbed:
             return ""
         directory.mkdir(parents=True)
         return str(step)
+
+    def _count_set_aside(self) -> None:
+        self._tally.set_aside += len(list((self._run.workdir / "checkpoints").glob("*.damaged*")))
 
     def _check_beginning(self, left: list[int]) -> None:
         """The newest step that was intact, and no other, is what it went on from."""

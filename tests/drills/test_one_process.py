@@ -3,10 +3,13 @@
 import contextlib
 import signal
 import subprocess
+import sys
+import time
 
 import pytest
 
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_STORAGE
+from tests.drills import harness
 
 pytestmark = pytest.mark.drill
 
@@ -62,3 +65,26 @@ def test_a_full_disk(run):
         assert full.rows()[-1]["step"] <= failed[-1]["step"] + 2
     full.finish()
     assert [row["step"] for row in full.rows()] == list(range(1, 25))
+
+
+def _convert_slowly(source, target):
+    """`a3 convert` in this process, which takes a minute between its arrays and its manifest."""
+    from a3_jax.checkpoints import a3_format
+    from a3_jax.cli import console
+
+    a3_format.write_manifest = lambda *_: time.sleep(60)
+    sys.argv = ["a3", "convert", str(source), str(target)]
+    sys.exit(console())
+
+
+def test_a_request_to_stop_a_conversion(run, tmp_path):
+    """Exit status 75, and nothing half-written."""
+    short = run(processes=1).finish()
+    child = harness.context.Process(target=_convert_slowly, args=(short.workdir, tmp_path / "converted"))
+    child.start()
+    short.wait_for(lambda: list(tmp_path.glob(".*.tmp*/params")), alive=False)
+    time.sleep(0.5)
+    child.terminate()
+    child.join(harness.TIMEOUT)
+    assert child.exitcode == EXIT_PREEMPTED
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
