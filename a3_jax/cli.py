@@ -11,7 +11,7 @@ import sys
 
 from a3_jax import __version__
 from a3_jax.benchmarks.command import add_bench
-from a3_jax.checkpoints.command import add_convert, add_verify
+from a3_jax.checkpoints.command import add_convert, add_info, add_verify
 from a3_jax.data.command import add_data
 from a3_jax.decoding.commands import add_generate, add_score
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, InputError, RunError, nearest
@@ -52,8 +52,8 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"a3_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_quickstart(commands)
-    add_convert(commands)
-    add_verify(commands)
+    for add in (add_convert, add_info, add_verify):
+        add(commands)
     add_data(commands, add_show)
     for add in (add_train, add_launch, add_status, add_goodput, add_generate, add_score, add_bench):
         add(commands)

@@ -1,11 +1,13 @@
 """Failed saves are told, tried again and counted; a few in a row end the run."""
 
+import errno
+
 import pytest
 
-from a3_jax.errors import EXIT_STORAGE, RunError
+from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.model.sharding import make_mesh
 from a3_jax.training.processes import Votes
-from a3_jax.training.saving import Saver
+from a3_jax.training.saving import Saver, storage_faults
 from a3_jax.training.state import TrainState
 
 
@@ -83,3 +85,17 @@ def test_finish_returns_when_it_is_on_disk():
     made, _ = saver(writer)
     made.finish(7, "l2r", STATE)
     assert writer.saved == [7]
+
+
+def test_a_full_disk_is_no_bad_input():
+    """And what is bad input stays so."""
+
+    def write(number):
+        with storage_faults():
+            raise InputError("can't be written", file="config.json") from OSError(number, "no")
+
+    with pytest.raises(RunError, match=r"config.json: can't be written") as error:
+        write(errno.ENOSPC)
+    assert error.value.status == EXIT_STORAGE
+    with pytest.raises(InputError):
+        write(errno.EACCES)

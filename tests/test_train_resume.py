@@ -167,3 +167,21 @@ def test_ids_outside_the_vocabulary_of_init_from_are_refused(straight, tmp_path)
     save_checkpoint(tmp_path / "small", init_params(small, jax.random.key(0)), Meta(small), None)
     with pytest.raises(InputError, match="outside the model's vocabulary of 50"):
         run(tmp_path / "new", str(tmp_path / "text.jsonl"), init_from=str(tmp_path / "small"))
+
+
+def test_a_finished_run_whose_last_step_is_damaged(straight, data, tmp_path, capsys):
+    """The last step is set aside and done again from the one before; with none left the run is refused."""
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    steps = sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    damaged = steps[-1] / "meta" / "a3.json"
+    damaged.write_bytes(damaged.read_bytes().replace(b"{", b"[", 1))
+    run(workdir, data)
+    assert (workdir / "checkpoints" / f"{STEPS}.damaged").is_dir() and "damaged" in capsys.readouterr().err
+    assert losses(workdir) == losses(straight)
+    for step in workdir.glob("checkpoints/*/manifest.json"):
+        step.write_bytes(step.read_bytes()[:-9])
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=rf"checkpoints/{STEPS}/manifest.json: is damaged"):
+        run(workdir, data)
+    assert (workdir / "metrics.jsonl").read_bytes() == before

@@ -1,6 +1,6 @@
 """Files from outside that were made to do harm: nothing runs, nothing is read elsewhere, one line says why.
 
-What `SECURITY.md` promises is what this file holds. Safetensors headers and indices are in
+What `SECURITY.md` promises is what this file holds. More of safetensors headers and indices is in
 `test_conversion_bad_input`, templates that reach for Python in `test_prepare_dialogs`, lines of
 50 megabytes in `test_prepare_faults`.
 """
@@ -20,6 +20,11 @@ import numpy as np
 import pyarrow
 import pytest
 
+from a3_jax.checkpoints import families
+from a3_jax.checkpoints.a3_format import Meta, load_meta, save_checkpoint
+from a3_jax.checkpoints.conversion import convert
+from a3_jax.checkpoints.hf_config import config_from_hf
+from a3_jax.checkpoints.hf_export import check_source
 from a3_jax.checkpoints.safetensors_io import list_tensors
 from a3_jax.data.dialogs import ChatTemplate, chat_template
 from a3_jax.data.documents import BadRecord
@@ -28,11 +33,15 @@ from a3_jax.data.manifest import _text_crc32
 from a3_jax.data.prepared import find_prepared, open_tables
 from a3_jax.decoding.requests import read_lines
 from a3_jax.errors import InputError
+from a3_jax.model.config import CHOICES, ModelConfig
 from a3_jax.paths import read_json, read_text
 from a3_jax.tokenizer import bytes_tokenizer, from_files
+from tests import tiny
+from tests.checkpoint_fixtures import reseal
 from tests.decoding_cli import assert_refused, run
 from tests.prepare_fixtures import prepare
 from tests.prepared_fixtures import make_prepared, rows
+from tests.tiny_families import hf_fields
 from tests.tiny_hf import write_tiny_llama
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "a3_jax"
@@ -133,7 +142,9 @@ def test_templates_of_the_wrong_kind_are_none(value):
 # Names that lead elsewhere.
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "sub/x.safetensors", "..", "", 3])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "sub/x.safetensors", "..", "", 3, ["x"], {}, "x" * 300, "x\0"]
+)
 def test_an_index_names_files_beside_it_only(tmp_path, name):
     write_tiny_llama(tmp_path, shards=2)
     file = tmp_path / "model.safetensors.index.json"
@@ -252,6 +263,106 @@ print(status.split("VmHWM:")[1].split()[0])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) << 10 < 1 << 29
+
+
+def tensor(**changes):
+    return json.dumps({"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} | changes})
+
+
+HEADERS = {
+    "deep": (f'{{"a": {DEEP}}}', "its header is no JSON"),
+    "long": (f'{{"a": {LONG}}}', "its header is no JSON"),
+    "dtype": (tensor(dtype=["F32"]), "is not supported"),
+    "size": (tensor(shape=[0, 2**63 - 1]), "no tensor can have this shape"),
+    "sizes": (tensor(shape=[0, 2**31, 2**31]), "no tensor can have this shape"),
+    "axes": (tensor(shape=[1] * 100, data_offsets=[0, 4]), "no tensor can have this shape"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_what_a_header_claims_is_checked(tmp_path, name):
+    header, reason = HEADERS[name]
+    data = len(header).to_bytes(8, "little") + header.encode() + bytes(4 * (name == "axes"))
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match=reason):
+        list_tensors(tmp_path)
+
+
+HUGE = [("d_model", 10**400), ("vocab_size", 2**31), ("num_layers", 10**9), ("num_layers", 10**12),
+        ("norm_eps", 10**400), ("rope_theta", "x"), ("window", 2**31), ("query_init_scale", [1]),
+        ("family", [1]), ("rope_scaling", 5),
+        ("rope_scaling", {"kind": "yarn", "factor": 10**400})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), HUGE, ids=lambda value: str(value)[:20])
+def test_sizes_of_a_config(field, value):
+    with pytest.raises(InputError) as refused:
+        ModelConfig.from_dict(tiny.CONFIG.to_dict() | {field: value})
+    assert str(refused.value).startswith(field) and len(str(refused.value)) < 300
+
+
+def test_every_family_has_a_table():
+    assert CHOICES["family"] == tuple(families.FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", 10**400), ("num_hidden_layers", 10**12), ("num_hidden_layers", 2**31 - 1),
+     ("rms_norm_eps", 10**400), ("hidden_act", ["silu"])],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_sizes_of_a_hugging_face_config(field, value):
+    for name in ("llama", "gemma3"):  # Gemma looks at each layer before there is a config
+        with pytest.raises(InputError) as refused:
+            config_from_hf(hf_fields(name, **{field: value, "hidden_activation": value}))
+        assert field in str(refused.value) and len(str(refused.value)) < 300
+
+
+# What an A3 checkpoint says of the Hugging Face files that it came from: they are written from it.
+
+SOURCES = {
+    "no config": ({"config": [1]}, "source.config"),
+    "no tensors": ({"tensors": ["x"]}, "source.tensors"),
+    "no files": ({"files": ["x"]}, "source.files"),
+    **{
+        f"dtype {dtype}": ({"tensors": {"lm_head.weight": dtype}}, "lm_head.weight: .* no parameter dtype")
+        for dtype in ("object", "zz", "int32", [1], None, 5)
+    },
+    **{
+        f"name {name[:20]!r}": ({"files": {name: "x"}}, "no name for a file to keep")
+        for name in ("..", "", "a\0.json", "x" * 300 + ".json", "/x.json", "../x.json", "modeling_x.py",
+                     "model.safetensors", "model.safetensors.index.json", "config.json", "pytorch_model.bin")
+    },
+    **{
+        f"content {content}": ({"files": {"a.txt": content}}, "neither text nor base64")
+        for content in (5, [], {}, {"base64": 5}, {"base64": "a"}, {"base64": "\u00e9"})
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_a_checkpoint_says_of_its_source_is_checked(name):
+    changes, reason = SOURCES[name]
+    source = {"config": {}, "tensors": {}, "files": {"a.json": "x", "tokenizer.model": {"base64": "AA=="}}}
+    check_source(source, "a3.json")
+    with pytest.raises(InputError, match=rf"^a3\.json: source.*{reason}|^a3\.json: {reason}") as refused:
+        check_source(source | changes, "a3.json")
+    assert "\n" not in str(refused.value)
+
+
+def test_no_code_is_written_from_a_checkpoint(tmp_path):
+    source = {"config": {}, "tensors": {}, "files": {"modeling_x.py": "x"}}
+    save_checkpoint(tmp_path / "a3", tiny.params(), Meta(tiny.CONFIG, source))
+    for to in ("a3", "hf"):
+        with pytest.raises(InputError, match=r"a3\.json: source\.files: 'modeling_x\.py'"):
+            convert(tmp_path / "a3", tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "a3" / "meta" / "a3.json"
+    text = file.read_text()
+    file.write_text(text.replace('"x"', '"\\ud800"'))
+    reseal(tmp_path / "a3")
+    with pytest.raises(InputError, match=r"a3\.json: holds half of a surrogate pair"):
+        load_meta(tmp_path / "a3")
 
 
 # JSON that overflows what reads it.

@@ -28,7 +28,6 @@ import orbax.checkpoint as ocp
 from a3_jax.checkpoints.agreement import TIMEOUT_SECONDS, agree, by_first
 from a3_jax.checkpoints.directories import new_directory
 from a3_jax.checkpoints.fingerprint import hexadecimal, start_fingerprints, tree_name, tree_names
-from a3_jax.checkpoints.hf_format import check_source
 from a3_jax.checkpoints.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -132,8 +131,6 @@ def load_meta(directory) -> Meta:
     ):
         if not isinstance(fields.get(field), kinds):
             raise InputError(f"damaged: {type(fields.get(field)).__name__}", file=file, field=field)
-    if fields.get("source") is not None:
-        check_source(fields["source"], file)
     try:
         model = ModelConfig.from_dict(fields["model"])
     except InputError as error:
@@ -298,14 +295,14 @@ class StepWriter:
         place = self.directory / str(step)
         if by_first("save", lambda: _make_room(place)):
             return False
-        params, train_state = portable(params), portable(train_state)
-        leaves = _leaves(params, train_state)
-        described = {name: describe(leaf) for name, leaf in leaves.items()}
-        sums = start_fingerprints(leaves)  # before the next step may take the arrays
-        problem = None
+        described, sums, problem = {}, {}, None
         self._barriers = 0
         self._writes.clear()
         try:
+            params, train_state = portable(params), portable(train_state)
+            leaves = _leaves(params, train_state)
+            described = {name: describe(leaf) for name, leaf in leaves.items()}
+            sums = start_fingerprints(leaves)  # before the next step may take the arrays
             args = save_items(params, dataclasses.replace(meta, step=step), tokenizer, train_state)
             self._checkpointer.save(place, args=args)
         except Exception as error:  # what fails at once is told like what fails later
@@ -382,7 +379,7 @@ class StepWriter:
         """
         self._join()
         damages = []
-        for step in by_first("steps", lambda: _with_manifest(self.directory)):
+        for step in by_first("steps", lambda: with_manifest(self.directory)):
             if at_most is not None and step > at_most:
                 continue
             try:
@@ -486,7 +483,7 @@ class StepWriter:
     def _prune(self) -> None:
         """Removes what is older than the newest steps, if the newest is intact, and what is unfinished."""
         steps = list_steps(self.directory)
-        for step in set(_directories(self.directory)) - set(_with_manifest(self.directory)):
+        for step in set(_directories(self.directory)) - set(with_manifest(self.directory)):
             _remove(self.directory / str(step))
         old = steps[: -self._keep] if self._keep else []
         if old:
@@ -528,10 +525,10 @@ def _make_directory(path) -> None:
         raise InputError(f"can't be made: {error.strerror or error}", file=path) from error
 
 
-def _with_manifest(directory) -> list[int]:
+def with_manifest(directory) -> list[int]:
     """Steps that were finished once, be they damaged by now; the newest first."""
     steps = _directories(directory)
-    return [step for step in reversed(steps) if (directory / str(step) / MANIFEST_FILE).exists()]
+    return [step for step in reversed(steps) if (as_path(directory) / str(step) / MANIFEST_FILE).exists()]
 
 
 def _make_room(place) -> bool:

@@ -37,12 +37,15 @@ def agree(what: str, mine: Any, decide: Callable[[list[Any]], Any], alone: bool 
     from jax._src.distributed import global_state  # nothing public leads to the service
 
     client: Any = global_state.client
-    name, milliseconds = f"a3_jax/{what}/{next(_numbers[what])}", TIMEOUT_SECONDS * 1000
+    number, milliseconds = next(_numbers[what]), TIMEOUT_SECONDS * 1000
+    name = f"a3_jax/{what}/{number}"
     if jax.process_index():
         client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(mine))
         return json.loads(client.blocking_key_value_get(f"{name}/all", milliseconds))
     others = range(1, jax.process_count())
     texts = [client.blocking_key_value_get(f"{name}/{other}", milliseconds) for other in others]
+    if number:  # who has come here has read what was decided before
+        client.key_value_delete(f"a3_jax/{what}/{number - 1}")
     decision = decide([mine, *map(json.loads, texts)])
     client.key_value_set(f"{name}/all", json.dumps(decision))
     return decision

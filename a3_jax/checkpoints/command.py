@@ -1,4 +1,4 @@
-"""`a3 convert` and `a3 verify`."""
+"""`a3 convert`, `a3 info` and `a3 verify`."""
 
 from a3_jax.errors import EXIT_FAILED, EXIT_OK
 
@@ -6,6 +6,14 @@ EPILOG = """examples:
   a3 convert Llama-3.2-1B llama-a3                        Hugging Face to A3
   a3 convert runs/a3-1b llama-a3-hf --to=hf               a run's newest checkpoint to Hugging Face
   a3 convert Llama-3.2-1B llama-a3 --dtype=float32        in another dtype
+  a3 convert Llama-3.2-1B llama-a3 --check                and proves it (pip install torch transformers)
+"""
+
+INFO_EPILOG = """examples:
+  a3 info llama-a3                        a checkpoint
+  a3 info runs/a3-1b                      the newest step of a run
+  a3 info Llama-3.2-1B                    a Hugging Face directory
+  a3 info llama-a3 --json | jq -r .fingerprint
 """
 
 VERIFY_EPILOG = """examples:
@@ -41,14 +49,61 @@ def add_convert(subparsers) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="draws the query vector where SRC has none (default: %(default)s)"
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="before DST appears, compare its logits in float32 with those of transformers on the Hugging "
+        "Face side; a difference names the first layer, exit status 1. Without torch and transformers: "
+        "shapes and norms alone. Needs memory for one more model in float32",
+    )
+    parser.add_argument(
+        "--allow_nonfinite", action="store_true", help="convert parameters that are NaN or infinite too"
+    )
     parser.set_defaults(run=run_convert)
 
 
 def run_convert(args) -> int:
     from a3_jax.checkpoints.conversion import convert
 
-    convert(args.src, args.dst, to=args.to, dtype=args.dtype, seed=args.seed)
+    checked = convert(
+        args.src, args.dst, to=args.to, dtype=args.dtype, seed=args.seed, check=args.check,
+        allow_nonfinite=args.allow_nonfinite,
+    )  # fmt: skip
+    if checked is not None:
+        print(checked)
     print(f"wrote {args.dst}")
+    return EXIT_OK
+
+
+def add_info(subparsers) -> None:
+    import argparse
+
+    parser = subparsers.add_parser(
+        "info",
+        help="what a checkpoint is: sizes, parameters, curriculum, origin",
+        description="Says what a checkpoint is, without reading its parameters. Equal fingerprints: equal "
+        "parameters.",
+        epilog=INFO_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="A3 checkpoint, a run's directory, or a Hugging Face one"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON; docs/formats.md lists the fields")
+    parser.set_defaults(run=run_info)
+
+
+def run_info(args) -> int:
+    import json
+
+    from a3_jax.checkpoints.info import describe, show
+
+    report = describe(args.checkpoint)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
     return EXIT_OK
 
 

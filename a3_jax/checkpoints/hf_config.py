@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.model.config import MAX_LAYERS, MAX_SIZE, ModelConfig, RopeScaling
+from a3_jax.model.config import MAX_LAYERS, MAX_SIZE, ModelConfig, RopeScaling, is_positive
 
 CONFIG_FILE = "config.json"
 RELEASE_ARCHITECTURE = "LlamaTwoStreamForCausalLM"
@@ -112,14 +111,8 @@ _REFUSED = {
     "quantization_config": "quantised weights (dequantise them first)",
     "num_experts": "mixtures of experts", "num_local_experts": "mixtures of experts",
 }  # fmt: skip
-_BIASES = (
-    "llama",
-    "qwen3",
-    "smollm3",
-    "olmo2",
-    "gemma2",
-    "gemma3",
-)  # have `attention_bias`, others ignore it
+# Have `attention_bias`, which others ignore.
+_BIASES = ("llama", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3")
 
 
 def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
@@ -180,6 +173,9 @@ class _Fields:
         name = self.names.get(field, field)
         raise InputError(why, file=self.file, field=f"{self.place}.{name}" if self.place else name)
 
+    def _refuse_value(self, field, wanted, value):
+        self.refuse(field, "is missing" if value is None else f"{wanted}, got {value!r}"[:200])
+
     def object(self, field) -> "_Fields":
         """The fields of an object inside this one, none where it is absent."""
         value = self.get(field) or {}
@@ -190,17 +186,13 @@ class _Fields:
     def count(self, field, default=None, most=MAX_SIZE) -> int:
         value = default if self.get(field) is None else self.get(field)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            why = f"must be a positive integer up to {most}, got {value!r}"[:100]
-            self.refuse(field, "is missing" if value is None else why)
+            self._refuse_value(field, f"must be a positive integer up to {most}", value)
         return value
 
     def number(self, field, default=None) -> float:
         value = default if self.get(field) is None else self.get(field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (
-            0 < value <= sys.float_info.max  # an integer may be larger
-        ):
-            why = f"must be a positive number, got {value!r}"[:100]
-            self.refuse(field, "is missing" if value is None else why)
+        if isinstance(value, bool) or not is_positive(value):
+            self._refuse_value(field, "must be a positive number", value)
         return float(value)
 
     def optional(self, field) -> float | None:

@@ -1,5 +1,6 @@
 """Parameters as a Hugging Face directory, which transformers opens."""
 
+import base64
 import dataclasses
 from typing import Any
 
@@ -10,7 +11,7 @@ from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.families import QUERY_TENSOR, Tensor
 from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf
-from a3_jax.checkpoints.hf_format import cast, kept_bytes
+from a3_jax.checkpoints.hf_format import FLOATS, cast, is_kept
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_tensors
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig, RopeScaling
@@ -66,6 +67,29 @@ def write_hf(
     _write_kept_files(directory, source["files"])
     if tokenizer is not None:
         _write_kept_files(directory, tokenizer.files())
+
+
+def check_source(source: dict[str, Any], file) -> None:
+    """What a checkpoint, perhaps one from outside, keeps of a source is what `HFModel.source` gives.
+
+    Raises:
+      InputError: naming the part that is not.
+    """
+    for part in ("config", "tensors", "files"):
+        if not isinstance(source.get(part), dict):
+            raise InputError("expected an object", file=file, field=f"source.{part}")
+    dtypes = [dtype.name for dtype in FLOATS]
+    for name, dtype in source["tensors"].items():
+        if dtype not in dtypes:
+            why = f"{str(dtype)[:60]!r} is no parameter dtype; known: {', '.join(dtypes)}"
+            raise InputError(why, file=file, field=f"source.tensors: {name[:200]}")
+    for name, content in source["files"].items():
+        if not is_kept(name):  # it might be code, or stand in for the weights
+            raise InputError(f"{name[:60]!r} is no name for a file to keep", file=file, field="source.files")
+        try:
+            _bytes_of(content)
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError("neither text nor base64", file=file, field=f"source.files: {name}") from error
 
 
 def with_dtype(meta: Meta, dtype) -> Meta:
@@ -150,4 +174,8 @@ def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def _write_kept_files(directory, files) -> None:
     for name, content in files.items():
-        (directory / name).write_bytes(kept_bytes(content))
+        (directory / name).write_bytes(_bytes_of(content))
+
+
+def _bytes_of(content) -> bytes:
+    return content.encode("utf-8") if isinstance(content, str) else base64.b64decode(content["base64"])

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import fnmatch
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,11 +14,7 @@ import numpy as np
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.families import QUERY_LEAF, QUERY_TENSOR, Tensor
 from a3_jax.checkpoints.hf_config import CONFIG_FILE, config_from_hf
-from a3_jax.checkpoints.safetensors_io import (
-    INDEX_FILE,
-    StoredTensor,
-    list_tensors,
-)
+from a3_jax.checkpoints.safetensors_io import INDEX_FILE, StoredTensor, list_tensors
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.paths import as_path, is_file_name, read_json
@@ -50,29 +45,6 @@ class HFModel:
             "tensors": {tensor.name: tensor.dtype.name for tensor in self.stored.values()},
             "files": _read_kept_files(self.directory),
         }
-
-
-def check_source(source: Mapping[str, Any], file) -> None:
-    """A `source` of a checkpoint, which may come from outside, is what `HFModel.source` gives.
-
-    Raises:
-      InputError: naming the part that is not.
-    """
-    for part in ("config", "tensors", "files"):
-        if not isinstance(source.get(part), dict):
-            raise InputError("expected an object", file=file, field=f"source.{part}")
-    dtypes = [dtype.name for dtype in FLOATS]
-    for name, dtype in source["tensors"].items():
-        if dtype not in dtypes:
-            why = f"{str(dtype)[:60]!r} is no parameter dtype; known: {', '.join(dtypes)}"
-            raise InputError(why, file=file, field=f"source.tensors: {name[:200]}")
-    for name, content in source["files"].items():
-        if not _is_kept(name):  # anything else would be code, or stand in for the weights
-            raise InputError(f"{name[:60]!r} is no name for a file to keep", file=file, field="source.files")
-        try:
-            kept_bytes(content)
-        except (TypeError, KeyError, ValueError) as error:
-            raise InputError("neither text nor base64", file=file, field=f"source.files: {name}") from error
 
 
 def open_hf(directory) -> HFModel:
@@ -191,7 +163,7 @@ def _read_kept_files(directory) -> dict[str, Any]:
     """Files that go along unread, by name: text as a string, others as {"base64": ...}."""
     files = {}
     for path in sorted(as_path(directory).iterdir()):
-        if not _is_kept(path.name) or not path.is_file():
+        if not is_kept(path.name) or not path.is_file():
             continue
         if path.stat().length > _MAX_KEPT_BYTES:
             logger.warning("%s: larger than %d bytes, not kept", path, _MAX_KEPT_BYTES)
@@ -204,11 +176,7 @@ def _read_kept_files(directory) -> dict[str, Any]:
     return files
 
 
-def kept_bytes(content) -> bytes:
-    """The bytes of a file that went along."""
-    return content.encode("utf-8") if isinstance(content, str) else base64.b64decode(content["base64"])
-
-
-def _is_kept(name: str) -> bool:
+def is_kept(name: str) -> bool:
+    """Whether a file goes along: of those that are read, and of those that an A3 checkpoint says to write."""
     fits = any(fnmatch.fnmatchcase(name, pattern) for pattern in _KEPT_FILES)
     return fits and is_file_name(name) and name not in (CONFIG_FILE, INDEX_FILE)

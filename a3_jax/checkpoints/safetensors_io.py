@@ -188,7 +188,8 @@ def _list_sharded(directory, index_file) -> dict[str, StoredTensor]:
 def _shard_path(directory, index_file, name, shard):
     # Checked by the letters of the name: in the Hub's cache the shards are links out of the directory.
     if not is_file_name(shard):
-        raise InputError(f"{str(shard)[:60]!r} is no file name inside this directory", file=index_file, field=name)
+        why = f"{str(shard)[:60]!r} is no file name inside this directory"
+        raise InputError(why, file=index_file, field=name)
     path = directory / shard
     if not path.exists():
         raise InputError(f"shard is missing; {INDEX_FILE} names it", file=path, field=name)

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from a3_jax.errors import InputError, nearest
 
@@ -11,6 +11,7 @@ MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000  # what a config from outside may ask f
 RESIDUALS = ("standard", "release")
 ROPE_KINDS = ("linear", "llama3", "yarn")
 CHOICES = {
+    "family": ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3", "gpt2"),
     "residual": RESIDUALS,
     "norm": ("rms", "rms_offset", "layer"),
     "norm_place": ("pre", "post", "both"),
@@ -40,9 +41,11 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
-            raise InputError(
-                f"unknown kind {self.kind!r}{nearest(self.kind, ROPE_KINDS)}", field="rope_scaling"
-            )
+            why = f"unknown kind {self.kind!r}{nearest(self.kind, ROPE_KINDS)}"
+            raise InputError(why, field="rope_scaling")
+        for name, value in dataclasses.asdict(self).items():
+            if name not in ("kind", "truncate") and not is_positive(value):
+                _refuse(f"rope_scaling.{name}", "must be a positive number", value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,31 +117,25 @@ class ModelConfig:
             size = getattr(self, field)
             most = MAX_LAYERS if field == "num_layers" else MAX_SIZE
             if not isinstance(size, int) or not 1 <= size <= most:
-                why = f"must be a positive whole number up to {most}, got {size!r}"[:100]
-                raise InputError(why, field=field)
+                _refuse(field, f"must be a positive whole number up to {most}", size)
         for field in ("left_length", "window"):
             size = getattr(self, field)
             if size is not None and (not isinstance(size, int) or not 1 <= size <= MAX_SIZE):
-                why = f"must be null or a positive whole number up to {MAX_SIZE}, got {size!r}"[:100]
-                raise InputError(why, field=field)
+                _refuse(field, f"must be null or a positive whole number up to {MAX_SIZE}", size)
         for field in ("local_rope_theta", "attention_scale", "attention_softcap", "final_softcap"):
             value = getattr(self, field)
-            if value is not None and not _is_positive(value):
-                raise InputError(f"must be null or a positive number, got {value!r}"[:100], field=field)
-        for field in ("rope_theta", "norm_eps"):
-            if not _is_positive(getattr(self, field)):
-                why = f"must be a positive number, got {getattr(self, field)!r}"[:100]
-                raise InputError(why, field=field)
+            if value is not None and not is_positive(value):
+                _refuse(field, "must be null or a positive number", value)
+        for field in ("rope_theta", "norm_eps", "query_init_scale"):
+            if not is_positive(getattr(self, field)):
+                _refuse(field, "must be a positive number", getattr(self, field))
         for field in ("unrotated_layers", "local_layers"):
             layers = getattr(self, field)
             if not isinstance(layers, tuple) or any(layer not in range(self.num_layers) for layer in layers):
-                raise InputError(
-                    f"must be indices of the {self.num_layers} layers, got {layers!r}"[:200], field=field
-                )
+                _refuse(field, f"must be indices of the {self.num_layers} layers", layers)
         if self.num_heads % self.num_kv_heads:
-            raise InputError(
-                f"{self.num_kv_heads} does not divide num_heads={self.num_heads}", field="num_kv_heads"
-            )
+            why = f"{self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            raise InputError(why, field="num_kv_heads")
         if self.positions == "rotary" and self.head_size % 2:
             raise InputError(f"rotary positions need an even size, got {self.head_size}", field="head_size")
         for field, choices in CHOICES.items():
@@ -188,12 +185,19 @@ class ModelConfig:
         return cls(**fields)
 
 
-def _is_positive(value) -> bool:
+def is_positive(value) -> TypeGuard[float]:
+    """Whether a value is a number above 0 that a float can hold."""
     return isinstance(value, int | float) and 0 < value <= sys.float_info.max  # an integer may be larger
+
+
+def _refuse(field, wanted, value):
+    raise InputError(f"{wanted}, got {value!r}"[:200], field=field)
 
 
 def _checked(cls, fields, name):
     known = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(fields, Mapping):
+        _refuse(name, "must be an object", fields)
     for field in fields:
         if field not in known:
             raise InputError(f"unknown field {field!r}{nearest(field, known)}", field=name)

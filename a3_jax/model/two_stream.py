@@ -309,7 +309,7 @@ class TwoStream(nn.Module):
         if outputs == "content":
             query = None
         c, rows = self.config, content.tokens.shape[1]
-        x_BRD = self._embedded(content, query)
+        x_BRD = self.embedded(content, query)
         geometry = _geometry(c, content, query)
         first_output = rows if outputs == "query" else 0
         x_BRD, new_cache = self._layers(x_BRD, cache, geometry, rows, first_output)
@@ -321,7 +321,7 @@ class TwoStream(nn.Module):
             cache=_advanced(new_cache, content),
         )
 
-    def _embedded(self, content, query):
+    def embedded(self, content, query):
         """Embeddings of the content rows, then the vector for each query row, [B, R, D]; learned positions
         are added to both."""
         c = self.config

@@ -180,7 +180,9 @@ class _Supervisor:
                 passed_on += 1
                 group.signal(signal.SIGTERM)
                 deadline = time.monotonic() + _STOP if passed_on > 1 else None
-            if self.received:  # one that saves takes its time; told twice, it has had it
+            if self.received:  # one that saves takes its time; told twice, or alone, it has had it
+                if left:
+                    deadline = deadline or time.monotonic() + _LEAVE
                 if deadline is not None and time.monotonic() > deadline:
                     group.end(0)
             elif fatal:

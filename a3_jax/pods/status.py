@@ -25,7 +25,7 @@ from a3_jax.pods.records import (
     read_object,
     sort_steps,
 )
-from a3_jax.pods.tables import duration, print_table
+from a3_jax.tables import duration, print_table
 from a3_jax.training.lease import process_start
 
 _ENDS = {

@@ -37,10 +37,12 @@ def add_train(subparsers) -> None:
 def main(args) -> int:
     """Runs `a3 train`; `args.config_flags` holds the `--config.FIELD=VALUE` arguments."""
     config = read_config(args.config, args.config_flags)
+    from a3_jax.training.preemption import StopRequest
     from a3_jax.training.processes import join, part
     from a3_jax.training.run import train
 
-    join()
+    with StopRequest():  # while it waits for the others too
+        join()
     train(config, args.workdir)
     part()
     return EXIT_OK

@@ -29,8 +29,8 @@ class Events:
     def __init__(self, path, writes: bool = True):
         """Opens the file; `writes` is true on process 0 alone."""
         before = as_path(path)
-        text = before.read_text() if writes and before.exists() else ""
-        self.attempt = 1 + sum('"event": "init"' in line for line in text.splitlines())
+        content = before.read_bytes() if writes and before.exists() else b""
+        self.attempt = 1 + content.count(b'"event": "init"')
         self._lines = JsonLines(path, writes)
 
     def write(self, event: str, **fields) -> None:

@@ -160,11 +160,11 @@ def train(
             compiled.add(kind)
             reader.leave_out("compile", time.monotonic() - begin, what=f"{stage.objective} step")
             watchdog.enter("step")
+        guards.stop.anything_to_save = True
+        guards.check_lease()
         votes = guards.votes.cast(bool(guards.stop), saver.has_failed())
         reader.read_previous()
         reader.pending = done, stage, rate, metrics, votes
-        guards.stop.anything_to_save = True
-        guards.check_lease()
 
         # 4. What is due after this step.
         stage_ends = done == stage_first + stage.steps
@@ -182,18 +182,23 @@ def train(
         # 5. Nothing was learned for too long: back to the checkpoint before, and past these rows.
         if reader.skipped >= intervals.max_skipped:
             watchdog.enter("restore")
+            reader.drop_pending()
+            if reader.save_failed:
+                saver.count_failure()
             first_skipped = reader.step - reader.skipped + 1
             state, step, rows_ahead = functions.roll_back(first_skipped, reader.step)
             batches, reader = functions.batches(step, rows_ahead), reader.fresh()
             continue
 
         # 6. A failed save is tried again; on a request to stop nothing but saving is done any more.
-        stopping = reader.stop
+        stopping = reader.stop and done < total_steps(stages)  # the last step's end is near enough
+        save_now = save_now and (stage_ends or not reader.skipped)  # nothing was learned since the last one
         if reader.save_failed:
             reader.save_failed, save_now = False, True
             saver.count_failure()
         if evaluate_now and not stopping:
-            stopping = not _evaluate(functions, logs, guards, done, stage.name, state)
+            is_last = done == total_steps(stages)
+            stopping = not _evaluate(functions, logs, guards, done, stage.name, state, to_its_end=is_last)
         if sample_now and functions.sample is not None and not stopping:
             watchdog.enter("sample")
             with events.timed("sample", step=done):
@@ -253,13 +258,22 @@ class _MetricsReader:
         self._left_out += seconds
         self._logs.events.write(event, **fields, seconds=round(seconds, 4))
 
+    def drop_pending(self) -> None:
+        """Of the last dispatched step only the votes count: the run goes back before it."""
+        if self.pending is not None:
+            self._count(self.pending[-1])
+            self.pending = None
+
+    def _count(self, votes) -> None:
+        stop, save_failed = (bool(vote) for vote in np.asarray(votes))
+        self.stop, self.save_failed = self.stop or stop, self.save_failed or save_failed
+
     def read_previous(self) -> None:
         if self.pending is None:
             return
         (self.step, stage, rate, metrics, votes), self.pending = self.pending, None
         values = {name: float(value) for name, value in metrics.items()}  # waits for that step to end
-        stop, save_failed = (bool(vote) for vote in np.asarray(votes))
-        self.stop, self.save_failed = self.stop or stop, self.save_failed or save_failed
+        self._count(votes)
         self.skipped = int(values["skipped"])
         seconds = time.monotonic() - self._clock - self._left_out
         data_seconds = self._data_seconds
@@ -289,14 +303,14 @@ class _MetricsReader:
             self._logs.tensorboard.write(self.step, numbers(row, "train/"))
 
 
-def _evaluate(functions, logs, guards, step, stage, state) -> bool:
-    """Held-out losses, written down; False if a process was told to stop meanwhile."""
+def _evaluate(functions, logs, guards, step, stage, state, to_its_end=False) -> bool:
+    """Held-out losses, written down; False if a process was told to stop meanwhile and it isn't the last."""
     if functions.evaluate is None:
         return True
 
     def should_stop():
         guards.watchdog.beat()
-        return guards.votes.decide(bool(guards.stop))[0]
+        return guards.votes.decide(bool(guards.stop))[0] and not to_its_end
 
     guards.watchdog.enter("evaluate")
     with logs.events.timed("evaluate", step=step):

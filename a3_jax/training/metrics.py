@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from a3_jax.errors import InputError
 from a3_jax.paths import as_path, write_text
 
 
@@ -35,8 +36,8 @@ class JsonLines:
             try:
                 self._file.write(json.dumps(_without_nan(row)) + "\n")
                 self._file.flush()
-            except OSError as error:
-                warn_once(self, f"{self.path} is not written any more: {error.strerror or error}")
+            except Exception as error:  # a bucket's errors share no type
+                warn_once(self, f"{self.path} is not written any more: {error}")
 
     def cut_back(self, step: int) -> None:
         """Drops the rows of steps after `step`, and a torn last line: a run that goes on writes them again.
@@ -47,7 +48,10 @@ class JsonLines:
             return
         self.close()
         kept = [line for line, row in self._rows() if row["step"] <= step]
-        write_text(self.path, "".join(kept))
+        try:
+            write_text(self.path, "".join(kept))
+        except InputError as error:
+            warn_once(self, f"later rows stay: {error}")
         self._file = self.path.open("a")
 
     def has(self, step: int) -> bool:

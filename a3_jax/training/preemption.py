@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from a3_jax.errors import EXIT_PREEMPTED
 from a3_jax.training.processes import leave
+from a3_jax.training.watchdog import briefly
 
 
 class StopRequest(contextlib.AbstractContextManager):
@@ -45,7 +46,7 @@ class StopRequest(contextlib.AbstractContextManager):
             signal.set_wakeup_fd(self._wakeup)
             signal.signal(signal.SIGTERM, self._handler)
             self._listens = False
-        self._systems.close()  # ends the thread
+        self._systems.close()  # ends the thread, where there is one
 
     def __bool__(self):
         return self.received > 0
@@ -57,9 +58,9 @@ class StopRequest(contextlib.AbstractContextManager):
                 continue
             self.received += terms
             if self.received > 1 or not self.anything_to_save:
-                print("a3: stopped by SIGTERM, nothing new to save", file=sys.stderr)
-                with contextlib.suppress(Exception):
-                    self._before_leaving()
+                why = "a second time, at once" if self.received > 1 else "with nothing new to save"
+                print(f"a3: stopped by SIGTERM {why}", file=sys.stderr)
+                briefly(5.0, self._before_leaving)
                 leave(EXIT_PREEMPTED)
             print("a3: SIGTERM: saving after this step, then leaving", file=sys.stderr)
         self._ours.close()

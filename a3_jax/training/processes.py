@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import a3_jax
+from a3_jax.checkpoints.a3_format import software_versions
 from a3_jax.checkpoints.agreement import agree
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, InputError, RunError
 from a3_jax.model.sharding import replicated
@@ -24,6 +25,7 @@ ADDRESS, NUMBER, ID = "JAX_COORDINATOR_ADDRESS", "A3_NUM_PROCESSES", "A3_PROCESS
 JOIN_SECONDS = 300  # until all processes have come
 HEARTBEAT_SECONDS = 60  # of silence, after which a process counts as lost
 LEAVE_SECONDS = 30
+_LAST_SECONDS = 2.0  # of the coordinator, in which the others hear what it has said last
 
 
 def join() -> bool:
@@ -66,8 +68,8 @@ def part() -> None:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _leave_on_abort(_):
     # Where the coordinator is gone, jax's own thread aborts the process, and takes no callback from Python.
-    print("a3: process 0 is gone", file=sys.stderr)
-    leave(EXIT_PREEMPTED)
+    os.write(2, b"a3: aborted; among several processes that is the coordinator's loss, unless said above\n")
+    os._exit(EXIT_PREEMPTED)
 
 
 def leave(status: int) -> NoReturn:
@@ -100,9 +102,11 @@ def leaving_together(before: Callable[[BaseException], None]) -> Iterator[None]:
         status, told = _status(error)
         with contextlib.suppress(Exception):
             before(told)
-        if status == EXIT_FAILED:
+        if status == EXIT_FAILED or (isinstance(told, PeerLost) and "Gloo" not in str(told)):
             traceback.print_exception(error)
-        print(f"a3: {told}", file=sys.stderr)
+        print(f"a3: {told}", file=sys.stderr, flush=True)
+        if is_first():
+            time.sleep(_LAST_SECONDS)
         leave(status)
 
 
@@ -113,7 +117,8 @@ def _status(error: BaseException) -> tuple[int, BaseException]:
     if isinstance(error, RunError):
         return error.status, error
     text = " ".join(str(error).split())
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text:
+    failed = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text
+    if failed or (isinstance(error, ValueError) and "Gloo" in text):  # where it fails while dispatched
         return EXIT_PREEMPTED, PeerLost(EXIT_PREEMPTED, f"another process is gone: {text[:200]}")
     return EXIT_FAILED, error
 
@@ -160,7 +165,7 @@ def software() -> dict[str, str]:
     for path in sorted(package.rglob("*.py")):
         checksum = zlib.crc32(str(path.relative_to(package)).encode(), checksum)
         checksum = zlib.crc32(path.read_bytes(), checksum)
-    return {"a3_jax": a3_jax.__version__, "code": f"{checksum:08x}", "jax": jax.__version__}
+    return {"code": f"{checksum:08x}", **software_versions()}
 
 
 class Votes:
@@ -168,6 +173,8 @@ class Votes:
 
     def __init__(self, mesh: Mesh):
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        here = jax.process_index()
+        self._local_devices = sum(device.process_index == here for device in mesh.devices.flat)
         self._any = jax.jit(lambda wishes: wishes.max(axis=0), out_shardings=replicated(mesh))
 
     def cast(self, *wishes: bool) -> Any:
@@ -178,7 +185,7 @@ class Votes:
         mine = np.asarray([wishes], np.int32)
         if jax.process_count() == 1:
             return mine[0]
-        rows = np.repeat(mine, jax.local_device_count(), axis=0)
+        rows = np.repeat(mine, self._local_devices, axis=0)
         return self._any(jax.make_array_from_process_local_data(self._sharding, rows))
 
     def decide(self, *wishes: bool) -> list[bool]:
@@ -189,12 +196,16 @@ class Votes:
 def rows_of_process(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
     """Which part of each batch this process's devices hold, as (part, number of parts).
 
-    Processes that share the tensor axis of the same rows have the same part.
+    Processes that share the tensor axis of the same rows have the same part. Where the rows are no such
+    part, because the mesh deals them out to the processes in turn, each makes the whole batch: (0, 1).
     """
-    spans = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
-    first = min(span.start or 0 for span in spans)
-    last = max(batch_size if span.stop is None else span.stop for span in spans)
-    return first // (last - first), batch_size // (last - first)
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    spans = {index[0].indices(batch_size)[:2] for index in indices if index is not None}
+    first, last = min(spans)[0], max(spans)[1]
+    rows = last - first
+    if sum(end - begin for begin, end in spans) != rows or first % rows or batch_size % rows:
+        return 0, 1
+    return first // rows, batch_size // rows
 
 
 def _whole_number(name: str) -> int:

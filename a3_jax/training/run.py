@@ -15,13 +15,12 @@ import jax
 from a3_jax.checkpoints.a3_format import (
     Meta,
     StepWriter,
-    latest_step,
-    list_steps,
     load_checkpoint_tokenizer,
     load_meta,
+    with_manifest,
 )
 from a3_jax.checkpoints.agreement import agree, by_first, together
-from a3_jax.checkpoints.manifest import DamagedCheckpoint
+from a3_jax.checkpoints.manifest import DamagedCheckpoint, raise_damage, read_manifest
 from a3_jax.errors import EXIT_NUMERICS, EXIT_PREEMPTED, InputError, RunError
 from a3_jax.model.accelerators import peak_flops
 from a3_jax.model.config import ModelConfig
@@ -42,7 +41,7 @@ from a3_jax.training.parts import network_of, optimizer_of
 from a3_jax.training.preemption import StopRequest
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.samples import make_sampler
-from a3_jax.training.saving import Saver
+from a3_jax.training.saving import Saver, storage_faults
 from a3_jax.training.state import Numerics, TrainState, abstract_state, init_state, state_shardings
 from a3_jax.training.step import LOSSES, make_loss, make_reset, make_train_step
 from a3_jax.training.watchdog import Limits, Watchdog
@@ -103,7 +102,7 @@ def train(config: Mapping[str, Any], workdir, devices=None):
         stop = stack.enter_context(StopRequest(tell))
         processes.check_alike({"config": run.to_dict(), **processes.software()})
         newest = by_first("progress", lambda: _find_progress(run, workdir))
-        if newest is None or newest < run.total_steps:
+        if not by_first("done", lambda: _is_done(run, workdir, newest)):
             _train(run, workdir, newest, devices, stop, last_words, stack)
     done = max(newest or 0, run.total_steps)
     last = workdir / "checkpoints" / str(done)
@@ -132,12 +131,16 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
     optimizer = optimizer_of(run)
     shardings = state_shardings(start.model, optimizer, mesh)
     lease = Lease(workdir)  # the last thing that can be bad input
-    together("lease", lambda: stack.enter_context(lease) if is_first else None)
-    if is_first:
-        last_words.append(lambda _: lease.release())
+    with storage_faults():
+        together("lease", lambda: stack.enter_context(lease) if is_first else None)
+    if by_first("again", lambda: _find_progress(run, workdir)) != newest:
+        raise InputError("another run has written here meanwhile", file=workdir)
+    if is_first:  # with one process an exception comes to the end of the stack, which gives it back last
+        last_words.append(lambda error: lease.release() if error is None or jax.process_count() > 1 else None)
         _warn(run, start, data)
-        write_json(data_file, described)
-        write_json(workdir / "config.json", run.to_dict())
+        with storage_faults():
+            write_json(data_file, described)
+            write_json(workdir / "config.json", run.to_dict())
     agree("written", None, lambda _: None)  # nobody goes on before
     stack.enter_context(compilation_cache(run.compilation_cache, mesh.devices.flat[0].platform))
 
@@ -154,6 +157,8 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
     restore = functools.partial(_restore, writer, abstract, shardings)
     state = restore() if newest is not None else None
     restored = state is not None
+    if newest is not None and not restored:
+        raise InputError("the steps that were there are gone", file=checkpoints)
     if state is None:
         state = init_state(
             start.model, optimizer, mesh, seed=run.seed, step=run.first_step, params=start.params
@@ -211,16 +216,28 @@ def open_mesh(run: RunConfig, devices=None) -> jax.sharding.Mesh:
 
 
 def _find_progress(run, workdir) -> int | None:
-    """The newest step of the run in a directory, None if it is new there."""
+    """The newest step of the run in a directory, be it damaged by now; None if it is new there."""
     check_parents(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise InputError("is a file, a run's directory is to be there", file=workdir)
-    saved, step = workdir / "config.json", latest_step(workdir / "checkpoints")
+    saved, step = workdir / "config.json", next(iter(with_manifest(workdir / "checkpoints")), None)
     if saved.exists():
         check_unchanged(read_json(saved), run, saved)
     elif step is not None:
         raise InputError("holds checkpoints, but no config.json of their run", file=workdir)
     return step
+
+
+def _is_done(run, workdir, newest: int | None) -> bool:
+    """Whether the last step is there and whole; a damaged one is trained again from the step before."""
+    if newest is None or newest < run.total_steps:
+        return False
+    last = workdir / "checkpoints" / str(newest)
+    try:
+        raise_damage(last, read_manifest(last), deep=True)
+    except DamagedCheckpoint:
+        return False
+    return True
 
 
 def _open_start(run, mesh) -> Start:
@@ -254,15 +271,16 @@ def _warn(run, start, data) -> None:
 
 def _reopen_start(checkpoints) -> Start:
     """A run that goes on: everything is in its own checkpoints, `init_from` may be gone."""
-    steps = list_steps(checkpoints)
-    while True:
-        checkpoint = checkpoints / str(steps.pop())
+    damages = []
+    for step in with_manifest(checkpoints):
+        checkpoint = checkpoints / str(step)
         try:
             meta, tokenizer = load_meta(checkpoint), load_checkpoint_tokenizer(checkpoint)
             break
-        except DamagedCheckpoint:  # will be set aside by the restore; all steps have the same tokenizer
-            if not steps:
-                raise
+        except DamagedCheckpoint as damage:  # the restore sets it aside; all steps have the same tokenizer
+            damages.append(damage)
+    else:
+        raise damages[0]
     if tokenizer is None:
         raise InputError("has no tokenizer, this run can't go on from it", file=checkpoint)
     return Start(meta.model, tokenizer, source=meta.source)
@@ -404,26 +422,26 @@ def _evaluation_due(run, first_step, restored, evaluations) -> str:
     if not run.eval_every:
         return ""
     _, stage, stage_first = stage_at(run.stages, first_step)
-    if restored:
-        _, before, _ = stage_at(run.stages, first_step - 1)
-        missing = not by_first("evaluated", lambda: evaluations.has(first_step))
-        due = first_step == stage_first or first_step % run.eval_every == 0
-        return before.name if due and missing else ""
-    return stage.name
+    if by_first("evaluated", lambda: evaluations.has(first_step)):
+        return ""
+    if not restored:
+        return stage.name
+    due = first_step == stage_first or first_step % run.eval_every == 0
+    return stage_at(run.stages, first_step - 1)[1].name if due else ""
 
 
 def _functions(run, start, data, mesh, optimizer, samples, note, roll_back) -> loop.Functions:
     """The compiled functions of a run, and those that write."""
     model = network_of(run, start.model)
     sharding, bos_id = batch_sharding(mesh), start.tokenizer.bos_id
-    place = functools.partial(_place, sharding)
+    host, num_hosts = processes.rows_of_process(sharding, run.batch_size)
+    place = functools.partial(_place, sharding, num_hosts)
     table = data.heldout if data.heldout is not None else data.train
     make_step = functools.partial(make_train_step, model, optimizer, mesh, microbatches=run.microbatches)
 
     def batches(step, rows_ahead):
         from a3_jax.data.batches import stream
 
-        host, num_hosts = processes.rows_of_process(sharding, run.batch_size)
         return stream(
             data.train, run.stages, run.seed, run.batch_size, step,
             host=host, num_hosts=num_hosts, bos_id=bos_id, rows_ahead=rows_ahead,
@@ -494,6 +512,11 @@ def _evaluation(run, model, heldout, place, sharding, bos_id):
     return lambda params, should_stop: held_out_losses(losses, params, batches, should_stop)
 
 
-def _place(sharding, batch):
-    """This process's rows as part of the global batch [B, T], on its devices."""
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+def _place(sharding, parts, batch):
+    """This process's rows, one of so many parts of the global batch [B, T], on its devices."""
+
+    def place(rows):
+        shape = (rows.shape[0] * parts, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return {name: place(rows) for name, rows in batch.items()}

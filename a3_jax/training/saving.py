@@ -1,13 +1,30 @@
 """Saving in the background: what failed is known by the next step, and to all processes alike."""
 
-from collections.abc import Callable
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from a3_jax.checkpoints.a3_format import Meta
-from a3_jax.errors import EXIT_STORAGE, RunError
+from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.tokenizer import Tokenizer
 from a3_jax.training.processes import Votes
 from a3_jax.training.state import TrainState
+
+
+@contextlib.contextmanager
+def storage_faults() -> Iterator[None]:
+    """A disk that is full or broken is no bad input: a launcher may start the run again.
+
+    Raises:
+      RunError: in place of the `InputError` that says so.
+    """
+    try:
+        yield
+    except InputError as error:
+        if getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise RunError(EXIT_STORAGE, str(error)) from error
+        raise
 
 
 class Saver:
@@ -56,6 +73,8 @@ class Saver:
         Raises:
           RunError: it was one time too many.
         """
+        if not self._in_flight:
+            return  # told late, and counted by whoever waited for it
         self._failures, self._in_flight, self.due = self._failures + 1, False, True
         if self._failures >= self._attempts:
             raise RunError(EXIT_STORAGE, f"saving failed {self._failures} times in a row")

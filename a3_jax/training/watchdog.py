@@ -128,15 +128,15 @@ class Watchdog:
         # Disk and terminal may be what hangs: nothing here is waited for without a limit.
         file = self._directory / "stacks" / f"{self._process}-{int(time.time())}.txt"
         told = f"a3: hung: '{phase}' has taken {seconds:.0f} s; where every thread stands: {file}"
-        _briefly(10.0, lambda: _write_stacks(file))
-        _briefly(2.0, lambda: print(told, file=sys.stderr, flush=True))
+        briefly(10.0, lambda: _write_stacks(file))
+        briefly(2.0, lambda: print(told, file=sys.stderr, flush=True))
         on_hang = self._on_hang
         if on_hang is not None:
-            _briefly(2.0, lambda: on_hang(phase, seconds, str(file)))
+            briefly(2.0, lambda: on_hang(phase, seconds, str(file)))
         self._exit(EXIT_HUNG)
 
 
-def _briefly(seconds: float, function: Callable[[], object]) -> None:
+def briefly(seconds: float, function: Callable[[], object]) -> None:
     """Calls a function, goes on without it after some seconds, and drops what it raises."""
 
     def call():

@@ -239,15 +239,15 @@ class Disturbed:
         return f"{step}/{name} at byte {place}"
 
     def _tear(self, name: str) -> str:
-        """The last line loses its end."""
+        """The beginning of one more line: what a death in the middle of writing leaves."""
         file = self._run.workdir / name
-        data = file.read_bytes() if file.exists() else b""
-        last = data.rstrip(b"\n").rfind(b"\n") + 1
-        if len(data) - last < 3:
+        lines = file.read_bytes().splitlines() if file.exists() else []
+        if not lines or len(lines[-1]) < 3:
             return ""
-        length = self._draw.randrange(last + 1, len(data) - 1)
-        file.write_bytes(data[:length])
-        return f"{len(data) - length} bytes"
+        length = self._draw.randrange(1, len(lines[-1]) - 1)
+        with open(file, "ab") as torn:
+            torn.write(lines[-1][:length])
+        return f"{length} bytes"
 
     def _stray(self, steps: list[int]) -> str:
         """An empty directory: of a step to come, or of none that there will be."""

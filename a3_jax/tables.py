@@ -1,4 +1,4 @@
-"""What `a3 goodput` and `a3 status` share in showing."""
+"""Tables of `a3 info`, `a3 status` and `a3 goodput`."""
 
 import datetime
 

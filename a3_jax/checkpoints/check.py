@@ -1,0 +1,258 @@
+"""Whether a conversion kept the model: what `a3 convert --check` finds before its destination appears.
+
+With torch and transformers the content stream, from left to right, is compared with the model that
+transformers makes of the Hugging Face side: in float32, from weights rounded alike. In any case every
+tensor is compared by its size and norm.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from a3_jax.checkpoints.families import tensor_table
+from a3_jax.checkpoints.fingerprint import tree_names
+from a3_jax.checkpoints.hf_format import HFModel, open_hf
+from a3_jax.checkpoints.reading import one_line
+from a3_jax.errors import EXIT_FAILED, RunError
+from a3_jax.model.config import ModelConfig
+from a3_jax.model.two_stream import Block, Rows, TwoStream, lay_out_for_few_rows, logits, run_rows
+
+TOLERANCE = 1e-4  # of logits: times their largest; of a row of hidden states: of its norm
+_EXAMPLES, _LENGTH, _SEED = 2, 64, 0
+_AT_ONCE = 1 << 22  # numbers that are in memory as float64
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What the check of a conversion that passed it looked at.
+
+    Attributes:
+      tensors, parameters: how many have the right shapes, and finite norms that are those of the source.
+      difference, scale: the largest difference between logits and the largest logit, of `tokens`; None
+        where logits were not compared.
+      why_not: the reason for that.
+    """
+
+    tensors: int
+    parameters: int
+    difference: float | None = None
+    scale: float | None = None
+    tokens: int = 0
+    why_not: str = ""
+
+    def __str__(self):
+        norms = f"norms of {self.tensors:,} tensors, {self.parameters:,} parameters"
+        if self.difference is None:
+            return f"checked: {norms}; logits were not compared: {self.why_not}"
+        return (
+            f"checked: logits of {self.tokens} tokens are those of transformers, largest difference "
+            f"{self.difference:.1e} (logits up to {self.scale:.3g}); {norms}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Hidden states [B, T, D] in the order of computing, by name, and logits [B, T, V]; float32, NumPy."""
+
+    states: dict[str, np.ndarray]
+    logits: np.ndarray
+
+
+def check_conversion(params, config: ModelConfig, hf_directory, dtype, place) -> Checked:
+    """Compares the two sides of a conversion.
+
+    Args:
+      params: the parameter tree on the A3 side, of any dtype; what was written, if that side was.
+      config: its model.
+      hf_directory: the Hugging Face side; None where both sides are A3.
+      dtype: to which all parameters were converted; None: to none.
+      place: names the destination in errors.
+
+    Raises:
+      RunError: the sides differ, naming the first layer or the tensor; `EXIT_FAILED`.
+    """
+    if hf_directory is None:
+        sizes = [_checked_size(name, [np.asarray(leaf)], place) for name, leaf in tree_names(params).items()]
+        return Checked(len(sizes), sum(sizes), why_not="both sides are A3")
+    model = open_hf(hf_directory)
+    why_not = _why_not(config, hf_directory)
+    compared: dict[str, Any] = {"why_not": why_not}
+    if not why_not:
+        compared = _compare_logits(params, model, dtype, place)
+    table = tensor_table(config)
+    sizes = [
+        _checked_size(tensor.name, [_slice_of(params, part) for part in table[name]], place, tensor)
+        for name, tensor in model.stored.items()
+        if name in table  # which a tied head's second copy is not
+    ]
+    return Checked(len(sizes), sum(sizes), **compared)
+
+
+def _why_not(config, hf_directory) -> str:
+    """Why transformers can't be asked, empty where it can."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    if config.residual == "release":
+        return "transformers has no model with the residual of the authors' release"
+    return "transformers reads local directories only" if "://" in str(hf_directory) else ""
+
+
+def _compare_logits(params, model: HFModel, dtype, place) -> dict[str, Any]:
+    """The fields of `Checked` that tell of logits."""
+    config = model.config
+    length = min(_LENGTH, config.context_length(left_to_right=True))
+    tokens = np.random.default_rng(_SEED).integers(0, config.vocab_size, (_EXAMPLES, length), np.int32)
+    theirs = _their_run(model.directory, tokens, dtype, place)
+    params = _rounded_as_stored(params, model)
+    ours = np.asarray(_our_logits(config)(params, _left_to_right(tokens)))
+    difference, scale = float(np.abs(ours - theirs.logits).max()), float(np.abs(theirs.logits).max())
+    if not difference <= TOLERANCE * max(scale, 1.0):  # NaN is a difference
+        where = _first_difference(_our_states(params, config, tokens), theirs.states)
+        raise RunError(
+            EXIT_FAILED,
+            f"{place}: not written: logits differ from those of transformers by {difference:.2g} "
+            f"(logits up to {scale:.3g}); the first difference is in {where}",
+        )
+    return {"difference": difference, "scale": scale, "tokens": tokens.size}
+
+
+def _their_run(directory, tokens, dtype, place) -> _Run:
+    import torch
+    import transformers
+
+    with _quiet(transformers.utils.logging):
+        try:
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                str(directory), dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+                trust_remote_code=False, use_safetensors=True,
+            ).eval()  # fmt: skip
+        except Exception as error:  # its errors share no type
+            message = f"{place}: not written: transformers {transformers.__version__} can't open the model"
+            raise RunError(EXIT_FAILED, f"{message}: {one_line(error)}") from error
+    blocks = model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
+    last = []  # behind the last layer transformers itself gives the state after the final norm alone
+    blocks[-1].register_forward_hook(lambda _, __, out: last.append(out))
+    with torch.no_grad():
+        for parameter in model.parameters() if dtype is not None else ():
+            parameter.copy_(parameter.to(getattr(torch, np.dtype(dtype).name)))
+        out = model(torch.from_numpy(tokens).long(), output_hidden_states=True, use_cache=False)
+    before_norm = last[0][0] if isinstance(last[0], tuple) else last[0]
+    states = [*out.hidden_states[:-1], before_norm, out.hidden_states[-1]]
+    names = _state_names(len(blocks))
+    return _Run({name: state.numpy() for name, state in zip(names, states, strict=True)}, out.logits.numpy())
+
+
+@contextlib.contextmanager
+def _quiet(logging):
+    """transformers without progress bars, and without its list of tensors that it does not know."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _state_names(layers: int) -> list[str]:
+    return ["the embedding", *(f"layer {layer} (of 0 to {layers - 1})" for layer in range(layers)),
+            "the final norm"]  # fmt: skip
+
+
+def _left_to_right(tokens) -> Rows:
+    """Content rows with rank = position."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    start = jnp.zeros_like(positions)
+    return Rows(positions=positions, start=start, limit=positions + 1, tokens=jnp.asarray(tokens))
+
+
+@functools.cache
+def _our_logits(config: ModelConfig):
+    """A compiled function of parameters and rows: logits [B, T, V], float32."""
+
+    @jax.jit
+    def run(params, rows):
+        out = run_rows(TwoStream(config, precision=_HIGHEST), params, rows, outputs="content")
+        return logits(params, config, out.content, _HIGHEST)
+
+    return run
+
+
+def _our_states(params, config: ModelConfig, tokens) -> dict[str, np.ndarray]:
+    """Hidden states as in `_Run`, from the layers one by one: a scan keeps none of those between."""
+    params = {**params, **lay_out_for_few_rows(params, config)}
+    model = TwoStream(config, precision=_HIGHEST, few_rows=True)
+    out, variables = model.apply(
+        {"params": params}, _left_to_right(tokens), outputs="content", mutable=["intermediates"],
+        capture_intermediates=lambda module, method: isinstance(module, Block) or method == "embedded",
+    )  # fmt: skip
+    kept = variables["intermediates"]
+    layers = [f"layer_{layer}" for layer in range(config.num_layers - 1)] + ["last_layer"]
+    states = [kept["embedded"][0]]
+    for layer in layers:
+        (state, _), _ = kept[layer]["__call__"][0]
+        states.append(state)
+    states.append(out.content)
+    return dict(zip(_state_names(config.num_layers), map(np.asarray, states), strict=True))
+
+
+def _first_difference(ours, theirs) -> str:
+    """The name of the first state in which a row is another one, by the size of the rows' difference."""
+    for name, expected in theirs.items():
+        distance = np.linalg.norm(ours[name] - expected, axis=-1)
+        if not np.all(distance <= TOLERANCE * np.linalg.norm(expected, axis=-1)):
+            return name
+    return "the head"
+
+
+def _rounded_as_stored(params, model: HFModel):
+    """The parameters in float32, each no more exact than it is in the files."""
+    rounded = jax.tree.map(lambda leaf: np.array(leaf, np.float32), params)
+    table = tensor_table(model.config)
+    for name, stored in model.stored.items():
+        for part in table.get(name, ()) if stored.dtype != np.float32 else ():
+            leaf = _slice_of(rounded, part)
+            leaf[...] = leaf.astype(stored.dtype)
+    return rounded
+
+
+def _slice_of(params, part) -> np.ndarray:
+    leaf = functools.reduce(lambda tree, key: tree[key], part.leaf, params)
+    return np.asarray(leaf if part.layer is None else leaf[part.layer])
+
+
+def _checked_size(name, arrays, place, stored=None) -> int:
+    """How many parameters a tensor has, after comparing its parts, `arrays`, with what is in the file."""
+    size, norm = sum(array.size for array in arrays), _norm(arrays)
+    problem = "" if math.isfinite(norm) else "its norm is not finite"
+    if stored is not None and not problem:
+        expected = _norm([stored.read()])
+        same_dtype = all(array.dtype == stored.dtype for array in arrays)
+        if size != math.prod(stored.shape):
+            problem = f"{size} parameters, {math.prod(stored.shape)} on the other side"
+        elif not math.isclose(norm, expected, rel_tol=1e-6 if same_dtype else 1e-2):
+            problem = f"norm {norm:.6g}, {expected:.6g} on the other side"
+    if problem:
+        raise RunError(EXIT_FAILED, f"{place}: not written: {name}: {problem}")
+    return size
+
+
+def _norm(arrays) -> float:
+    total = 0.0
+    for array in arrays:
+        flat = array.reshape(-1)
+        for begin in range(0, flat.size, _AT_ONCE):
+            piece = flat[begin : begin + _AT_ONCE].astype(np.float64)
+            total += float(piece @ piece)
+    return math.sqrt(total)

@@ -1,0 +1,204 @@
+"""`a3 convert --check`: a conversion proves itself before its destination appears. Values that are NaN."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from a3_jax.checkpoints import check, conversion
+from a3_jax.checkpoints.conversion import convert
+from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.cli import main
+from a3_jax.errors import InputError, RunError
+from tests.tiny_families import rewrite, write_family
+from tests.tiny_hf import write_tiny_llama
+
+needs_torch = [
+    pytest.mark.torch,
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
+        reason="needs torch and transformers",
+    ),
+]
+
+
+def with_torch(function):
+    for mark in needs_torch:
+        function = mark(function)
+    return function
+
+
+@pytest.fixture
+def llama(tmp_path):
+    write_tiny_llama(tmp_path / "hf", num_layers=3, tokenizer=None)
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+
+
+def break_writing(monkeypatch, edit):
+    """What is written is not what was read."""
+    for name in ("save_checkpoint", "write_hf"):
+        write = getattr(conversion, name)
+
+        def broken(directory, params, *arguments, write=write):
+            params = {**params, "layers": dict(params["layers"]), "last_layer": dict(params["last_layer"])}
+            edit(params)
+            write(directory, params, *arguments)
+
+        monkeypatch.setattr(conversion, name, broken)
+
+
+def turn(part, leaf, layer=...):
+    """An edit that turns a leaf's sign around, or that of one layer: no norm changes."""
+
+    def edit(params):
+        tree = params[part] if part else params
+        tree[leaf] = tree[leaf].copy()
+        tree[leaf][layer] *= -1
+
+    return edit
+
+
+@with_torch
+@pytest.mark.parametrize(("name", "dtype"), [("llama", None), ("gemma3", "float16")])
+def test_both_directions_pass(tmp_path, name, dtype):
+    """Of bfloat16 files, whether they stay what they are or are rounded."""
+    write_family(tmp_path / "hf", name, dtype="bfloat16")
+    there = convert(tmp_path / "hf", tmp_path / "a3", dtype=dtype, check=True)
+    back = convert(tmp_path / "a3", tmp_path / "back", to="hf", check=True)
+    for checked in (there, back):
+        assert checked.difference < 2e-5 and checked.scale > 1 and checked.tokens == 128
+    assert back.tensors == there.tensors + 1 and back.parameters == there.parameters + 32
+    assert open_checkpoint(tmp_path / "back").config == open_checkpoint(tmp_path / "hf").config
+
+
+@with_torch
+def test_float32_into_narrower_files(llama, tmp_path):
+    convert(llama, tmp_path / "a3")
+    checked = convert(tmp_path / "a3", tmp_path / "narrow", to="hf", dtype="bfloat16", check=True)
+    assert checked.difference < 1e-4
+    assert convert(llama, tmp_path / "narrow-a3", dtype="bfloat16", check=True).difference < 1e-4
+
+
+@with_torch
+def test_the_command_says_what_it_found(llama, tmp_path, capfd):
+    assert main(["convert", str(llama), str(tmp_path / "a3"), "--check"]) == 0
+    out, err = capfd.readouterr()
+    checked, wrote = out.splitlines()
+    assert checked.startswith("checked: logits of 128 tokens are those of transformers, largest difference ")
+    assert "norms of 30 tensors" in checked and wrote == f"wrote {tmp_path / 'a3'}"
+    assert "transformers" not in err and "Loading" not in err
+
+
+PLACES = {
+    "the embedding": turn(None, "embed", slice(0, 200)),
+    "layer 1": turn("layers", "v", 1),
+    "layer 2": turn("last_layer", "o"),
+    "the final norm": turn(None, "final_norm", slice(0, 5)),
+    "the head": turn(None, "head", slice(0, 5)),
+}
+
+
+@with_torch
+@pytest.mark.parametrize("place", PLACES)
+def test_the_first_layer_that_differs_is_named(llama, tmp_path, monkeypatch, place):
+    break_writing(monkeypatch, PLACES[place])
+    with pytest.raises(RunError) as caught:
+        convert(llama, tmp_path / "a3", check=True)
+    assert caught.value.status == 1 and f"the first difference is in {place}" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+@with_torch
+def test_a_broken_layer_on_the_way_back(llama, tmp_path, monkeypatch, capsys):
+    convert(llama, tmp_path / "a3")
+    break_writing(monkeypatch, turn("layers", "gate", 1))
+    assert main(["convert", str(tmp_path / "a3"), str(tmp_path / "back"), "--to=hf", "--check"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "back: not written" in err and "in layer 1 (of 0" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a3", "hf"]
+
+
+@with_torch
+def test_a_model_that_transformers_cannot_open(llama, tmp_path, monkeypatch):
+    import transformers
+
+    def fail(*_, **__):
+        raise ValueError("no such\nmodel")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(RunError, match="can't open the model: ValueError: no such model"):
+        convert(llama, tmp_path / "a3", check=True)
+    assert not (tmp_path / "a3").exists()
+
+
+def test_without_torch_sizes_and_norms_are_compared(llama, tmp_path, monkeypatch, capsys, without_torch):
+    a3, back = tmp_path / "a3", tmp_path / "back"
+    assert main(["convert", str(llama), str(a3), "--check", "--dtype=bfloat16"]) == 0
+    assert main(["convert", str(a3), str(back), "--to=hf", "--check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(
+        "logits were not compared: torch not installed" in lines[n] for n in (0, 2)
+    )
+
+    def scale(params):
+        params["layers"]["up"] = params["layers"]["up"] * 1.5
+
+    break_writing(monkeypatch, scale)
+    with pytest.raises(RunError, match=r"layers\.0\.mlp\.up_proj\.weight: norm .* on the other side"):
+        convert(llama, tmp_path / "again", check=True)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_checkpoint_to_itself_and_the_release(llama, tmp_path):
+    convert(llama, tmp_path / "a3")
+    checked = convert(tmp_path / "a3", tmp_path / "again", check=True)
+    assert checked.why_not == "both sides are A3" and checked.difference is None
+    write_tiny_llama(tmp_path / "release", architecture="LlamaTwoStreamForCausalLM")
+    checked = convert(tmp_path / "release", tmp_path / "release-a3", check=True)
+    assert "authors' release" in str(checked) or "not installed" in str(checked)
+
+
+def test_no_torch_without_check(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "importlib", None)  # whoever asked for torch would fail
+    assert convert(llama, tmp_path / "a3") is None
+
+
+QUERY_1 = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", [QUERY_1, "model.layers.2.mlp.up_proj.weight", "lm_head.weight"])
+def test_values_that_are_no_numbers_are_refused(llama, tmp_path, capsys, name, value):
+    """By the tensor's name in the file; of an A3 checkpoint by the leaf's."""
+
+    def spoil(tensors):
+        tensors[name].flat[[3, 5]] = value
+        return tensors
+
+    rewrite(llama, spoil)
+    for to in ("a3", "hf"):
+        with pytest.raises(InputError, match=r"2 of its .* values are NaN or infinite") as caught:
+            convert(llama, tmp_path / "dst", to=to)
+        assert caught.value.field == name and "model.safetensors" in str(caught.value.file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+    assert main(["convert", str(llama), str(tmp_path / "a3"), "--allow_nonfinite"]) == 0
+    assert main(["convert", str(tmp_path / "a3"), str(tmp_path / "back"), "--to=hf"]) == 2
+    assert "a3: params/" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_check_of_what_is_not_finite_fails(llama, tmp_path, without_torch):
+    def spoil(tensors):
+        tensors[QUERY_1].flat[0] = np.nan
+        return tensors
+
+    rewrite(llama, spoil)
+    with pytest.raises(RunError, match=rf"{QUERY_1}: its norm is not finite"):
+        convert(llama, tmp_path / "a3", check=True, allow_nonfinite=True)
