@@ -39,6 +39,9 @@ def test_the_rows_of_a_process_are_those_of_its_devices(sizes):
 
     halves = [mesh.devices.reshape(-1)[:4], mesh.devices.reshape(-1)[4:]]
     assert [processes.rows_of_process(OfSome(half), 16) for half in halves] == [(0, 2), (1, 2)]
+    dealt = [mesh.devices.reshape(-1)[[0, 1, 4, 5]], mesh.devices.reshape(-1)[[2, 3, 6, 7]]]
+    if "tensor" not in sizes:
+        assert [processes.rows_of_process(OfSome(some), 16) for some in dealt] == [(0, 1), (0, 1)]
     assert sharding.spec == PartitionSpec(("data", "fsdp"))
 
 

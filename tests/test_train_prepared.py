@@ -12,6 +12,7 @@ from a3_jax.cli import main
 from a3_jax.errors import InputError
 from a3_jax.tokenizer import bytes_tokenizer
 from a3_jax.training import run as training
+from tests.checkpoint_fixtures import reseal
 from tests.prepared_fixtures import make_prepared, rows
 from tests.training_fixtures import tiny_run
 
@@ -89,7 +90,8 @@ def test_init_from_without_an_embedding_for_an_id(directory, tmp_path):
         tiny_run(str(text), batch_size=8, model=tiny_run("")["model"] | {"vocab_size": 258}, stages=[small]),
         tmp_path / "x",
     )
-    shutil.rmtree(checkpoint / "tokenizer")  # token ids only: nothing but the vocabulary can be compared
+    shutil.rmtree(checkpoint / "tokenizer")
+    reseal(checkpoint)  # token ids only: nothing but the vocabulary can be compared
     wide = make_prepared(tmp_path / "wide", rows(5, seq_len=24), largest_id=300)
     with pytest.raises(InputError, match="token id 300 is outside the model's vocabulary of 258"):
         train(run(wide, init_from=str(checkpoint), stages=[small]), tmp_path / "run")

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from a3_jax.decoding.batching import batches, bucket
 from a3_jax.decoding.loop import Program, decode, default_dtype, lay_out
@@ -94,13 +95,19 @@ def final_fields(state: State, eos_id) -> dict[str, np.ndarray]:
     fields = {name: getattr(state, name) for name in names}
     if state.drafts is not None:
         fields |= {"proposed": state.drafts.proposed, "accepted": state.drafts.accepted}
-    fields = {name: np.asarray(field) for name, field in fields.items()}
-    fields["finished"] = np.asarray(finished(state, eos_id))
+    fields = {name: _on_host(field) for name, field in fields.items()}
+    fields["finished"] = _on_host(finished(state, eos_id))
     fields["length"] = np.full(len(fields["tokens"]), fields["tokens"].shape[1])
     if eos_id is not None:
-        ends = np.asarray(final_eos(state, eos_id))
+        ends = _on_host(final_eos(state, eos_id))
         fields["length"] = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, fields["length"])
     return fields
+
+
+def _on_host(array) -> np.ndarray:
+    """All of an array, also where other processes hold some of it."""
+    everything_here = array.is_fully_addressable or array.is_fully_replicated
+    return np.asarray(array if everything_here else process_allgather(array, tiled=True))
 
 
 def _planned_ranks(request: BlankRequest, sample: int, context: str, options: GenerateOptions) -> np.ndarray:

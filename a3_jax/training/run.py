@@ -15,8 +15,6 @@ import jax
 from a3_jax.checkpoints.a3_format import (
     Meta,
     StepWriter,
-    load_checkpoint_tokenizer,
-    load_meta,
     with_manifest,
 )
 from a3_jax.checkpoints.agreement import agree, by_first, together
@@ -28,7 +26,6 @@ from a3_jax.model.flops import train_step_flops
 from a3_jax.model.sharding import batch_sharding, make_mesh, replicated
 from a3_jax.ordering.curriculum import stage_at, trained_context
 from a3_jax.paths import as_path, check_parents, read_json, write_json
-from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
 from a3_jax.training import loop, processes
 from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.config import RunConfig, check_unchanged, model_config
@@ -42,28 +39,12 @@ from a3_jax.training.preemption import StopRequest
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.samples import make_sampler
 from a3_jax.training.saving import Saver, storage_faults
+from a3_jax.training.start import open_run_data, open_start, reopen_start
 from a3_jax.training.state import Numerics, TrainState, abstract_state, init_state, state_shardings
 from a3_jax.training.step import LOSSES, make_loss, make_reset, make_train_step
 from a3_jax.training.watchdog import Limits, Watchdog
 
 JSON_LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """What a run begins or goes on with.
-
-    Attributes:
-      model: the model's config.
-      tokenizer: made the data's token ids; goes into every checkpoint.
-      params: parameters on the mesh; None: drawn, or restored with the rest of the state.
-      source: what a checkpoint remembers of the Hugging Face model it came from.
-    """
-
-    model: ModelConfig
-    tokenizer: Tokenizer
-    params: Any = None
-    source: Mapping[str, Any] | None = None
 
 
 def train(config: Mapping[str, Any], workdir, devices=None):
@@ -123,20 +104,15 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
     checkpoints, is_first = workdir / "checkpoints", processes.is_first()
     mesh = open_mesh(run, devices)
     stack.enter_context(jax.set_mesh(mesh))
-    start = _open_start(run, mesh) if newest is None else _reopen_start(checkpoints)
+    start = open_start(run, mesh) if newest is None else reopen_start(checkpoints)
     data_file = workdir / "data.json"
     saved = read_json(data_file) if newest is not None and data_file.exists() else None
-    data, described = together("data", lambda: _open_data(run, start, saved))
+    data, described = together("data", lambda: open_run_data(run, start, saved))
     processes.check_alike({"data": described})
     optimizer = optimizer_of(run)
     shardings = state_shardings(start.model, optimizer, mesh)
-    lease = Lease(workdir)  # the last thing that can be bad input
-    with storage_faults():
-        together("lease", lambda: stack.enter_context(lease) if is_first else None)
-    if by_first("again", lambda: _find_progress(run, workdir)) != newest:
-        raise InputError("another run has written here meanwhile", file=workdir)
-    if is_first:  # with one process an exception comes to the end of the stack, which gives it back last
-        last_words.append(lambda error: lease.release() if error is None or jax.process_count() > 1 else None)
+    lease = _claim(run, workdir, newest, stack, last_words)  # the last thing that can be bad input
+    if is_first:
         _warn(run, start, data)
         with storage_faults():
             write_json(data_file, described)
@@ -195,6 +171,27 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
     )
 
 
+def _claim(run, workdir, newest, stack, last_words) -> Lease:
+    """Takes the directory for this run alone.
+
+    Raises:
+      InputError: another run has it, or had it since `newest` was looked up.
+    """
+    lease = Lease(workdir)
+    with storage_faults():
+        together("lease", lambda: stack.enter_context(lease) if processes.is_first() else None)
+    if by_first("again", lambda: _find_progress(run, workdir)) != newest:
+        raise InputError("another run has written here meanwhile", file=workdir)
+
+    def give_back(error):  # with one process an exception comes to the end of the stack, which does so last
+        if error is None or jax.process_count() > 1:
+            lease.release()
+
+    if processes.is_first():
+        last_words.append(give_back)
+    return lease
+
+
 def open_mesh(run: RunConfig, devices=None) -> jax.sharding.Mesh:
     """The mesh of a run, over whose data and fsdp axes every microbatch's rows divide.
 
@@ -240,23 +237,6 @@ def _is_done(run, workdir, newest: int | None) -> bool:
     return True
 
 
-def _open_start(run, mesh) -> Start:
-    """A new run: the model of `init_from`, or one whose vocabulary is the tokenizer's."""
-    if not run.init_from:
-        tokenizer = _open_tokenizer(run, None)
-        return Start(model_config(run, tokenizer.vocab_size), tokenizer)
-    from a3_jax.checkpoints.opening import open_checkpoint
-
-    checkpoint = open_checkpoint(run.init_from, dtype="float32", seed=run.seed, mesh=mesh)
-    tokenizer = _open_tokenizer(run, checkpoint.tokenizer)
-    context = checkpoint.config.max_length
-    if run.seq_len > context:
-        raise InputError(
-            f"{run.seq_len} is longer than the context of {run.init_from}: {context}", field="seq_len"
-        )
-    return Start(checkpoint.config, tokenizer, checkpoint.params, checkpoint.meta.source)
-
-
 def _warn(run, start, data) -> None:
     """What a user may not expect; only once nothing can be refused any more."""
 
@@ -267,69 +247,6 @@ def _warn(run, start, data) -> None:
         print(f"warning: config.model gives way to the model of {run.init_from}", file=sys.stderr)
     if data.heldout is None and run.eval_every:
         print("warning: no held-out documents, so no held-out losses", file=sys.stderr)
-
-
-def _reopen_start(checkpoints) -> Start:
-    """A run that goes on: everything is in its own checkpoints, `init_from` may be gone."""
-    damages = []
-    for step in with_manifest(checkpoints):
-        checkpoint = checkpoints / str(step)
-        try:
-            meta, tokenizer = load_meta(checkpoint), load_checkpoint_tokenizer(checkpoint)
-            break
-        except DamagedCheckpoint as damage:  # the restore sets it aside; all steps have the same tokenizer
-            damages.append(damage)
-    else:
-        raise damages[0]
-    if tokenizer is None:
-        raise InputError("has no tokenizer, this run can't go on from it", file=checkpoint)
-    return Start(meta.model, tokenizer, source=meta.source)
-
-
-def _open_tokenizer(run, of_checkpoint) -> Tokenizer:
-    """The run's tokenizer: that of prepared data, which no other may contradict, or the one that is named."""
-    from a3_jax.data.prepared import find_prepared, prepared_tokenizer
-
-    found = find_prepared(run.data)
-    if found:
-        named = [load_tokenizer(run.tokenizer)] if run.tokenizer else []
-        return prepared_tokenizer(found[0], *named, *([of_checkpoint] if of_checkpoint else []))
-    if run.tokenizer:
-        return load_tokenizer(run.tokenizer)
-    if of_checkpoint is not None:
-        return of_checkpoint
-    if run.data:
-        return bytes_tokenizer()
-    from a3_jax.data.embedded import tokenizer_json
-
-    return from_files({"tokenizer.json": tokenizer_json()})
-
-
-def _open_data(run, start, saved):
-    """The run's tables, and what `data.json` says of them.
-
-    Args:
-      saved: what it said when the run began, None for a new run.
-
-    Raises:
-      InputError: data that can't be used, is no longer the same, or has ids without an embedding.
-    """
-    from a3_jax.data.prepared import check_tokenizer, describe, find_prepared, open_tables
-    from a3_jax.data.tasks import Data, open_data
-
-    found = find_prepared(run.data)
-    if saved is not None and saved != describe(found):
-        raise InputError("is not the data that this run began with", file=run.data, field="data")
-    if found:
-        check_tokenizer(found[0], start.tokenizer)
-        data = Data(*open_tables(found, run.seq_len))
-    else:
-        data = open_data(run.data, start.tokenizer, run.seq_len, packing=run.packing, holdout=run.holdout)
-    largest = max(table.largest_id for table in (data.train, data.heldout) if table is not None)
-    if largest >= start.model.vocab_size:
-        raise InputError(f"token id {largest} is outside the model's vocabulary of {start.model.vocab_size}",
-                         file=run.data or None, field="data")  # fmt: skip
-    return data, describe(found)
 
 
 def _restore(writer, abstract, shardings, at_most: int | None = None) -> TrainState | None:

@@ -59,7 +59,7 @@ def test_a_request_to_stop(run, undisturbed, told):
 
 def test_a_request_to_stop_during_an_evaluation(run):
     """The evaluation is given up, the step saved; the run goes on with the evaluation that is missing."""
-    disturbed = run(processes=2, overrides=["--config.eval_every=6"])
+    disturbed = run(processes=2, overrides=["--config.eval_every=6", "--config.sample_every=12"])
     disturbed.start(drill="slow_eval").wait_for_step(6)
     disturbed.kill(1, signal.SIGTERM)
     assert disturbed.wait() == [EXIT_PREEMPTED] * 2, disturbed.told()
@@ -68,6 +68,7 @@ def test_a_request_to_stop_during_an_evaluation(run):
     disturbed.finish()
     assert [row["step"] for row in disturbed.rows("eval.jsonl")] == [0, 6, 12, 18, 24]
     assert [row["step"] for row in disturbed.rows()] == list(range(1, 25))
+    assert {row["step"] for row in disturbed.rows("samples.jsonl")} == {12, 24}
 
 
 def test_a_stuck_and_a_stopped_peer(run):
