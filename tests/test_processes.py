@@ -75,4 +75,5 @@ def test_the_status_of_a_process_among_others():
     assert status(RunError(79, "numbers")) == 79
     assert status(jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed")) == EXIT_PREEMPTED
     assert status(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")) == 1
+    assert status(ValueError("UNKNOWN: Gloo all-reduce failed: connection reset")) == EXIT_PREEMPTED
     assert status(ValueError("a bug")) == 1
