@@ -19,7 +19,7 @@ class Events:
         evaluate  step, seconds                 sample    step, seconds
         save      step, seconds: of waiting     saved     step, seconds, bytes: in the background
         save_failed  step, problem              rollback  from_step, to_step, skipped_steps
-        preempt   step                          hang      phase, seconds, file
+        preempt   step, if it was saved now     hang      phase, seconds, file
         peer_lost, failed  problem              finish    step
 
     The supervisor of `a3 launch local` adds `restart`. `seconds` of a step contain `data_seconds`; all
