@@ -46,7 +46,9 @@ def start():
 def test_with_nothing_to_save_it_leaves_at_once(start):
     child = start("0")
     child.terminate()
-    assert child.wait(30) == EXIT_PREEMPTED and child.stdout.read() == "given back\n"
+    assert child.wait(30) == EXIT_PREEMPTED
+    # "asked" may stand before it: the main thread can wake between the signal and the leaving.
+    assert child.stdout.read().endswith("given back\n")
 
 
 def test_the_first_is_a_request_and_the_second_an_order(start):
