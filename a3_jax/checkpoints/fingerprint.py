@@ -67,7 +67,9 @@ def _sums(leaves):
     return [_sums_of_leaf(leaf) for leaf in leaves]
 
 
+@jax.jit
 def _sums_of_leaf(leaf):
+    """Compiled with the others; a function of its own so that equal shapes are traced once."""
     words = _words(leaf)
     key, weight = (
         functools.reduce(jnp.add, [_axis_hash(words.shape, axis, seed) for axis in range(words.ndim)])

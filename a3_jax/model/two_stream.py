@@ -446,14 +446,12 @@ def init_params(config: ModelConfig, key, dtype=jnp.float32):
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32):
     """The tree of `init_params` as `jax.ShapeDtypeStruct`s: nothing is computed."""
-    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(_declared(config)))
 
 
 def logical_axes(config: ModelConfig):
     """The tree of `init_params` with each array's axis names as a `PartitionSpec`."""
-    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
-    return nn.get_partition_spec(boxed)
+    return nn.get_partition_spec(_declared(config))
 
 
 def param_shardings(mesh, config: ModelConfig):
@@ -467,6 +465,12 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -
     axes = ("layers", "batch", "kv_heads", "length", "head_size")
     key, value = (constrain(jnp.zeros(shape, dtype), axes) for _ in range(2))
     return Cache(key, value, jnp.zeros((batch,), jnp.int32))
+
+
+@functools.lru_cache(maxsize=16)
+def _declared(config):
+    """What the model declares, boxed with its axis names; tracing it takes a third of a second."""
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
 
 def _init(config, key):

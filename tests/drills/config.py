@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from tests.drills import sabotage
+from tests.drills import harness, sabotage
 
 
 def get_config():
@@ -12,7 +12,7 @@ def get_config():
         "model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_size": 16,
                   "mlp_size": 48},
         "holdout": 8,
-        "seq_len": 24,
+        "seq_len": harness.TOKENS,
         "batch_size": 8,
         "learning_rate": 0.01,
         "warmup_steps": 2,

@@ -1,7 +1,8 @@
 """Starts runs of one or several processes, watches what they write, and hurts them.
 
 Processes are forked from one that has imported everything and touched no device: a start costs no
-imports. Compiled programs are shared through a cache.
+imports. Compiled programs are shared through a cache, and so are prepared rows: to open text takes longer
+than all steps.
 """
 
 import json
@@ -12,13 +13,27 @@ import socket
 import sys
 import time
 
+from tests import prepared_fixtures
+
 CONFIG = str(pathlib.Path(__file__).parent / "config.py")
 PRELOAD = ["a3_jax.cli", "a3_jax.training.run", "a3_jax.data.feature_converter", "a3_jax.data.tasks",
            "a3_jax.data.prepared", "a3_jax.decoding.filling", "tests.drills.harness"]  # fmt: skip
 TIMEOUT = 240  # seconds, of anything that a healthy machine does in ten
 
+TOKENS = 24  # in a row
+
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
+
+
+def rows_beside(cache) -> str:
+    """A prepared directory beside the cache; made once."""
+    directory = pathlib.Path(f"{cache}-rows")
+    if not directory.exists():
+        directory.mkdir()
+        table, heldout = (prepared_fixtures.rows(*size, seq_len=TOKENS) for size in ((150,), (16,)))
+        prepared_fixtures.make_prepared(directory, table, rows_a_shard=40, heldout=heldout)
+    return str(directory)
 
 
 class Run:
@@ -26,7 +41,7 @@ class Run:
 
     def __init__(self, workdir, cache, *, processes=1, devices=2, overrides=()):
         self.workdir, self.processes, self.devices = pathlib.Path(workdir), processes, devices
-        self._cache, self._overrides = str(cache), list(overrides)
+        self._cache, self._overrides = str(cache), [f"--config.data={rows_beside(cache)}", *overrides]
         self.children = []
 
     def start(self, *, drill="", drills=None, overrides=(), overrides_of=None):

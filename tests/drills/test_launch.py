@@ -14,7 +14,7 @@ import pytest
 from a3_jax.checkpoints.manifest import find_damage, read_manifest
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_NO_PROGRESS, EXIT_OK
-from tests.drills.harness import CONFIG, TIMEOUT
+from tests.drills.harness import CONFIG, TIMEOUT, rows_beside
 
 pytestmark = [pytest.mark.drill, pytest.mark.slow]
 
@@ -33,6 +33,7 @@ def launched(workdir, cache, drill, *flags):
         "A3_DRILL": drill,
     }
     command = [sys.executable, "-m", "a3_jax.cli", "launch", "local", f"--config={CONFIG}"]
+    command += [f"--config.data={rows_beside(cache)}"]
     root = pathlib.Path(__file__).parents[2]
     with open(f"{workdir}.err", "wb") as errors:
         process = subprocess.Popen(

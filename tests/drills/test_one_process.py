@@ -17,14 +17,14 @@ pytestmark = pytest.mark.drill
 @pytest.mark.slow
 def test_a_request_to_stop_while_compiling(run, tmp_path):
     """Nothing was done that a restart would do again, so it leaves at once; the next start begins anew."""
-    cold = run()
+    cold = run(overrides=["--config.data="])  # the embedded text, for once
     cold._cache = str(tmp_path / "cold")
     cold.start().wait_for(lambda: cold.events("init"))
     cold.kill(0, signal.SIGTERM)
     assert cold.wait(30) == [EXIT_PREEMPTED], cold.told()
     assert not cold.rows() and not (cold.workdir / "lease.json").exists()
     cold.start().wait_for_step(1)
-    second = run()
+    second = run(overrides=["--config.data="])
     second.start()
     assert second.wait() == [EXIT_BAD_INPUT], "a second run on one directory"
     assert "another run writes here" in second.log().read_text()
