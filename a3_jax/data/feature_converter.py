@@ -88,7 +88,9 @@ def dataset(plan: Plan, first_step: int) -> tf.data.Dataset:
     steps = tf.data.Dataset.range(first_step, total_steps(plan.stages))
     rows = steps.map(read, num_parallel_calls=_PARALLEL_STEPS, deterministic=True)
     lengths = {name: share if name == "number" else seq_len for name in features}
-    return converter(rows, lengths).prefetch(_PREFETCH)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # nothing is left to it, and its thread may hold up the end by a minute
+    return converter(rows, lengths).prefetch(_PREFETCH).with_options(options)
 
 
 def _numpy(function, inputs, features, shapes) -> dict[str, tf.Tensor]:

@@ -25,8 +25,10 @@ def test_a_request_to_stop_while_compiling(run, tmp_path):
     assert not cold.rows() and not (cold.workdir / "lease.json").exists()
     cold.start().wait_for_step(1)
     second = run(overrides=["--config.data="])
+    cold.kill(0, signal.SIGSTOP)  # lest it ends before the second begins
     second.start()
     assert second.wait() == [EXIT_BAD_INPUT], "a second run on one directory"
+    cold.kill(0, signal.SIGCONT)
     assert "another run writes here" in second.log().read_text()
     cold.kill(0, signal.SIGTERM)
     assert cold.wait() == [EXIT_PREEMPTED]
