@@ -16,9 +16,9 @@ $(VENV)/.ready: setup.py constraints.txt
 	$(PIP) --editable '.[dev,plot]' $(LIBTPU)
 	touch $@
 
-# torch and transformers are oracles of some tests only; tests that need them are skipped without.
+# torch and transformers are oracles of some tests only; tests that need them, or lm-eval, are skipped without.
 setup-torch: setup
-	$(PIP) --editable '.[torch]'
+	$(PIP) --editable '.[torch,eval]'
 
 quickstart: setup
 	$(BIN)/a3 quickstart --workdir=runs/quickstart

@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["a3_jax", "a3_jax.*"]),
-    package_data={"a3_jax": ["**/*.html.j2", "**/*.json"]},
+    package_data={"a3_jax": ["**/*.html.j2", "**/*.md.j2", "**/*.json"]},
     entry_points={"console_scripts": ["a3 = a3_jax.cli:console"]},
     install_requires=[
         "absl-py>=2.1",
@@ -33,26 +33,29 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "pyarrow>=18",
+        "pyyaml>=6.0",
         "rich>=13.7",
         "seqio>=0.0.20",
         "tensorboard>=2.18",  # clu's metric writers import it and don't ask for it
         "tensorflow>=2.18",
+        "tensorstore>=0.1.60",
         "tokenizers>=0.21",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "eval": ["lm-eval>=0.4.9", "rouge-score>=0.1.2"],
+        "eval": ["lm-eval>=0.4.9", "rouge-score>=0.1.2"],  # lm-eval: its own tasks alone
         "plot": ["matplotlib>=3.9"],
         "dev": [
             "hypothesis>=6.100",
             "pyright>=1.1.390",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
+            "rouge-score>=0.1.2",
             "ruff>=0.9",
             "safetensors>=0.5",
         ],
-        "torch": ["torch>=2.6", "transformers>=5.0"],  # oracles in the tests
+        "torch": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # oracles in the tests
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -83,7 +83,7 @@ def main(arguments=None) -> int:
     """Runs one command; the exit status (`a3_jax.errors`)."""
     try:
         parsed = _parse(sys.argv[1:] if arguments is None else arguments)
-        return parsed.run(parsed)
+        return _run_together(parsed) if getattr(parsed, "together", False) else parsed.run(parsed)
     except InputError as error:
         print(f"a3: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
@@ -96,6 +96,22 @@ def main(arguments=None) -> int:
     except BrokenPipeError:  # the reader of our output has gone (`a3 score ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _run_together(parsed) -> int:
+    """A command that shares its work with the processes that the environment names, if it names any."""
+    from a3_jax.training.processes import ADDRESS, join, part
+
+    if not os.environ.get(ADDRESS):
+        return parsed.run(parsed)
+    join()
+    try:
+        status = parsed.run(parsed)
+    except InputError:  # which all of them have
+        part()
+        raise
+    part()
+    return status
 
 
 def console() -> int:

@@ -80,6 +80,16 @@ class Tokenizer:
             raise
         return [front + encoding.ids for encoding in encodings]
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text without BOS, and behind which of its characters each token ends.
+
+        Raises:
+          InputError: text that can't be encoded.
+        """
+        with _refusing("the tokenizer can't encode the text"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
     def decode(self, ids) -> str:
         """The text of token ids; special tokens are left out."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)

@@ -97,6 +97,19 @@ def test_scaling(capsys):
     assert rows["step_temporary", 64]["value"] > rows["step_temporary", 16]["value"]
 
 
+def test_eval(capsys):
+    result = bench(capsys, "eval", *MODEL[:-1], "--vocab=300", "--lengths", "16", "24", "--batch=3")
+    check_schema(result, "eval")
+    rows = rows_of(result)
+    for length in (16, 24):
+        ours, engine = (rows[f"{name}_rate", length]["repeats"] for name in ("eval", "engine"))
+        assert rows["eval_rate_over_engine", length]["repeats"] == [
+            a / b for a, b in zip(ours, engine, strict=True)
+        ]
+        assert rows["eval_rate_over_whole_rows", length]["value"] > 0
+        assert rows["eval_rate", length]["setting"]["choices"] == 4
+
+
 def test_memory_rows(monkeypatch):
     """Equal tokens at each length; ratios to the shorter length and to the AR step."""
     asked = []

@@ -76,3 +76,15 @@ def test_data(capsys, monkeypatch):
     assert 0 <= found["padding"]["value"] < 0.2
     assert {"first_batch_at_step_0", "first_batch_at_step_1000", "memory_growth"} <= found.keys()
     assert found["batches_speedup_over_need"]["value"] > 0
+
+
+def test_convert(capsys):
+    """Beside a copy: speeds are ratios of neighbours, the limit is twice the largest leaf and 1 GB."""
+    shape = ["--d_model=32", "--heads=4", "--kv_heads=2", "--layers=3", "--mlp=48", "--vocab=300"]
+    found = {row["metric"]: row for row in rows_of(capsys, "convert", *shape, "--repeats=1")}
+    for name in ("to_a3", "to_hf"):
+        seconds, copied = (found[f"{each}_time"]["repeats"] for each in (name, "copy"))
+        np.testing.assert_allclose(found[f"{name}_speed_over_copy"]["repeats"], np.array(copied) / seconds)
+        peak, limit = found[f"{name}_peak"]["value"], 10**9 + 2 * 2 * 300 * 32
+        np.testing.assert_allclose(found[f"{name}_peak_over_limit"]["value"], peak / limit)
+        assert 1e8 < peak < 1e9

@@ -23,6 +23,8 @@ PUBLISHED = {  # parameters of the AR models; the query vector comes on top
     "a3_llama32_1b": 1_235_814_400,
     "a3_llama32_3b": 3_212_749_824,
     "a3_llama31_8b": 8_030_261_248,
+    "a3_ablation_three_stages": 3_212_749_824,
+    "a3_ablation_last_stage": 3_212_749_824,
     "release": 1_235_814_400,
 }
 

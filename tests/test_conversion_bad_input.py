@@ -303,6 +303,6 @@ def test_damaged_arrays(a3):
     (a3 / "params" / "manifest.ocdbt").write_bytes(b"")
     refused(a3, "params/manifest.ocdbt", "has 0 bytes", to="hf")
     reseal(a3)
-    refused(a3, "can't be restored", to="hf")
+    refused(a3, "can't be read", to="hf")
     shutil.rmtree(a3 / "params")
     refused(a3, "params/", "is missing", to="hf")

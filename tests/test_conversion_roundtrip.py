@@ -72,21 +72,28 @@ def test_sharded_in_and_out(tmp_path):
 
 
 def test_config_and_files_go_along(tmp_path):
-    """config.json verbatim, other json files, tokenizer files, one that is no text among them."""
+    """config.json verbatim, other json files, tokenizer files, one that is no text among them, the licence.
+
+    The source's card moves aside for ours.
+    """
     write_tiny_llama(tmp_path / "hf", rope=LLAMA3_ROPE)
     (tmp_path / "hf" / "generation_config.json").write_text('{"temperature": 0.6}')
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"\x00\xff\xfe not text")
-    (tmp_path / "hf" / "README.md").write_text("not kept")
+    (tmp_path / "hf" / "README.md").write_text("the source's")
+    (tmp_path / "hf" / "LICENSE").write_text("a licence")
+    (tmp_path / "hf" / "training_log.md").write_text("not kept")
     there_and_back(tmp_path)
-    before = {
-        path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir() if path.suffix != ".safetensors"
-    }
-    after = {
-        path.name: path.read_bytes()
-        for path in (tmp_path / "back").iterdir()
-        if path.suffix != ".safetensors"
-    }
-    before.pop("README.md")
+    before, after = (
+        {
+            path.name: path.read_bytes()
+            for path in (tmp_path / side).iterdir()
+            if path.suffix != ".safetensors"
+        }
+        for side in ("hf", "back")
+    )
+    before.pop("training_log.md")
+    before["README.source.md"] = before.pop("README.md")
+    assert b"[README.source.md](README.source.md)" in after.pop("README.md")
     assert json.loads(after.pop("config.json")) == json.loads(before.pop("config.json"))
     assert after == before
 
@@ -237,7 +244,7 @@ def test_files_are_readable_by_the_library_and_deterministic(tmp_path):
     specs = {name: TensorSpec(array.dtype, array.shape) for name, array in tensors.items()}
     for directory in ("one", "two"):
         (tmp_path / directory).mkdir()
-        write_tensors(tmp_path / directory, specs, tensors.__getitem__)
+        write_tensors(tmp_path / directory, specs, lambda name: [tensors[name]])
     one, two = (tmp_path / directory / "model.safetensors" for directory in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     with safe_open(one, framework="np") as file:

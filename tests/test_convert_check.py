@@ -7,6 +7,7 @@ import pytest
 
 from a3_jax.checkpoints import check, conversion
 from a3_jax.checkpoints.conversion import convert
+from a3_jax.checkpoints.hf_export import tree_reader
 from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.cli import main
 from a3_jax.errors import InputError, RunError
@@ -42,15 +43,41 @@ def without_torch(monkeypatch):
 
 def break_writing(monkeypatch, edit):
     """What is written is not what was read."""
-    for name in ("save_checkpoint", "write_hf"):
-        write = getattr(conversion, name)
+    write_params, write_hf = conversion.write_params, conversion.write_hf
 
-        def broken(directory, params, *arguments, write=write):
-            params = {**params, "layers": dict(params["layers"]), "last_layer": dict(params["last_layer"])}
-            edit(params)
-            write(directory, params, *arguments)
+    def broken(params):
+        params = {**params, "layers": dict(params["layers"]), "last_layer": dict(params["last_layer"])}
+        edit(params)
+        return params
 
-        monkeypatch.setattr(conversion, name, broken)
+    def write_broken_hf(directory, read, target, meta, *arguments, **options):
+        params: dict = {"layers": {}, "last_layer": {}}
+        for path in {part.leaf for parts in target.parts.values() for part in parts}:
+            (params if len(path) == 1 else params[path[0]])[path[-1]] = read(path, ())
+        write_hf(directory, tree_reader(broken(params)), target, meta, *arguments, **options)
+
+    def write_broken_params(directory, leaves, pieces, read, *arguments):
+        params: dict = {"layers": {}, "last_layer": {}}
+        for path, leaf in leaves.items():
+            (params if len(path) == 1 else params[path[0]])[path[-1]] = np.zeros(leaf.shape, leaf.dtype)
+        parts = {
+            piece: [
+                (path, begin, tuple(slice(b, b + n) for b, n in zip(begin, array.shape)), array)
+                for path, begin, array in read(piece)
+            ]
+            for piece in pieces
+        }
+        for path, _, place, array in (part for each in parts.values() for part in each):
+            tree_reader(params)(path)[place] = array
+        again = tree_reader(broken(params))
+
+        def read_again(piece):
+            return [(path, begin, again(path, place)) for path, begin, place, _ in parts[piece]]
+
+        return write_params(directory, leaves, pieces, read_again, *arguments)
+
+    monkeypatch.setattr(conversion, "write_params", write_broken_params)
+    monkeypatch.setattr(conversion, "write_hf", write_broken_hf)
 
 
 def turn(part, leaf, layer=...):

@@ -1,6 +1,7 @@
 """`a3 info`: what a checkpoint is, without reading a parameter."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -86,6 +87,9 @@ def test_an_a3_checkpoint_without_its_arrays(hf, tmp_path, capsys):
     assert report["source"] == {
         "architecture": "LlamaForCausalLM", "name": "someone/tiny\x1b[2J", "transformers_version": "4.1",
         "init_from": None,
+        "sha256": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "hf").iterdir()
+        },
     }  # fmt: skip
     assert "jax" in report["versions"]
     status, out, _ = info(capsys, tmp_path / "a3")

@@ -1,5 +1,6 @@
 """The manifest: any other byte in it is noticed, and every damaged file is named by it."""
 
+import errno
 import json
 import zlib
 
@@ -20,7 +21,8 @@ from a3_jax.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
-from a3_jax.errors import InputError
+from a3_jax.errors import EXIT_STORAGE, InputError, RunError
+from a3_jax.paths import as_path
 
 CONTENTS = {"a": b"", "meta/a3.json": b"{}", "params/d/0": bytes(range(256)) * 40}
 
@@ -141,3 +143,19 @@ def test_read_a_piece_at_a_time(directory, monkeypatch):
     whole = read_checksums(directory, list_files(directory))
     monkeypatch.setattr(module, "_READ_AT_ONCE", 7)
     assert read_checksums(directory, list_files(directory)) == whole
+
+
+def test_a_file_system_that_fails_is_no_damage(directory, monkeypatch):
+    """Whoever takes an outage for damage sets good checkpoints aside: status 77, to be tried again."""
+    manifest = read_manifest(directory)
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(module, "_checksum", fails)
+    with pytest.raises(RunError, match="can't be read: Input/output error") as caught:
+        find_damage(directory, manifest, deep=True)
+    assert caught.value.status == EXIT_STORAGE
+    monkeypatch.setattr(type(as_path(directory)), "read_bytes", fails)
+    with pytest.raises(RunError, match="can't be read: Input/output error"):
+        read_manifest(directory)

@@ -47,8 +47,8 @@ def test_with_nothing_to_save_it_leaves_at_once(start):
     child = start("0")
     child.terminate()
     assert child.wait(30) == EXIT_PREEMPTED
-    # "asked" may stand before it: the main thread can wake between the signal and the leaving.
-    assert child.stdout.read().endswith("given back\n")
+    # "asked" may stand beside it: the main thread can wake between the signal and the leaving.
+    assert "given back\n" in child.stdout.read()
 
 
 def test_the_first_is_a_request_and_the_second_an_order(start):
@@ -58,7 +58,7 @@ def test_the_first_is_a_request_and_the_second_an_order(start):
     assert child.poll() is None, "it goes on until the run has saved"
     child.terminate()
     assert child.wait(30) == EXIT_PREEMPTED
-    assert child.stdout.read().endswith("given back\n")
+    assert "given back\n" in child.stdout.read()
 
 
 def test_afterwards_signals_are_the_programs_own():

@@ -123,7 +123,7 @@ def test_a_mixture_of_tiny_likelihoods():
     (request,) = score_requests(item_lines([{"tokens": [1, 2]}]), tiny_checkpoint(), ScoreOptions())
     tally = scoring._Tally(request)
     for joint in (-2000.0, -2001.0):
-        tally.add(np.array([joint, 0.0, 5.0]))  # padding behind the two
+        tally.add(np.array([joint, 0.0]))
     result = scoring._result(tally)
     assert result["log_mean_exp"] == pytest.approx(-2000 + np.log((1 + np.exp(-1)) / 2))
     assert (result["logprob"], result["order_gap"]) == (-2000.5, 0.25)

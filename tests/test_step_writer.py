@@ -17,7 +17,8 @@ from a3_jax.checkpoints import a3_format
 from a3_jax.checkpoints.a3_format import SaveFailed, StepWriter, latest_step, list_steps
 from a3_jax.checkpoints.fingerprint import fingerprints, tree_names
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, DamagedCheckpoint, read_manifest
-from a3_jax.errors import InputError
+from a3_jax.errors import EXIT_STORAGE, InputError, RunError
+from a3_jax.paths import as_path
 from tests.checkpoint_fixtures import META, assert_same, params, restore_newest, save, train_state, write_run
 
 
@@ -178,6 +179,59 @@ def test_keep_deletes_nothing_when_the_newest_is_damaged(place, monkeypatch, cap
         save(writer, 4)
         writer.wait()
         assert list_steps(place) == [2, 4]
+
+
+def test_a_directory_that_is_another_runs_by_now(place):
+    """A process that was stopped for so long that its lease went: nothing comes to exist, or goes."""
+    write_run(place)
+    lost = []
+
+    def may_write():
+        if lost:
+            raise InputError("another run took over", file=place)
+
+    with StepWriter(place, keep=1, may_write=may_write) as writer:
+        save(writer, 3)
+        writer.wait()
+        assert list_steps(place) == [3]
+        join = writer._checkpointer.wait_until_finished
+        writer._checkpointer.wait_until_finished = lambda: (join(), lost.append(True))
+        save(writer, 4)
+        with pytest.raises(SaveFailed, match="another run took over"):
+            writer.wait()
+        assert list_steps(place) == [3] and (place / "4").exists()
+        with pytest.raises(InputError, match="another run took over"):
+            writer.discard_after(0)
+        assert list_steps(place) == [3]
+
+
+def test_an_old_step_that_stays_makes_the_new_one_no_worse(place, monkeypatch, capsys):
+    write_run(place)
+
+    def busy(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    with StepWriter(place, keep=1) as writer:
+        monkeypatch.setattr(a3_format, "_remove", busy)
+        save(writer, 3)
+        writer.wait()
+    assert latest_step(place) == 3
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("a3: warning: step 1 can't be removed") and "busy" in told
+
+
+def test_a_damaged_step_that_can_not_be_set_aside(place, monkeypatch):
+    """Left where it is it would count as saved later: the run ends, to be started again."""
+    write_run(place)
+    flip(largest_file(place / "2"))
+
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(type(as_path(place)), "rename", fails)
+    with StepWriter(place) as writer, pytest.raises(RunError, match="can't be set aside") as caught:
+        restore_newest(writer)
+    assert caught.value.status == EXIT_STORAGE
 
 
 def test_leftovers_are_cleared_by_the_next_save(place):

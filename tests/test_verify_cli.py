@@ -101,6 +101,16 @@ def test_a_run(run, capsys):
     assert status == 1 and f"{run}/checkpoints/2/{MANIFEST_FILE}: is missing" in out[0]
 
 
+def test_a_step_that_a_living_run_is_about_to_finish(run, capsys):
+    """Orbax has ended, the manifest isn't there yet: no damage while somebody holds the lease."""
+    newest = max((run / "checkpoints").iterdir(), key=lambda step: int(step.name))
+    (newest / "manifest.json").unlink()
+    assert verify(capsys, run)[0] == 1
+    (run / "lease.json").write_text("{}")
+    status, out, _ = verify(capsys, run)
+    assert status == 0 and "being written" in out[-1]
+
+
 def test_json(run, capsys):
     flip(run / "checkpoints" / "2" / "meta" / "a3.json")
     status, out, _ = verify(capsys, run, "--json")

@@ -26,17 +26,19 @@ _STEP = _MODEL | _ROWS | {"remat", "attention"}
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """An entry of the table; `a3_jax.benchmarks.NAME.measure(settings)` gives its rows.
+    """An entry of the table; `a3_jax.benchmarks.MODULE.measure(settings)` gives its rows.
 
     Attributes:
       about: one line.
       flags: the fields of `Settings` that it reads.
       defaults: those that differ from `Settings`'.
+      module: None: as the benchmark is called.
     """
 
     about: str
     flags: set[str]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    module: str | None = None
 
 
 BENCHMARKS = {
@@ -70,6 +72,12 @@ BENCHMARKS = {
         {"lengths": (256, 1024), "batch": 1, "repeats": 3},
     ),
     "score": Benchmark("exact scores against the forward pass of training", (_MODEL | _ROWS) | {"attention"}),
+    "eval": Benchmark(
+        "multiple choice under evaluation against the scoring engine on the same rows",
+        (_MODEL | _ROWS) - {"order", "group_size"},
+        {"lengths": (256,), "batch": 8, "repeats": 3},
+        module="evaluate",
+    ),
     "forwards": Benchmark(
         "forwards a text by strategy and order, on a chain whose conditionals are known",
         {"seed", "steps"},
@@ -78,6 +86,12 @@ BENCHMARKS = {
         "text to shards against the tokenizer alone, batches against what a step takes",
         {"lengths", "batch", "group_size", "repeats", "seed", "threads"},
         {"lengths": (2048,), "repeats": 3},
+    ),
+    "convert": Benchmark(
+        "a model in bfloat16 to A3 and back against a copy on the same disk; peak memory",
+        _MODEL | {"repeats", "seed", "threads"},
+        {"repeats": 3, "d_model": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "mlp": 8192,
+         "vocab": 128256},
     ),
     "guards": Benchmark("what watching each step and fingerprinting each save cost", _STEP),
     "compile": Benchmark(
@@ -144,7 +158,8 @@ def run_bench(args) -> int:
 
     check_names(settings)
     try:
-        rows = importlib.import_module(f"a3_jax.benchmarks.{args.name}").measure(settings)
+        module = BENCHMARKS[args.name].module or args.name
+        rows = importlib.import_module(f"a3_jax.benchmarks.{module}").measure(settings)
     except MeasurementError as error:
         print(f"a3: {error}", file=sys.stderr)
         return EXIT_FAILED

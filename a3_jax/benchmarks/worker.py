@@ -146,7 +146,7 @@ def _run(kind, settings, length, batch) -> Peaks:
     if device is not None:
         peaks = [_device_peak(device, step) for _ in range(settings.repeats)]
         return Peaks(steps=peaks, process=max(peaks))
-    before = _resident_peak()
+    before = resident_peak()
     with contextlib.suppress(OSError, AttributeError):  # glibc only: memory that compilation gave back
         ctypes.CDLL(None).malloc_trim(0)
     peaks = []
@@ -154,7 +154,7 @@ def _run(kind, settings, length, batch) -> Peaks:
         with contextlib.suppress(OSError), open(_CLEAR, "w") as file:
             file.write("5")
         step()
-        peaks.append(_resident_peak())
+        peaks.append(resident_peak())
     return Peaks(steps=peaks, process=max(before, *peaks))
 
 
@@ -173,7 +173,7 @@ def _device_peak(device, step) -> float:
     return device.memory_stats()["peak_bytes_in_use"]
 
 
-def _resident_peak() -> float:
+def resident_peak() -> float:
     """Bytes. `ru_maxrss` would not do on Linux: a process inherits that of the one that started it."""
     if os.path.exists(_STATUS):
         with open(_STATUS, encoding="ascii") as file:

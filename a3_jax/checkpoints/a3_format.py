@@ -54,7 +54,7 @@ from a3_jax.checkpoints.orbax_items import (
     without_numpy_scalars,
 )
 from a3_jax.checkpoints.reading import check_same_dtypes, check_same_tree, describe, one_line, read_items
-from a3_jax.errors import InputError
+from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import abstract_params, param_shardings
 from a3_jax.paths import absolute, as_path, read_json
@@ -249,7 +249,13 @@ class StepWriter:
     same calls. A context manager that waits at its end.
     """
 
-    def __init__(self, directory, keep: int | None = None, on_event: Callable[..., None] | None = None):
+    def __init__(
+        self,
+        directory,
+        keep: int | None = None,
+        on_event: Callable[..., None] | None = None,
+        may_write: Callable[[], None] = lambda: None,
+    ):
         """Opens (and makes) a run's `checkpoints` directory.
 
         Args:
@@ -257,6 +263,8 @@ class StepWriter:
           keep: how many steps stay; None: all.
           on_event: called in process 0 with a name and fields: "saved" (step, seconds, bytes) and
             "save_failed" (step, problem), both from a background thread; "damaged" (step, problem).
+          may_write: called in process 0 before anything comes to exist or is removed; raises an
+            `InputError` where the directory is another run's by now.
         """
         self.directory = absolute(directory)
         if self.directory.exists() and not self.directory.is_dir():
@@ -265,6 +273,7 @@ class StepWriter:
             _make_directory(self.directory)
         logging.getLogger("absl").addFilter(_is_news)
         self._keep, self._on_event = keep, on_event or (lambda *_, **__: None)
+        self._may_write, self._warned = may_write, False
         self._writes: list[Any] = []
         self._checkpointer = ocp.AsyncCheckpointer(
             _remember_writes(ocp.CompositeCheckpointHandler(handler_registry=handlers()), self._writes),
@@ -293,7 +302,7 @@ class StepWriter:
         started = time.monotonic()
         self.wait()  # one save at a time, and its failure must not be lost
         place = self.directory / str(step)
-        if by_first("save", lambda: _make_room(place)):
+        if self._by_first("save", lambda: _make_room(place)):
             return False
         described, sums, problem = {}, {}, None
         self._barriers = 0
@@ -387,7 +396,7 @@ class StepWriter:
             except DamagedCheckpoint as damage:
                 damages.append((step, damage))
                 continue
-            by_first("aside", lambda: [self._set_aside(*damaged) for damaged in damages])
+            self._by_first("aside", lambda: [self._set_aside(*damaged) for damaged in damages])
             return step, *restored
         if damages:
             raise damages[0][1]
@@ -402,7 +411,7 @@ class StepWriter:
                 if newer > step:
                     _remove(self.directory / str(newer))
 
-        by_first("discard", discard)
+        self._by_first("discard", discard)
 
     def close(self) -> None:
         """Waits, then ends the background threads."""
@@ -421,6 +430,15 @@ class StepWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def _by_first(self, what: str, action: Callable[[], Any]) -> Any:
+        """`action`, which changes the directory, in process 0."""
+
+        def checked():
+            self._may_write()
+            return action()
+
+        return by_first(what, checked)
 
     def _barrier(self, **_) -> None:
         """Of orbax, which calls it twice in a save: all have written, process 0 has put it together."""
@@ -458,6 +476,10 @@ class StepWriter:
         """Process 0: makes the step exist, and removes old ones; gives what went wrong."""
         place, finished = self.directory / str(step), False
         try:
+            self._may_write()
+        except InputError as error:
+            return one_line(error)
+        try:
             problem = next((one["problem"] for one in told if one["problem"]), None)
             if problem is None:
                 files = {name: File(*file) for one in told for name, file in one["files"].items()}
@@ -484,19 +506,31 @@ class StepWriter:
         """Removes what is older than the newest steps, if the newest is intact, and what is unfinished."""
         steps = list_steps(self.directory)
         for step in set(_directories(self.directory)) - set(with_manifest(self.directory)):
-            _remove(self.directory / str(step))
+            self._discard(step)
         old = steps[: -self._keep] if self._keep else []
         if old:
             newest = self.directory / str(steps[-1])
             raise_damage(newest, read_manifest(newest), deep=True)
         for step in old:
+            self._discard(step)
+
+    def _discard(self, step: int) -> None:
+        """Removes a step that is no longer needed; that it can't be makes the new one no worse."""
+        try:
             _remove(self.directory / str(step))
+        except Exception as error:  # of storage, which has no common type
+            if not self._warned:
+                print(f"a3: warning: step {step} can't be removed: {one_line(error)}", file=sys.stderr)
+            self._warned = True
 
     def _set_aside(self, step, damage) -> None:
         names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged-{n}" for n in itertools.count(2)))
         aside = next(path for name in names if not (path := self.directory / name).exists())
-        with contextlib.suppress(OSError):  # told of all the same
+        try:
             (self.directory / str(step)).rename(aside)
+        except OSError as error:  # left where it is, it would pass for saved later
+            problem = f"{damage}; it can't be set aside: {error.strerror or error}"
+            raise RunError(EXIT_STORAGE, problem) from error
         print(f"a3: {damage}; an earlier step is used, this one is now {aside.name}", file=sys.stderr)
         self._tell("damaged", step=step, problem=str(damage))
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from a3_jax.checkpoints.manifest import DamagedCheckpoint
-from a3_jax.errors import InputError
+from a3_jax.errors import InputError, RunError
 
 TIMEOUT_SECONDS = 1200
 _numbers = collections.defaultdict(itertools.count)
@@ -55,12 +55,12 @@ def together(what: str, action: Callable[[], Any], alone: bool = False) -> Any:
     """What `action` gives in each process; where it fails in one, it fails in all, for the same reason.
 
     Raises:
-      InputError: that of the first process that has one.
+      InputError, RunError: that of the first process that has one.
     """
     result, problem, failure = None, None, None
     try:
         result = action()
-    except InputError as error:
+    except (InputError, RunError) as error:
         problem = _pack(error)
     except Exception as error:  # the others must hear of it before it ends this process
         failure, problem = error, _pack(InputError(f"{type(error).__name__}: {error}"))
@@ -82,13 +82,17 @@ def by_first(what: str, action: Callable[[], Any]) -> Any:
     return agree(what, result, lambda results: results[0])
 
 
-def _pack(error: InputError) -> list:
+def _pack(error: InputError | RunError) -> list:
+    if isinstance(error, RunError):
+        return [error.status, error.message]
     damaged = isinstance(error, DamagedCheckpoint)
     place = None if error.file is None else str(error.file)
     return [damaged, error.message, place, error.field, error.step if damaged else None]
 
 
-def _unpack(packed: list) -> InputError:
+def _unpack(packed: list) -> InputError | RunError:
+    if len(packed) == 2:
+        return RunError(*packed)
     damaged, message, file, field, step = packed
     if damaged:
         return DamagedCheckpoint(message, file=file, leaf=field, step=step)

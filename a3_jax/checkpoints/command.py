@@ -5,8 +5,11 @@ from a3_jax.errors import EXIT_FAILED, EXIT_OK
 EPILOG = """examples:
   a3 convert Llama-3.2-1B llama-a3                        Hugging Face to A3
   a3 convert runs/a3-1b llama-a3-hf --to=hf               a run's newest checkpoint to Hugging Face
+  a3 convert runs/a3-1b plain --to=hf --no_query_vector   its left-to-right model alone
+  a3 convert runs/a3 release --to=release                 for the authors' PyTorch class
   a3 convert Llama-3.2-1B llama-a3 --dtype=float32        in another dtype
   a3 convert Llama-3.2-1B llama-a3 --check                and proves it (pip install torch transformers)
+  a3 convert Llama-3.2-1B llama-a3 --sha256=sums.txt      where sha256sum * > sums.txt was run at the origin
 """
 
 INFO_EPILOG = """examples:
@@ -29,7 +32,8 @@ def add_convert(subparsers) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="Hugging Face checkpoint to A3, and back",
-        description="Converts a checkpoint. DST must be absent or empty; it appears whole or not at all.",
+        description="Converts a checkpoint, a piece at a time: the model is never in memory as a whole. DST "
+        "must be absent or empty; it appears whole or not at all.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -39,7 +43,16 @@ def add_convert(subparsers) -> None:
     )
     parser.add_argument("dst", metavar="DST", help="directory to write")
     parser.add_argument(
-        "--to", choices=("a3", "hf"), default="a3", help="format of DST (default: %(default)s)"
+        "--to",
+        choices=("a3", "hf", "release"),
+        default="a3",
+        help="format of DST; release: the authors' LlamaTwoStreamForCausalLM, of models trained with its "
+        "residual alone (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no_query_vector",
+        action="store_true",
+        help="with --to=hf: leave it out, for the plain left-to-right model",
     )
     parser.add_argument(
         "--dtype",
@@ -59,15 +72,24 @@ def add_convert(subparsers) -> None:
     parser.add_argument(
         "--allow_nonfinite", action="store_true", help="convert parameters that are NaN or infinite too"
     )
-    parser.set_defaults(run=run_convert)
+    parser.add_argument(
+        "--sha256",
+        metavar="FILE",
+        help="list as sha256sum prints it; before anything is written every file of a Hugging Face SRC is "
+        "compared with it. The sums are recorded in DST in any case (a3 info shows them)",
+    )
+    parser.set_defaults(run=run_convert, together=True)
 
 
 def run_convert(args) -> int:
     from a3_jax.checkpoints.conversion import convert
+    from a3_jax.errors import InputError
 
+    if args.no_query_vector and args.to != "hf":
+        raise InputError(f"goes with --to=hf alone, not with --to={args.to}", field="--no_query_vector")
     checked = convert(
         args.src, args.dst, to=args.to, dtype=args.dtype, seed=args.seed, check=args.check,
-        allow_nonfinite=args.allow_nonfinite,
+        allow_nonfinite=args.allow_nonfinite, query_vector=not args.no_query_vector, sha256=args.sha256,
     )  # fmt: skip
     if checked is not None:
         print(checked)

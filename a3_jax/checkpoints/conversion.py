@@ -1,27 +1,25 @@
-"""Checkpoints of either format, converted into each other."""
+"""Checkpoints of either format, converted into each other, a piece of a tensor at a time."""
+
+import dataclasses
 
 import jax
-import numpy as np
 
-from a3_jax.checkpoints.a3_format import (
-    Meta,
-    load_checkpoint_tokenizer,
-    load_meta,
-    load_params,
-    save_checkpoint,
-)
+from a3_jax.checkpoints.a3_format import Meta, load_params
+from a3_jax.checkpoints.agreement import agree, by_first, together
 from a3_jax.checkpoints.check import Checked, check_conversion
+from a3_jax.checkpoints.conversion_sources import Source, open_source
+from a3_jax.checkpoints.destination import check_space, shared_directory
 from a3_jax.checkpoints.directories import check_free, new_directory
-from a3_jax.checkpoints.families import tensor_table
-from a3_jax.checkpoints.fingerprint import tree_name
-from a3_jax.checkpoints.hf_export import check_source, with_dtype, write_hf
-from a3_jax.checkpoints.hf_format import cast, open_hf, read_params
-from a3_jax.checkpoints.opening import Checkpoint, find_checkpoint, hf_tokenizer, parse_dtype
-from a3_jax.checkpoints.orbax_items import META, META_FILE
+from a3_jax.checkpoints.hf_export import Target, hf_target, with_dtype, write_hf
+from a3_jax.checkpoints.input_files import Hashing, compare_sha256, read_sha256_list, sha256_of
+from a3_jax.checkpoints.opening import parse_dtype
+from a3_jax.checkpoints.progress import Progress
+from a3_jax.checkpoints.release_format import release_target
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES
+from a3_jax.checkpoints.streaming import finish_checkpoint, write_params
 from a3_jax.errors import InputError, check_seed, nearest
 
-FORMATS = ("a3", "hf")
+FORMATS = ("a3", "hf", "release")
 
 
 def convert(
@@ -34,101 +32,117 @@ def convert(
     query_vector: bool = True,
     check: bool = False,
     allow_nonfinite: bool = False,
+    sha256=None,
 ) -> Checked | None:
     """Writes a checkpoint in the other format, or the same one in another dtype.
 
-    A Hugging Face model without query vector gets one drawn from `seed`. The way back keeps the
-    source's tensor names, dtypes, architecture and other files, and adds the vector.
+    Some pieces of tensors are in memory at a time, and towards Hugging Face a leaf of the parameter tree:
+    never the model. A Hugging Face model without query vector gets one drawn from `seed`. The way back keeps
+    the source's tensor names, dtypes, architecture and other files, and adds the vector. In a run of several
+    processes all make the call; to A3 each reads and writes its share.
 
     Args:
       src: anything that `open_checkpoint` opens.
       dst: a directory that is absent or empty; it appears whole or not at all.
-      to: "a3" or "hf".
+      to: "a3", "hf", or "release", Hugging Face's files with the names of the authors' class.
       dtype: "float32", "bfloat16" or "float16", kept on the way back; None: the source's.
       max_shard_bytes: of the safetensors files.
       query_vector: False writes a Hugging Face directory without it: the plain left-to-right model.
       check: compare what was written with `transformers`, where it is installed, before `dst` appears.
       allow_nonfinite: convert parameters that are NaN or infinite too.
+      sha256: a file as sha256sum prints it, with which every file of a Hugging Face source is compared
+        before anything is written. Without, the sums are recorded all the same.
 
     Returns:
-      What the check found; None without.
+      What the check found; None without, and in processes other than the first.
 
     Raises:
-      InputError: a source that can't be converted, or a `dst` that is in use.
+      InputError: a source that can't be converted, a `dst` that is in use, or a disk that is too small.
       RunError: the check failed; there is no `dst`.
     """
     if to not in FORMATS:
         raise InputError(f"must be one of {', '.join(FORMATS)}, got {to!r}{nearest(to, FORMATS)}", field="to")
     check_seed(seed)
     dtype = parse_dtype(dtype)
-    check_free(dst)
-    directory, is_hf = find_checkpoint(src)
-    if is_hf:
-        source = _read_hf(directory, dtype, seed, allow_nonfinite)
-    else:
-        source = _read_a3(directory, dtype, allow_nonfinite)
-    with new_directory(dst) as temporary:
-        if to == "a3":
-            meta = source.meta if dtype is None else with_dtype(source.meta, dtype)
-            save_checkpoint(temporary, source.params, meta, source.tokenizer)
-        else:
-            write_hf(
-                temporary, source.params, source.meta, source.tokenizer, dtype, max_shard_bytes, query_vector
-            )
-        if not check:
-            return None
-        if to == "a3":
-            hf_side, params = directory if is_hf else None, load_params(temporary)
-        else:
-            hf_side, params = temporary, source.params
-        return check_conversion(params, source.config, hf_side, dtype, place=dst)
-
-
-def _read_hf(directory, dtype, seed, allow_nonfinite) -> Checkpoint:
-    """As `open_checkpoint`, with NumPy arrays of the wanted dtype: nothing of it needs an accelerator."""
-    model = open_hf(directory)
-    stored = {
-        (part.leaf, part.layer): model.stored[name]
-        for name, parts in tensor_table(model.config).items()
-        for part in parts
-        if name in model.stored  # a query vector may not be
-    }
-
-    def check(path, leaf):
-        for layer in range(len(leaf)) if path[0] == "layers" else (None,):
-            tensor = None if allow_nonfinite else stored.get((path, layer))
-            if tensor is not None:
-                _check_finite(leaf if layer is None else leaf[layer], tensor.name, tensor.file)
-        return leaf
-
-    params = read_params(model, dtype, seed, check)
-    return Checkpoint(
-        params, model.config, hf_tokenizer(directory), Meta(model.config, source=model.source())
+    together("convert", lambda: check_free(dst))
+    source = together("convert", lambda: open_source(src, dtype, seed, allow_nonfinite))
+    sums = None if sha256 is None else _compared(source, sha256)
+    if to == "a3":
+        return _to_a3(source, dst, dtype, check, sums)
+    checked: list[Checked | None] = []
+    target = together("convert", lambda: _target(source.meta, to, dtype, query_vector))
+    by_first(
+        "convert", lambda: checked.append(_to_hf(source, dst, target, dtype, max_shard_bytes, check, sums))
     )
+    return checked[0] if checked else None
 
 
-def _read_a3(directory, dtype, allow_nonfinite) -> Checkpoint:
-    """The same of an A3 checkpoint."""
-    meta = load_meta(directory)
-    if meta.source is not None:
-        check_source(meta.source, directory / META / META_FILE)
+def _to_a3(source: Source, dst, dtype, check: bool, sums) -> Checked | None:
+    """Every process reads and writes its share."""
+    total = sum(leaf.nbytes for leaf in source.leaves.values())
+    by_first("convert", lambda: check_space(dst, total))
+    checked: list[Checked] = []
+    with shared_directory(dst) as temporary:
+        with (
+            Hashing(_share(source) if sums is None else ()) as hashing,  # the disk is asked once for both
+            Progress("converted", total // jax.process_count()) as progress,
+        ):
+            manifest = write_params(temporary, source.leaves, source.pieces, source.read, progress.add)
+            found = _merged(together("convert", hashing.result))
 
-    def read(path, leaf):
-        array, name = np.asarray(leaf), f"params/{tree_name(path)}"
-        if not allow_nonfinite:
-            _check_finite(array, name, directory)
-        return cast(array, dtype, name, directory)
+        def finish():
+            meta = _with_sums(source.meta, found if sums is None else sums)
+            meta = meta if dtype is None else with_dtype(meta, dtype)
+            finish_checkpoint(temporary, manifest, meta, source.tokenizer)
+            if check:
+                params = load_params(temporary)
+                checked.append(check_conversion(params, source.config, source.hf_directory, dtype, dst))
 
-    params = jax.tree_util.tree_map_with_path(read, load_params(directory))
-    return Checkpoint(params, meta.model, load_checkpoint_tokenizer(directory), meta)
+        by_first("convert", finish)
+    return checked[0] if checked else None
 
 
-def _check_finite(array, name, file) -> None:
-    finite = np.isfinite(array)
-    if not finite.all():
-        count = finite.size - np.count_nonzero(finite)
-        raise InputError(
-            f"{count} of its {finite.size} values are NaN or infinite; --allow_nonfinite converts them too",
-            file=file,
-            field=name,
-        )
+def _to_hf(source: Source, dst, target: Target, dtype, max_shard_bytes, check: bool, sums) -> Checked | None:
+    """One process does it."""
+    check_space(dst, target.nbytes)
+    meta = _with_sums(source.meta, sha256_of(source.files) if sums is None else sums)
+    with new_directory(dst) as temporary:
+        with Progress("converted", target.nbytes) as progress:
+            write_hf(
+                temporary, source.read_leaf, target, meta, source.tokenizer, max_shard_bytes,
+                lambda _, nbytes: progress.add(nbytes), source.facts(),
+            )  # fmt: skip
+        if check:
+            return check_conversion(source.params(), source.config, temporary, dtype, dst)
+    return None
+
+
+def _target(meta: Meta, to: str, dtype, query_vector: bool) -> Target:
+    return release_target(meta, dtype) if to == "release" else hf_target(meta, dtype, query_vector)
+
+
+def _compared(source: Source, sha256) -> dict[str, str]:
+    """SHA-256 of all files, those of a list. Every process reads its share."""
+    wanted = read_sha256_list(sha256)
+    if not source.files:
+        why = "sums are of a Hugging Face directory; an A3 checkpoint has its own: a3 verify"
+        raise InputError(why, field="sha256")
+    found = _merged(together("convert", lambda: sha256_of(_share(source))))
+    compare_sha256(source.directory, found, wanted, sha256)
+    return found
+
+
+def _share(source: Source):
+    """The files that this process hashes."""
+    return source.files[jax.process_index() :: jax.process_count()]
+
+
+def _merged(own: dict[str, str]) -> dict[str, str]:
+    return agree("convert", own, lambda all_: dict(sorted(item for one in all_ for item in one.items())))
+
+
+def _with_sums(meta: Meta, sums: dict[str, str]) -> Meta:
+    """`meta` with the sums of what a Hugging Face source consists of; those of an A3 source stay."""
+    if not sums or meta.source is None:
+        return meta
+    return dataclasses.replace(meta, source={**meta.source, "sha256": sums})

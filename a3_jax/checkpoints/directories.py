@@ -1,37 +1,45 @@
 """A directory that appears whole or not at all."""
 
 import contextlib
+import fcntl
+import os
 import uuid
+from collections.abc import Iterator
+from typing import Any
 
 from a3_jax.errors import InputError
 from a3_jax.paths import absolute, as_path
 
+_TEMPORARY, _LOCK = ".tmp", ".lock"
+
 
 @contextlib.contextmanager
-def new_directory(path):
+def new_directory(path) -> Iterator[Any]:
     """Gives a temporary sibling to fill; it becomes `path` at the end, or vanishes with an exception.
 
-    The sibling does not exist yet, its parent does.
+    The sibling, `.NAME.DIGITS.tmp`, does not exist yet, its parent does. Siblings that killed processes
+    left of the same `path` are removed.
 
     Raises:
       InputError: `path` is a file or a directory with something in it, or can't be made.
     """
     path = absolute(path)
     check_free(path)
-    temporary = path.parent / f".{uuid.uuid4().hex[:12]}.tmp"
+    temporary = path.parent / f"{_beginning(path)}{uuid.uuid4().hex[:12]}{_TEMPORARY}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"can't be made: {error.strerror or error}", file=path.parent) from error
-    try:
-        yield temporary
-        if path.exists():
-            path.rmdir()  # empty, or it fails
-        temporary.rename(path)
-    except BaseException:
-        for leftover in path.parent.glob(f"{temporary.name}*"):  # writers may have temporaries of their own
-            leftover.rmtree()
-        raise
+    with _locked(temporary):
+        _remove_leftovers(path, temporary)
+        try:
+            yield temporary
+            if path.exists():
+                path.rmdir()  # empty, or it fails
+            temporary.rename(path)
+        except BaseException:
+            _remove(temporary)
+            raise
 
 
 def check_free(path) -> None:
@@ -46,3 +54,52 @@ def check_free(path) -> None:
             raise InputError("the directory exists and is not empty", file=path)
     elif path.exists():
         raise InputError("exists and is a file, a directory is to be made there", file=path)
+
+
+def _beginning(path) -> str:
+    return f".{path.name[:100]}."
+
+
+@contextlib.contextmanager
+def _locked(temporary) -> Iterator[None]:
+    """Holds a lock beside a directory: as long as the process lives, and no longer."""
+    lock = f"{temporary}{_LOCK}"
+    if "://" in lock:
+        yield
+        return
+    try:
+        opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"can't be written: {error.strerror}", file=temporary.parent) from error
+    with contextlib.suppress(OSError):  # no locks on this file system: nobody will remove what we leave
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock)
+        os.close(opened)
+
+
+def _remove_leftovers(path, own) -> None:
+    """Removes temporary siblings of `path` whose process is dead; others, and what can't be told, stay."""
+    for lock in path.parent.iterdir():
+        name = lock.name.removesuffix(_LOCK)
+        if name == lock.name or not name.startswith(_beginning(path)) or not name.endswith(_TEMPORARY):
+            continue
+        if name == own.name:
+            continue
+        with contextlib.suppress(OSError):
+            opened = os.open(lock, os.O_RDWR)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path.parent / name)
+                os.unlink(lock)
+            finally:
+                os.close(opened)
+
+
+def _remove(temporary) -> None:
+    for path in temporary.parent.iterdir():  # writers may have temporaries of their own beside it
+        if path.name.startswith(temporary.name) and path.is_dir():
+            path.rmtree()

@@ -55,6 +55,7 @@ class Family:
       tensors, layer_tensors: outside of layers, the embedding first, and in each.
       head: the row of the output matrix, stored where it is not tied to the embedding.
       buffers: patterns of names that hold no parameters and are passed over.
+      renamed: beginnings of names in the files of DiffuLLaMA and DiffuGPT, and what stands for them here.
     """
 
     tensors: tuple[Row, ...]
@@ -63,6 +64,7 @@ class Family:
     layer_prefix: str = "model.layers.{layer}."
     head: Row = Row("lm_head.weight", "head", "V,D -> D,V")
     buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+    renamed: tuple[tuple[str, str], ...] = (("denoise_model.", "model."),)
 
 
 def _pair(name, leaf, axes, bias_axes, part=0) -> tuple[Row, Row]:
@@ -139,10 +141,29 @@ _GPT2 = Family(  # its matrices are stored [in, out]
         *_pair("mlp.c_proj", "down", "F,D -> F,D", "D -> D"),
     ),
     buffers=("*.attn.bias", "*.attn.masked_bias"),
+    renamed=(("denoise_model.", "transformer."), ("embed_tokens.", "transformer.wte.")),
 )
+_LLADA = Family(
+    prefix="model.transformer.",
+    layer_prefix="model.transformer.blocks.{layer}.",
+    tensors=(
+        Row("model.transformer.wte.weight", "embed", "V,D -> V,D"),
+        Row("model.transformer.ln_f.weight", "final_norm", "D -> D"),
+        _QUERY,
+    ),
+    layer_tensors=(
+        Row("attn_norm.weight", "attn_norm", "D -> D"), Row("ff_norm.weight", "mlp_norm", "D -> D"),
+        Row("q_proj.weight", "q", "NH,D -> D,N,H"), Row("k_proj.weight", "k", "KH,D -> D,K,H"),
+        Row("v_proj.weight", "v", "KH,D -> D,K,H"), Row("attn_out.weight", "o", "D,NH -> N,H,D"),
+        Row("ff_proj.weight", "gate", "F,D -> D,F"), Row("up_proj.weight", "up", "F,D -> D,F"),
+        Row("ff_out.weight", "down", "D,F -> F,D"),
+    ),
+    head=Row("model.transformer.ff_out.weight", "head", "V,D -> D,V"),
+)  # fmt: skip
 FAMILIES = {
     "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "smollm3": _LLAMA,
     "olmo2": _OLMO2, "gemma2": _GEMMA, "gemma3": _GEMMA, "gpt2": _GPT2,
+    "llada": _LLADA,
 }  # fmt: skip
 
 
@@ -235,8 +256,9 @@ def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
     for name in names:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.buffers):
             continue
-        full = next((p + name for p in (family.prefix, "model.") if _is_known(p + name, config)), name)
-        full = name if _is_known(name, config) else full
+        tried = [name, *(prefix + name for prefix in (family.prefix, "model."))]
+        tried += [new + name.removeprefix(old) for old, new in family.renamed if name.startswith(old)]
+        full = next((one for one in tried if _is_known(one, config)), name)
         if full in found:
             raise InputError(f"is the same tensor as {found[full]}", file=file, field=name)
         found[full] = name

@@ -5,7 +5,8 @@ A leaf is read as 32-bit words v at global indices i. With h(i) and k(i) two has
     m(i) = mix(v(i) XOR h(i))        one-to-one in v: no changed word leaves it as it was
     sums = (sum of m(i), sum of m(i) * (2 k(i) + 1))        both modulo 2^32
 
-Sums don't depend on the order, so each device adds up what it holds and two numbers a leaf travel.
+Sums don't depend on the order, so each device adds up what it holds and two numbers a leaf travel;
+`part_sums` does the same by NumPy, for arrays that are never whole.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SEEDS = 0x9E3779B9, 0x7F4A7C15
+SEEDS = 0x9E3779B9, 0x7F4A7C15
 _NO_MESH = jax.sharding.Mesh(np.empty((), dtype=object), ())
 
 
@@ -73,7 +74,7 @@ def _sums_of_leaf(leaf):
     words = _words(leaf)
     key, weight = (
         functools.reduce(jnp.add, [_axis_hash(words.shape, axis, seed) for axis in range(words.ndim)])
-        for seed in _SEEDS
+        for seed in SEEDS
     )
     mixed = _mix(words ^ key)
     return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (weight | 1), dtype=jnp.uint32)])

@@ -28,6 +28,7 @@ class Architecture:
       names: fields of `config.json` that are called otherwise than Llama's.
       local: whether layer i is a local one, given the config's fields; None: no layer is.
       refused: fields that have to be absent, null or false, and what they would mean.
+      fixed: the one value that fields may have where they are present.
     """
 
     family: str
@@ -36,6 +37,7 @@ class Architecture:
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     local: Callable[[Any, int], bool] | None = None
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _late(fields, layer):
@@ -106,6 +108,25 @@ ARCHITECTURES = {
         refused={"scale_attn_by_inverse_layer_idx": "scores scaled by layer",
                  "add_cross_attention": "cross-attention layers"},
     ),
+    "LLaDAModelLM": Architecture(
+        "llada",
+        defaults={"max_sequence_length": 1024, "rms_norm_eps": 1e-5, "weight_tying": True,
+                  "mask_token_id": 126336},
+        names={"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+               "num_key_value_heads": "n_kv_heads", "intermediate_size": "mlp_hidden_size",
+               "max_position_embeddings": "max_sequence_length", "hidden_act": "activation_type",
+               "tie_word_embeddings": "weight_tying"},
+        refused=dict.fromkeys(
+            ("include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm", "alibi",
+             "input_emb_norm", "scale_logits", "clip_qkv", "multi_query_attention"),
+            "options that no published LLaDA has"),
+        fixed={"block_type": "llama", "layer_norm_type": "rms", "rope": True, "block_group_size": 1,
+               "layer_norm_with_affine": True},
+    ),
+    "DreamModel": Architecture(
+        "qwen2", {"qkv_bias": True}, {**_QWEN_DEFAULTS, "mask_token_id": 151666}, local=_late
+    ),
+    "DiscreteDiffusionModel": Architecture("llama", defaults={"mask_token_id": 811}),  # or GPT-2, see below
 }  # fmt: skip
 _REFUSED = {
     "quantization_config": "quantised weights (dequantise them first)",
@@ -132,6 +153,9 @@ def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
     for field, meaning in {**_REFUSED, **architecture.refused}.items():
         if fields.get(field) not in (None, False):
             fields.refuse(field, f"{meaning} are not supported, got {fields.get(field)!r}"[:200])
+    for field, value in architecture.fixed.items():
+        if fields.get(field) not in (None, value):
+            fields.refuse(field, f"must be {value!r}, got {fields.get(field)!r}"[:200])
     width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     values = {
         "family": architecture.family,
@@ -146,6 +170,7 @@ def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
         "tie_embeddings": bool(fields.get("tie_word_embeddings")),
         "activation": fields.choice("hidden_act", _ACTIVATIONS),
         **architecture.switches,
+        **_masking(fields, architecture),
         **_attention(fields, architecture),
         **_layers(fields, architecture),
     }
@@ -157,6 +182,13 @@ def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
         return ModelConfig(**values)
     except InputError as error:  # sizes that don't go together
         raise InputError(error.message, file=file, field=error.field) from error
+
+
+def mask_fields(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a `config.json` that make a model one of masked diffusion; none if it isn't."""
+    if model.mask_token is None:
+        return {}
+    return {"mask_token_id": model.mask_token, "logit_shift": model.logit_shift}
 
 
 class _Fields:
@@ -231,7 +263,22 @@ def _architecture(config, file) -> Architecture:
             file=file,
             field="architectures",
         )
+    if names[0] == "DiscreteDiffusionModel" and config.get("model_type") == "gpt2":
+        base, mask = ARCHITECTURES["GPT2LMHeadModel"], 10541 if config.get("vocab_size") == 50257 else 50257
+        return dataclasses.replace(base, defaults={**base.defaults, "mask_token_id": mask})
     return ARCHITECTURES[names[0]]
+
+
+def _masking(fields, architecture) -> dict[str, Any]:
+    """What makes a model one of masked diffusion; LLaDA alone predicts a token from its own row."""
+    values = {}
+    if architecture.family == "llada" and fields.get("embedding_size"):  # at least vocab_size
+        values["vocab_size"] = fields.count("embedding_size")
+    if fields.get("mask_token_id") is None:
+        return values
+    shift = fields.get("logit_shift")
+    shift = architecture.family != "llada" if shift is None else bool(shift)
+    return values | {"mask_token": fields.get("mask_token_id"), "logit_shift": shift}
 
 
 def _attention(fields, architecture) -> dict[str, Any]:

@@ -1,7 +1,12 @@
-"""Parameters as a Hugging Face directory, which transformers opens."""
+"""Parameters as a Hugging Face directory, which transformers opens.
+
+Written leaf by leaf, in pieces: a stacked leaf becomes a tensor a layer, one after the other.
+"""
 
 import base64
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,63 +15,138 @@ import numpy as np
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.families import QUERY_TENSOR, Tensor
-from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf
+from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf, mask_fields
 from a3_jax.checkpoints.hf_format import FLOATS, cast, is_kept
+from a3_jax.checkpoints.model_card import CARD_FILE, SOURCE_CARD_FILE, Facts, model_card
+from a3_jax.checkpoints.pieces import cut, index_of, pieces_of
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_tensors
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig, RopeScaling
-from a3_jax.paths import as_path, write_json
+from a3_jax.paths import as_path, write_json, write_text
 from a3_jax.tokenizer import Tokenizer
+
+Read = Callable[[tuple[str, ...], tuple], np.ndarray]  # (path of a leaf, NumPy index) -> that part
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a Hugging Face directory will hold.
+
+    Attributes:
+      config: of `config.json`.
+      tensors: dtype and shape by name in the file, those of one leaf behind each other.
+      parts: what each consists of in the parameter tree.
+    """
+
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorSpec]
+    parts: Mapping[str, tuple[Tensor, ...]]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+
+def hf_target(meta: Meta, dtype=None, query_vector: bool = True) -> Target:
+    """The directory that the model came from: its names, dtypes, architecture; else Llama's in float32.
+
+    Args:
+      dtype: of all tensors instead.
+      query_vector: False leaves it out: the plain left-to-right model.
+
+    Raises:
+      InputError: it came from none and is no Llama.
+    """
+    if meta.source is None:
+        return make_target(meta.model, config_to_hf(meta.model), {}, dtype, query_vector)
+    hf_config = meta.source["config"]
+    if meta.model.mask_token != hf_config.get("mask_token_id"):  # it was trained to fill masks here
+        hf_config = {**hf_config, **mask_fields(meta.model)}
+    return make_target(meta.model, hf_config, meta.source["tensors"], dtype, query_vector)
+
+
+def make_target(
+    model: ModelConfig, hf_config, tensors: Mapping[str, str], dtype, query_vector=True
+) -> Target:
+    """A directory with the names and dtypes of `tensors` where they are known.
+
+    Args:
+      tensors: name in a file -> dtype. A tied head that is among them is written too.
+      dtype: of all tensors instead; None: as said, the query vector as the embedding, float32 otherwise.
+    """
+    table = families.tensor_table(model)
+    in_file = families.table_names(tensors, model)  # name in the table -> name that it had
+    dtypes = {name: tensors[had] for name, had in in_file.items()}
+    tied, embedding = families.tied_head(model), families.embedding(model)
+    parts = {name: table[name] for name in table if query_vector or name != QUERY_TENSOR}
+    if tied in in_file:
+        parts[tied] = table[embedding]
+    leaves: dict[tuple[str, ...], int] = {}
+    for of_tensor in parts.values():
+        leaves.setdefault(of_tensor[0].leaf, len(leaves))
+    new = dtypes.get(embedding, "float32")
+    specs, by_file = {}, {}
+    for name in sorted(parts, key=lambda name: leaves[parts[name][0].leaf]):
+        kind = np.dtype(dtype or jnp.dtype(dtypes.get(name, new)))
+        specs[in_file.get(name, name)] = TensorSpec(kind, parts[name][0].shape)
+        by_file[in_file.get(name, name)] = parts[name]
+    return Target(_config_to_write(hf_config, dtype), specs, by_file)
 
 
 def write_hf(
     directory,
-    params,
+    read: Read,
+    target: Target,
     meta: Meta,
     tokenizer: Tokenizer | None,
-    dtype=None,
     max_shard_bytes=MAX_SHARD_BYTES,
-    query_vector=True,
+    on_tensor: Callable[[str, int], None] = lambda name, nbytes: None,
+    facts: Facts | None = None,
 ) -> None:
-    """Fills a directory that transformers opens: safetensors, config, tokenizer, the source's other files.
+    """Fills a directory: safetensors, config, tokenizer, the source's other files, a model card.
+
+    The source's own card is written beside ours, as `README.source.md`.
 
     Args:
       directory: is made; the caller makes the whole of it atomic.
-      params: the parameter tree.
-      meta: with a `source`, its names, dtypes and architecture are kept; else Llama's in float32.
-      dtype: of all tensors instead.
-      query_vector: False leaves it out: the plain left-to-right model.
+      read: gives a part of a leaf; `StoredParams.read` or `tree_reader`.
+      target: of `hf_target` or `release_target`.
+      on_tensor: called with name and bytes of each tensor that was written.
+      facts: for the card, what is known beside `meta`.
     """
     directory = as_path(directory)
     directory.mkdir(parents=True)
-    source = meta.source or {"config": config_to_hf(meta.model), "tensors": {}, "files": {}}
-    config, table = meta.model, families.tensor_table(meta.model)
-    written = families.table_names(source["tensors"], config)  # name in the table -> name that it had
-    dtypes = {name: source["tensors"][in_file] for name, in_file in written.items()}
-    names = [name for name in table if query_vector or name != QUERY_TENSOR]
-    tied = families.tied_head(config)
-    names += [tied] if tied in written else []
-    # A query vector that the source lacked is written as the embedding.
-    new = dtypes.get(families.embedding(config), "float32")
-    in_table = {written.get(name, name): name for name in names}
-    specs = {
-        in_file: TensorSpec(
-            np.dtype(dtype or jnp.dtype(dtypes.get(name, new))), families.shape_of(name, config)
-        )
-        for in_file, name in in_table.items()
-    }
-
-    def read(in_file):
-        name = in_table[in_file]
-        parts = table[families.embedding(config) if name == tied else name]
-        stored = families.join(parts, [_leaf_of(part, params) for part in parts])
-        return cast(stored, specs[in_file].dtype, in_file)
-
-    write_tensors(directory, specs, read, max_shard_bytes)
-    write_json(directory / CONFIG_FILE, _config_to_write(source["config"], dtype))
-    _write_kept_files(directory, source["files"])
+    write_tensors(
+        directory, target.tensors, lambda name: _read_pieces(name, target, read), max_shard_bytes, on_tensor
+    )
+    write_json(directory / CONFIG_FILE, target.config)
+    files = {} if meta.source is None else dict(meta.source["files"])
+    source_card = files.pop(CARD_FILE, None)
+    if source_card is not None:
+        files[SOURCE_CARD_FILE] = source_card
+    _write_kept_files(directory, files)
     if tokenizer is not None:
         _write_kept_files(directory, tokenizer.files())
+    write_text(directory / CARD_FILE, model_card(meta, target.config, target.tensors, tokenizer, facts))
+
+
+def tree_reader(params) -> Read:
+    """What `write_hf` reads with, from a parameter tree in memory."""
+
+    def read(path, index=()):
+        return np.asarray(functools.reduce(lambda tree, key: tree[key], path, params)[index])
+
+    return read
+
+
+def _read_pieces(name: str, target: Target, read: Read) -> Iterator[np.ndarray]:
+    """A tensor, cut along the first of its axes."""
+    parts, spec = target.parts[name], target.tensors[name]
+    for piece in pieces_of(name, parts[0], spec.nbytes):
+        leaves = [read(part.leaf, index_of(part, piece)) for part in parts]
+        stored = families.join(tuple(cut(part, piece) for part in parts), leaves)
+        yield cast(stored, spec.dtype, name)
 
 
 def check_source(source: dict[str, Any], file) -> None:
@@ -78,6 +158,9 @@ def check_source(source: dict[str, Any], file) -> None:
     for part in ("config", "tensors", "files"):
         if not isinstance(source.get(part), dict):
             raise InputError("expected an object", file=file, field=f"source.{part}")
+    sums = source.get("sha256", {})  # a checkpoint from memory has none
+    if not isinstance(sums, dict) or not all(isinstance(sum_, str) for sum_ in sums.values()):
+        raise InputError("expected sums by file name", file=file, field="source.sha256")
     dtypes = [dtype.name for dtype in FLOATS]
     for name, dtype in source["tensors"].items():
         if dtype not in dtypes:
@@ -128,6 +211,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "attention_bias": config.out_bias,
         "mlp_bias": config.mlp_bias,
         "torch_dtype": dtype,
+        **mask_fields(config),
     }
     said = dataclasses.replace(config_from_hf(fields), query_init_scale=config.query_init_scale)
     for name, value in config.to_dict().items():
@@ -137,13 +221,6 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
                 field=f"model.{name}",
             )
     return fields
-
-
-def _leaf_of(tensor: Tensor, params) -> np.ndarray:
-    leaf = params
-    for key in tensor.leaf:
-        leaf = leaf[key]
-    return np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
 
 
 def _config_to_write(hf_config, dtype) -> dict[str, Any]:

@@ -20,7 +20,11 @@ from a3_jax.model.config import ModelConfig
 from a3_jax.paths import as_path, is_file_name, read_json
 
 FLOATS = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
-_KEPT_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_KEPT_FILES = (  # licences ask that they and notices go along
+    "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md", "LICENSE", "LICENSE.md", "NOTICE",
+    "NOTICE.md", "USE_POLICY.md",
+)  # fmt: skip
+_COMPARED_BYTES = 1 << 24  # of each of two tensors
 _MAX_KEPT_BYTES = 1 << 25  # a file; the largest tokenizers have 20 MB
 
 logger = logging.getLogger(__name__)
@@ -45,6 +49,12 @@ class HFModel:
             "tensors": {tensor.name: tensor.dtype.name for tensor in self.stored.values()},
             "files": _read_kept_files(self.directory),
         }
+
+    def files(self) -> list[Any]:
+        """All files that are read: config, index, shards, tokenizer, and what goes along."""
+        shards = {str(tensor.file): tensor.file for tensor in self.stored.values()}
+        named = [self.directory / name for name in (CONFIG_FILE, INDEX_FILE)]
+        return [path for path in named if path.exists()] + [*shards.values()] + _kept_files(self.directory)
 
 
 def open_hf(directory) -> HFModel:
@@ -74,9 +84,7 @@ def read_params(model: HFModel, dtype=None, seed: int = 0, place=lambda path, le
       dtype: of all leaves; None: the source's, the widest of those that one leaf is made of.
       place: called with (path, NumPy array) of each leaf, gives what the tree shall hold.
     """
-    tied = families.tied_head(model.config)
-    if tied in model.stored:
-        _check_tied(model.stored[tied], model.stored[families.embedding(model.config)])
+    check_tied(model)
     leaves: dict[tuple[str, ...], list[Tensor]] = {}
     for parts in families.tensor_table(model.config).values():
         for tensor in parts:
@@ -84,7 +92,7 @@ def read_params(model: HFModel, dtype=None, seed: int = 0, place=lambda path, le
     tree: dict[str, Any] = {}
     for path, tensors in leaves.items():
         if path == QUERY_LEAF and QUERY_TENSOR not in model.stored:
-            leaf = _drawn_query(model, seed, dtype)
+            leaf = drawn_query(model, seed, dtype)
         else:
             leaf = _read_leaf(tensors, model.stored, dtype)
         parent = tree
@@ -125,13 +133,26 @@ def _check_tensor(tensor: StoredTensor, shape) -> None:
         )
 
 
-def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
-    if not np.array_equal(head.read(), embedding.read()):
-        raise InputError(
-            "differs from the embedding, but the config has tie_word_embeddings",
-            file=head.file,
-            field=head.name,
-        )
+def check_tied(model: HFModel) -> None:
+    """Compares a tied head that is stored all the same with the embedding, a few rows at a time.
+
+    Raises:
+      InputError: it is another one.
+    """
+    head = model.stored.get(families.tied_head(model.config) or "")
+    if head is None:
+        return
+    embedding = model.stored[families.embedding(model.config)]
+    rows = head.shape[0]
+    step = max(1, _COMPARED_BYTES * rows // max(head.nbytes, 1))
+    for begin in range(0, rows, step):
+        here = begin, min(begin + step, rows)
+        if not np.array_equal(head.read(*here), embedding.read(*here)):
+            raise InputError(
+                "differs from the embedding, but the config has tie_word_embeddings",
+                file=head.file,
+                field=head.name,
+            )
 
 
 def _read_leaf(tensors: list[Tensor], stored, dtype) -> np.ndarray:
@@ -147,12 +168,16 @@ def _read_leaf(tensors: list[Tensor], stored, dtype) -> np.ndarray:
     return leaf
 
 
-def _drawn_query(model: HFModel, seed: int, dtype) -> np.ndarray:
-    """A query vector as the source would store it, so that every way of reading gives the same one."""
-    logger.warning(
-        "%s: has no %s; the query vector is drawn from seed %d", model.directory, QUERY_TENSOR, seed
-    )
+def drawn_query(model: HFModel, seed: int, dtype=None) -> np.ndarray:
+    """The query vector, [D], of a model that has none, with a warning.
+
+    It is one that the source might have stored, so that every way of reading gives the same.
+    """
     config = model.config
+    if config.mask_token is None:  # masked diffusion reads none
+        logger.warning(
+            "%s: has no %s; the query vector is drawn from seed %d", model.directory, QUERY_TENSOR, seed
+        )
     vector = config.query_init_scale * jax.random.normal(jax.random.key(seed), (config.d_model,), jnp.float32)
     embedding = model.stored[families.embedding(config)]
     stored = np.asarray(vector).astype(embedding.dtype)
@@ -162,9 +187,7 @@ def _drawn_query(model: HFModel, seed: int, dtype) -> np.ndarray:
 def _read_kept_files(directory) -> dict[str, Any]:
     """Files that go along unread, by name: text as a string, others as {"base64": ...}."""
     files = {}
-    for path in sorted(as_path(directory).iterdir()):
-        if not is_kept(path.name) or not path.is_file():
-            continue
+    for path in _kept_files(directory):
         if path.stat().length > _MAX_KEPT_BYTES:
             logger.warning("%s: larger than %d bytes, not kept", path, _MAX_KEPT_BYTES)
             continue
@@ -174,6 +197,10 @@ def _read_kept_files(directory) -> dict[str, Any]:
         except UnicodeDecodeError:
             files[path.name] = {"base64": base64.b64encode(data).decode("ascii")}
     return files
+
+
+def _kept_files(directory) -> list[Any]:
+    return [path for path in sorted(as_path(directory).iterdir()) if is_kept(path.name) and path.is_file()]
 
 
 def is_kept(name: str) -> bool:

@@ -14,7 +14,7 @@ from a3_jax.checkpoints.manifest import Leaf, read_manifest
 from a3_jax.checkpoints.opening import find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.orbax_items import META, META_FILE, PARAMS
 from a3_jax.errors import InputError
-from a3_jax.ordering.curriculum import stages_from_config
+from a3_jax.ordering.curriculum import stages_done, stages_from_config
 from a3_jax.tables import print_table
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer
 
@@ -48,8 +48,9 @@ def describe(path) -> dict[str, Any]:
       tokenizer: kind ("bytes", or of `tokenizer.json`), size, bos and eos (ids); null: token input only.
       fingerprint: of all parameters, 16 hexadecimal digits, equal wherever equal parameters were saved;
         null in a Hugging Face directory.
-      source: architecture, name and transformers_version of the `config.json` that it came from, and
-        init_from of the run.
+      source: architecture, name and transformers_version of the `config.json` that it came from,
+        init_from of the run, and sha256, the sums of the files that were converted, by name; null where
+        none were.
       versions: of the software that wrote it.
 
     Raises:
@@ -82,7 +83,10 @@ def _describe_a3(directory) -> dict[str, Any]:
         **_common(directory, "a3", meta.model, sizes, load_checkpoint_tokenizer(directory)),
         "curriculum": _curriculum(meta, directory),
         "fingerprint": fingerprint(leaves),
-        "source": _source(hf_config, (meta.run_config or {}).get("init_from")),
+        "source": {
+            **_source(hf_config, (meta.run_config or {}).get("init_from")),
+            "sha256": (meta.source or {}).get("sha256"),
+        },
         "versions": meta.versions if isinstance(meta.versions, dict) else {},  # it may come from outside
     }
 
@@ -150,10 +154,10 @@ def _curriculum(meta: Meta, directory) -> dict[str, Any] | None:
     except InputError as error:
         file = directory / META / META_FILE
         raise InputError(error.message, file=file, field=f"run_config.{error.field}") from error
-    told, left = [], meta.step
-    for stage in stages:
-        told.append({"name": stage.name, "steps": stage.steps, "done": min(left, stage.steps)})
-        left -= told[-1]["done"]
+    told = [
+        {"name": stage.name, "steps": stage.steps, "done": done}
+        for stage, done in zip(stages, stages_done(stages, meta.step))
+    ]
     return {"step": meta.step, "stage": meta.stage, "stages": told}
 
 
@@ -164,6 +168,7 @@ def _source(hf_config, init_from) -> dict[str, Any]:
         "name": hf_config.get("_name_or_path") or None,
         "transformers_version": hf_config.get("transformers_version"),
         "init_from": init_from or None,
+        "sha256": None,
     }
 
 
@@ -192,9 +197,11 @@ def _rows(report):
         ]
         yield "tokenizer", f"{tokenizer['kind'] or 'unknown'}, {tokenizer['size']:,} tokens{''.join(ids)}"
     yield "fingerprint", report["fingerprint"] or "none: Hugging Face directories have no manifest"
-    came_from = [f"{name.replace('_', ' ')} {value}" for name, value in source.items() if value]
-    if came_from:
-        yield "came from", ", ".join(came_from)
+    told = {name.replace("_", " "): value for name, value in source.items() if name != "sha256" and value}
+    if told:
+        yield "came from", ", ".join(f"{name} {value}" for name, value in told.items())
+    for file, sum_ in (source["sha256"] or {}).items():
+        yield "  sha256", f"{sum_}  {file}"
     if report["versions"]:
         yield "written by", ", ".join(f"{name} {version}" for name, version in report["versions"].items())
 

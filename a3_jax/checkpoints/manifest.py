@@ -14,13 +14,15 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from a3_jax.errors import InputError
+from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.paths import as_path, write_text
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 2
 SMALL = 1 << 20  # bytes of a file that every reader checks whole
 _READ_AT_ONCE, _THREADS = 1 << 22, 8
+# Other errors are the file system's, and say nothing of the file.
+_NO_SUCH_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class DamagedCheckpoint(InputError):
@@ -77,16 +79,17 @@ def read_manifest(directory) -> Manifest:
     Raises:
       DamagedCheckpoint: it is absent or not what was written.
       InputError: it was written by a newer format.
+      RunError: the file system fails; another attempt may succeed.
     """
     file = as_path(directory) / MANIFEST_FILE
     try:
         return parse_manifest(file.read_bytes(), file)
-    except OSError as error:
-        missing = not file.exists()
-        message = (
-            "is missing: unfinished or damaged" if missing else f"can't be read: {error.strerror or error}"
-        )
+    except _NO_SUCH_FILE as error:
+        missing = isinstance(error, FileNotFoundError)
+        message = "is missing: unfinished or damaged" if missing else f"can't be read: {error.strerror}"
         raise DamagedCheckpoint(message, file=file, step=step_of(directory)) from error
+    except OSError as error:
+        raise _failing(file, error) from error
 
 
 def parse_manifest(data: bytes, file) -> Manifest:
@@ -157,6 +160,9 @@ def find_damage(directory, manifest: Manifest, deep: bool = False, only: str = "
 
     Returns:
       A list of `DamagedCheckpoint`, one a file that is missing, of another size or of other bytes.
+
+    Raises:
+      RunError: the file system fails; another attempt may succeed.
     """
 
     def check(entry) -> str | None:
@@ -170,8 +176,10 @@ def find_damage(directory, manifest: Manifest, deep: bool = False, only: str = "
                 return "is damaged: its checksum is not that of what was written"
         except FileNotFoundError:
             return "is missing"
+        except _NO_SUCH_FILE as error:
+            return f"can't be read: {error.strerror}"
         except OSError as error:
-            return f"can't be read: {error.strerror or error}"
+            raise _failing(path, error) from error
 
     entries = [entry for entry in manifest.files.items() if entry[0].startswith(only)]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -192,6 +200,10 @@ def raise_damage(directory, manifest: Manifest, deep: bool = False, only: str = 
     """
     for damage in find_damage(directory, manifest, deep, only):
         raise damage
+
+
+def _failing(file, error: OSError) -> RunError:
+    return RunError(EXIT_STORAGE, f"{file}: can't be read: {error.strerror or error}")
 
 
 def _checksum(path) -> File:

@@ -71,6 +71,19 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
     )
 
 
+def check_has_orders(checkpoint: Checkpoint, path) -> None:
+    """Refuses a published model of masked diffusion where any-order or left-to-right streams are wanted.
+
+    One that was trained here may have all of them.
+
+    Raises:
+      InputError: its streams were never trained.
+    """
+    if checkpoint.config.mask_token is not None and checkpoint.meta.step is None:
+        why = "a model of masked diffusion, which has no any-order and no left-to-right stream"
+        raise InputError(f"{why}: `a3 eval --model=masked_diffusion` runs it", file=path)
+
+
 def find_checkpoint(path) -> tuple[Any, bool]:
     """The directory that a checkpoint argument means, and whether it is a Hugging Face one.
 

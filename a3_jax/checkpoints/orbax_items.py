@@ -51,16 +51,26 @@ def handlers():
 
 
 def save_items(params, meta, tokenizer, train_state=None) -> ocp.args.Composite:
-    description = json.dumps(meta.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    contents: dict[str, ocp.args.CheckpointArgs] = {
-        META: _TextFilesSave({META_FILE: description}),
-        PARAMS: ocp.args.StandardSave(params),
-    }
-    if tokenizer is not None:
-        contents[TOKENIZER] = _TextFilesSave(tokenizer.files())
+    contents: dict[str, ocp.args.CheckpointArgs] = {**_texts(meta, tokenizer)}
+    contents[PARAMS] = ocp.args.StandardSave(params)
     if train_state is not None:
         contents[TRAIN] = ocp.args.StandardSave(train_state)
     return ocp.args.Composite(**contents)
+
+
+def write_description(directory, meta, tokenizer) -> None:
+    """Writes what `save_items` tells orbax to write beside the arrays: `meta` and `tokenizer`."""
+    for item, texts in _texts(meta, tokenizer).items():
+        (directory / item).mkdir(parents=True, exist_ok=True)
+        _TextFiles().save(directory / item, texts)
+
+
+def _texts(meta, tokenizer) -> "dict[str, _TextFilesSave]":
+    description = json.dumps(meta.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    texts = {META: _TextFilesSave({META_FILE: description})}
+    if tokenizer is not None:
+        texts[TOKENIZER] = _TextFilesSave(tokenizer.files())
+    return texts
 
 
 def portable(tree):

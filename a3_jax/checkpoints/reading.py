@@ -20,7 +20,7 @@ from a3_jax.checkpoints.manifest import (
     read_manifest,
     step_of,
 )
-from a3_jax.errors import InputError
+from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 
 
 def read_items(directory, make_targets: Callable[[Manifest], Mapping[str, Any]], alone: bool = True):
@@ -39,7 +39,8 @@ def read_items(directory, make_targets: Callable[[Manifest], Mapping[str, Any]],
 
     Raises:
       DamagedCheckpoint: bytes that are not what was written, naming the file or leaf.
-      InputError: other trees or shapes, or files that are intact and can't be read all the same.
+      InputError: other trees or shapes.
+      RunError: files that are intact can't be read all the same; another attempt may succeed.
     """
 
     def check():
@@ -63,7 +64,7 @@ def read_items(directory, make_targets: Callable[[Manifest], Mapping[str, Any]],
             reason = one_line(error)
         silence_reads_in_flight()
         raise_damage(directory, manifest, deep=True)
-        raise InputError(f"can't be restored: {reason}", file=directory)
+        raise RunError(EXIT_STORAGE, f"{directory}: can't be restored, its files being intact: {reason}")
 
     def prove():
         for item, tree in restored.items():

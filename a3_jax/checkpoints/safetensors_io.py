@@ -53,18 +53,23 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> np.ndarray:
-        """The tensor, read-only.
+    def read(self, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """The tensor, or its rows `begin` to `end` (along the first axis), read-only.
 
         Raises:
           InputError: the file ends before it.
         """
+        shape, first = self.shape, 0
+        if end is not None:
+            row = math.prod(self.shape[1:]) * self.dtype.itemsize
+            shape, first = (end - begin, *self.shape[1:]), begin * row
+        nbytes = math.prod(shape) * self.dtype.itemsize
         with as_path(self.file).open("rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.nbytes)
-        if len(data) != self.nbytes:
+            file.seek(self.offset + first)
+            data = file.read(nbytes)
+        if len(data) != nbytes:
             raise InputError("the file is truncated inside this tensor", file=self.file, field=self.name)
-        return np.frombuffer(data, self.dtype).reshape(self.shape)
+        return np.frombuffer(data, self.dtype).reshape(shape)
 
 
 def has_tensors(directory) -> bool:

@@ -20,6 +20,7 @@ from a3_jax.paths import absolute, as_path
 
 AT_ONCE = 1 << 30  # bytes of arrays
 COMMIT_FILE = "commit_success.txt"  # orbax had written all
+LEASE_FILE = "lease.json"  # of a run's directory, while the run lives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,8 @@ def verify(path) -> list[Verdict]:
         return [verify_a3(path)]
     steps = [step for place in (path / CHECKPOINTS, path) for step in _steps(place)]
     if steps:
-        return [_verify_step(step) for step in steps]
+        is_written = (path / LEASE_FILE).exists() or (path.parent / LEASE_FILE).exists()
+        return [_verify_step(step, is_written and step == steps[-1]) for step in steps]
     if has_tensors(path) or (path / CONFIG_FILE).exists():
         return [verify_hf(path)]
     raise InputError("no checkpoint: neither A3, nor Hugging Face, nor a run that has one", file=path)
@@ -101,8 +103,10 @@ def _steps(place) -> list[Any]:
     return [path for _, path in sorted(pair for pair in steps if pair[0] is not None)]
 
 
-def _verify_step(directory) -> Verdict:
-    if not (directory / MANIFEST_FILE).exists() and not (directory / COMMIT_FILE).exists():
+def _verify_step(directory, may_be_written: bool) -> Verdict:
+    """A step of a run; without manifest it is damaged if orbax had ended and no run is about to write one."""
+    ended = (directory / COMMIT_FILE).exists() and not may_be_written
+    if not (directory / MANIFEST_FILE).exists() and not ended:
         return Verdict(directory, "a3", [], note="unfinished: being written, or left by an interrupted save")
     return verify_a3(directory)
 

@@ -88,7 +88,8 @@ def arrange(plan: Plan, number, tokens, positions, segment_ids, roles=None) -> B
 
     Returns:
       tokens, positions, segment_ids, ranks: [B, T] int32, sorted, absent tokens among the padding;
-      weights: [B, T] float32, 1 where a token is predicted, 0 at given tokens, filler and padding.
+      weights: [B, T] float32, 1 where a token is predicted, 0 at given tokens, filler and padding; of
+        masked diffusion as `ordering.ranks.Drawn.predicted`.
     """
     batch = int(number[0]) // plan.batch_size
     _, stage, _ = stage_at(plan.stages, batch - plan.rows_ahead)
@@ -176,7 +177,7 @@ def _sorted_rows(stage: Stage, plan: Plan, numbers, tokens, positions, segment_i
         for row, number in enumerate(numbers)
     ]
     ranks, segment_ids, predicted = (np.stack(arrays) for arrays in zip(*drawn, strict=True))
-    weights = (predicted if roles is None else predicted & (roles != FILLER)).astype(np.float32)
+    weights = (predicted if roles is None else predicted * (roles != FILLER)).astype(np.float32)
     names = ("tokens", "positions", "segment_ids", "ranks", "weights")
     order = sort_order(ranks, segment_ids)
     return dict(zip(names, take_rows(order, tokens, positions, segment_ids, ranks, weights), strict=True))

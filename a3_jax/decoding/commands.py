@@ -187,13 +187,14 @@ def _run(args, options_class, check, compute) -> int:
     """
     options = _options(args, options_class)
     _check_output(args.output)
-    from a3_jax.checkpoints.opening import open_checkpoint
+    from a3_jax.checkpoints.opening import check_has_orders, open_checkpoint
     from a3_jax.decoding.requests import read_lines
 
     bad: list[InputError] = []
     lines = []
     candidates = read_lines(args.input, bad)
     checkpoint = open_checkpoint(args.checkpoint, mesh=_mesh(args))
+    check_has_orders(checkpoint, args.checkpoint)
     for line in candidates:
         try:
             check([line], checkpoint, options)

@@ -27,7 +27,7 @@ class BlankRequest:
     """What to fill: T tokens in reading order.
 
     Attributes:
-      number: the input line, of which randomness is a function.
+      number: the input line, or a seed below 2^32: randomness is a function of it.
       tokens: [T] int32, 0 at blanks.
       blank: [T] bool.
       ranks: [T] int32, read at blanks only; None where the input has none.
@@ -55,7 +55,12 @@ class Task:
 
 
 def fill(
-    params, config, tasks: list[Task], options: GenerateOptions, eos_id: int | None = None
+    params,
+    config,
+    tasks: list[Task],
+    options: GenerateOptions,
+    eos_id: int | None = None,
+    most: int | None = None,
 ) -> list[dict[str, Any]]:
     """Decodes tasks, those of one shape together.
 
@@ -64,12 +69,14 @@ def fill(
       tasks: of any shapes.
       options: of all of them.
       eos_id: the id that ends a text, or None where EOS is a token like any other.
+      most: tasks a batch, at most; None: as many as their rows allow.
 
     Returns:
       For each task what `final_fields` says of its row.
     """
     filled: list[dict[str, Any]] = [{} for _ in tasks]
-    most = _most_examples(config, options)
+    limits = [limit for limit in (most, _most_examples(config, options)) if limit is not None]
+    most = min(limits, default=None)
     for shape, indices, batch_size in batches(tasks, lambda task: task.shape, most):
         program = make_program(config, options, eos_id, shape)
         with mesh_of(params):
@@ -194,7 +201,8 @@ def first_state(tasks, columns: int, batch_size: int, seed: int) -> State:
     """The state before the first step; rows without a task are empty, hence finished."""
     shape = (batch_size, columns)
     tokens, plan, present, given = (np.zeros(shape, kind) for kind in (np.int32, np.int32, bool, bool))
-    next_rank, numbers, samples = (np.zeros(batch_size, np.int32) for _ in range(3))
+    next_rank, samples = (np.zeros(batch_size, np.int32) for _ in range(2))
+    numbers = np.zeros(batch_size, np.uint32)
     for row, task in enumerate(tasks):
         blank, length = task.request.blank, len(task.request.blank)
         tokens[row, :length], plan[row, :length] = task.request.tokens, task.ranks

@@ -118,10 +118,15 @@ def _next(params, state: State, *, program: Program) -> State:
     return step(state, make_network(params, program, program.content_rows), program)
 
 
+def context_of(checkpoint, options: GenerateOptions) -> str:
+    """How given tokens are ranked: as the options say, else as `commit` or the checkpoint's training asks."""
+    return options.context or ("flat" if options.commit == "flat" else default_context(checkpoint))
+
+
 def _tasks(checkpoint, lines, options) -> tuple[list[Task], int | None]:
     """The completions to make, and the id that ends a text."""
     eos_id = _eos_id(checkpoint, options)
-    context = options.context or ("flat" if options.commit == "flat" else default_context(checkpoint))
+    context = context_of(checkpoint, options)
     requests = blank_requests(lines, checkpoint, options)
     tasks = [
         Task(request, sample, context, options)

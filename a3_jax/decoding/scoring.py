@@ -6,8 +6,10 @@ Tokens neither given nor scored are simply absent: no row, while positions keep 
 several orders is as many rows of a batch, like several requests.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,19 +56,86 @@ def score(checkpoint, items, **options) -> list[dict[str, Any]]:
 def score_lines(checkpoint, lines, options: ScoreOptions) -> list[dict[str, Any]]:
     """`score` of lines that know where they stand."""
     requests = score_requests(lines, checkpoint, options)
-    dtype = options.dtype or default_dtype()
-    logprobs_of = left_logprobs if options.model == "ar" else any_order_logprobs
     passes = [_Pass(request, number) for request in requests for number in range(options.orders)]
     tallies = [_Tally(request) for request in requests]
-    for shape, indices, batch_size in batches(passes, _shape_of):
-        with mesh_of(checkpoint.params):
-            rows = math.lcm(batch_size, axis_parts("batch"))
-            batch = _pack([passes[index] for index in indices], shape, rows)
-            logprobs = logprobs_of(checkpoint.params, batch, config=checkpoint.config, dtype=dtype)
-        logprobs = np.asarray(logprobs)
-        for row, index in enumerate(indices):
-            tallies[index // options.orders].add(logprobs[row])
+    results = run_passes(checkpoint, passes, _shape_of, _rows_of, model=options.model, dtype=options.dtype)
+    for index, scores in results:
+        tallies[index // options.orders].add(scores.logprobs)
     return [_result(tally) for tally in tallies]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRows:
+    """What one forward computes: T tokens in any order, all of them present.
+
+    Attributes:
+      tokens, positions, ranks: [T] int32.
+      scored: [T] bool.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    ranks: np.ndarray
+    scored: np.ndarray
+
+
+class PassScores(NamedTuple):
+    """Of the Q scored tokens of a pass, in the order of its tokens.
+
+    Attributes:
+      logprobs: [Q] float32, in nats.
+      likeliest: [Q] bool, whether no other token is likelier, or as likely and of a lower id.
+    """
+
+    logprobs: np.ndarray
+    likeliest: np.ndarray
+
+
+def run_passes(
+    checkpoint,
+    passes,
+    shape_of,
+    rows_of,
+    *,
+    model: str,
+    dtype: str | None,
+    most: int | None = None,
+    padded_count=lambda shape, count: bucket(count, 1),
+) -> Iterator[tuple[int, PassScores]]:
+    """Forwards of one padded shape run together.
+
+    Args:
+      checkpoint: of `a3_jax.open_checkpoint`.
+      passes: anything.
+      shape_of: a pass -> its (content rows, query rows), padded.
+      rows_of: a pass -> `PassRows`, asked for when its batch is made.
+      model: "a3" scores with query rows; "ar" with the content row before, `ranks` being the reading order.
+      dtype: as in `SharedOptions`.
+      most: passes a batch, at most; None: as many as their rows allow.
+      padded_count: (padded shape, passes of a batch) -> what the batch is padded to.
+
+    Yields:
+      (index into `passes`, `PassScores`), in order within a shape.
+    """
+    dtype = dtype or default_dtype()
+    logprobs_of = left_logprobs if model == "ar" else any_order_logprobs
+    waiting: list[tuple[list[int], Any, np.ndarray]] = []
+    for shape, indices, _ in batches(passes, shape_of, most):
+        with mesh_of(checkpoint.params):
+            rows = math.lcm(padded_count(shape, len(indices)), axis_parts("batch"))
+            batch = _pack([rows_of(passes[index]) for index in indices], shape, rows)
+            out = logprobs_of(checkpoint.params, batch, config=checkpoint.config, dtype=dtype)
+        waiting.append((indices, out, batch.is_scored))
+        if len(waiting) > 1:  # read a batch late: the next one is packed while this one is computed
+            yield from _read(*waiting.pop(0))
+    for dispatched in waiting:
+        yield from _read(*dispatched)
+
+
+def _read(indices, out, is_scored) -> Iterator[tuple[int, PassScores]]:
+    logprobs, likeliest = np.asarray(out.logprobs), np.asarray(out.likeliest)
+    for row, index in enumerate(indices):
+        yield index, PassScores(logprobs[row, is_scored[row]], likeliest[row, is_scored[row]])
 
 
 class _Pass(NamedTuple):
@@ -90,8 +159,8 @@ class _Tally:
         self.joints: list[float] = []
 
     def add(self, scored_logprobs) -> None:
-        """Another order's log-probabilities, padding behind them; their sum is taken in float64."""
-        values = np.asarray(scored_logprobs[: len(self.logprobs)], np.float64)
+        """Another order's log-probabilities; their sum is taken in float64."""
+        values = np.asarray(scored_logprobs, np.float64)
         self.logprobs += values
         self.joints.append(float(sum(values.tolist())))
 
@@ -100,6 +169,13 @@ def _shape_of(pass_: _Pass) -> tuple[int, int]:
     """(content rows, query rows), padded: rows of what is present, and of what is scored."""
     request = pass_.request
     return bucket(int(request.present.sum())), bucket(int(request.scored.sum()))
+
+
+def _rows_of(pass_: _Pass) -> PassRows:
+    request, number = pass_
+    present = request.present
+    columns = (request.tokens, request.positions, request.ranks(number), request.scored)
+    return PassRows(*(column[present] for column in columns))
 
 
 @struct.dataclass
@@ -121,19 +197,25 @@ class Batch:
     is_scored: Any
 
 
-def _pack(passes: list[_Pass], shape, batch_size) -> Batch:
+class Scored(NamedTuple):
+    """`PassScores` of a batch, padding and all: [B, Tq] each."""
+
+    logprobs: Any
+    likeliest: Any
+
+
+def _pack(passes: list[PassRows], shape, batch_size) -> Batch:
     rows, scored_rows = shape
     batch = Batch(
         *(np.zeros((batch_size, rows), np.int32) for _ in range(4)),
         scored=np.zeros((batch_size, scored_rows), np.int32),
         is_scored=np.zeros((batch_size, scored_rows), bool),
     )
-    for index, (request, number) in enumerate(passes):
-        present = request.present
-        length, columns = int(present.sum()), np.flatnonzero(request.scored[present])
-        batch.tokens[index, :length] = request.tokens[present]
-        batch.positions[index, :length] = request.positions[present]
-        batch.ranks[index, :length] = request.ranks(number)[present]
+    for index, pass_ in enumerate(passes):
+        length, columns = len(pass_.tokens), np.flatnonzero(pass_.scored)
+        batch.tokens[index, :length] = pass_.tokens
+        batch.positions[index, :length] = pass_.positions
+        batch.ranks[index, :length] = pass_.ranks
         batch.segment_ids[index, :length] = 1
         batch.scored[index, : len(columns)] = columns
         batch.is_scored[index, : len(columns)] = True
@@ -142,7 +224,7 @@ def _pack(passes: list[_Pass], shape, batch_size) -> Batch:
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def any_order_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str):
-    """[B, Tq] float32: log p(scored token | tokens of lower rank), from query rows of the scored tokens."""
+    """`Scored`: log p(scored token | tokens of lower rank), from query rows of the scored tokens."""
     model = two_stream(config, dtype)
     content, visible, order = _sorted_rows(batch)
     place = jnp.take_along_axis(jnp.argsort(order, axis=1), batch.scored, axis=1)
@@ -158,7 +240,7 @@ def any_order_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str)
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def left_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str):
-    """[B, Tq] float32: log p(scored token | tokens to its left), from the content row before it.
+    """`Scored`: log p(scored token | tokens to its left), from the content row before it.
 
     `batch.ranks` are the reading order; the first token of a request is never scored.
     """
@@ -180,10 +262,13 @@ def _sorted_rows(batch: Batch):
     return Rows(positions, visible.start, visible.content_limit, tokens), visible, order
 
 
-def _target_logprobs(params, batch, hidden_BTD, config, precision):
+def _target_logprobs(params, batch, hidden_BTD, config, precision) -> Scored:
     def one_row(hidden_D, target):
         scores_V = logits(params, config, hidden_D, precision)
-        return scores_V[target] - jax.nn.logsumexp(scores_V)  # no log-softmax of all V is written down
+        score, ids = scores_V[target], jnp.arange(config.vocab_size)
+        better = (scores_V > score) | ((scores_V == score) & (ids < target))
+        # No log-softmax of all V is written down.
+        return Scored(score - jax.nn.logsumexp(scores_V), ~jnp.any(better))
 
     targets = jnp.take_along_axis(batch.tokens, batch.scored, axis=1)
     return map_rows(one_row, (hidden_BTD, targets), config.vocab_size)

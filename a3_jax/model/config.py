@@ -11,7 +11,7 @@ MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000  # what a config from outside may ask f
 RESIDUALS = ("standard", "release")
 ROPE_KINDS = ("linear", "llama3", "yarn")
 CHOICES = {
-    "family": ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3", "gpt2"),
+    "family": ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3", "gpt2", "llada"),
     "residual": RESIDUALS,
     "norm": ("rms", "rms_offset", "layer"),
     "norm_place": ("pre", "post", "both"),
@@ -75,6 +75,9 @@ class ModelConfig:
         adds the MLP to the normed state.
       query_init_scale: standard deviation with which the learned query vector is drawn when a pretrained
         model has none; the release draws N(0, 1), some 50 times a Llama embedding's scale.
+      mask_token: id that stands for a masked token; None: no model of masked diffusion.
+      logit_shift: the row before a masked token predicts it, not its own (masked diffusion that was
+        adapted from a left-to-right model).
     """
 
     vocab_size: int
@@ -110,6 +113,8 @@ class ModelConfig:
     final_softcap: float | None = None
     residual: str = "standard"
     query_init_scale: float = 0.02
+    mask_token: int | None = None
+    logit_shift: bool = False
 
     def __post_init__(self):
         for field in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_size",
@@ -122,6 +127,8 @@ class ModelConfig:
             size = getattr(self, field)
             if size is not None and (not isinstance(size, int) or not 1 <= size <= MAX_SIZE):
                 _refuse(field, f"must be null or a positive whole number up to {MAX_SIZE}", size)
+        if not (self.mask_token is None or _is_id(self.mask_token, self.vocab_size)):
+            _refuse("mask_token", f"must be null or an id below {self.vocab_size}", self.mask_token)
         for field in ("local_rope_theta", "attention_scale", "attention_softcap", "final_softcap"):
             value = getattr(self, field)
             if value is not None and not is_positive(value):
@@ -188,6 +195,10 @@ class ModelConfig:
 def is_positive(value) -> TypeGuard[float]:
     """Whether a value is a number above 0 that a float can hold."""
     return isinstance(value, int | float) and 0 < value <= sys.float_info.max  # an integer may be larger
+
+
+def _is_id(value, size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
 
 
 def _refuse(field, wanted, value):

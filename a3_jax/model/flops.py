@@ -114,10 +114,11 @@ def train_step_flops(
       length: tokens, as many rows of each stream.
       group_size: tokens predicted together. It hardly matters: what content rows see more, query rows
         see less, but for the last layer.
-      objective: "any_order", both streams; "ar", the content stream alone with the head on every row.
+      objective: "any_order", both streams; "ar" and "masked_diffusion", the content stream alone with
+        the head on every row, of which the second sees all.
     """
-    if objective == "ar":
-        pairs, _ = visible_pairs(length)
+    if objective != "any_order":
+        pairs, _ = visible_pairs(length, length if objective == "masked_diffusion" else 1)
         return forward_flops(config, length, content_pairs=pairs, outputs="content") * TRAINING
     content_pairs, query_pairs = visible_pairs(length, group_size)
     forward = forward_flops(config, length, length, content_pairs=content_pairs, query_pairs=query_pairs)

@@ -20,6 +20,8 @@ import numpy as np
 
 from a3_jax.ordering.packed import count, fractions, log_uniform, places, shuffle, uniform
 
+_LEAST_MASKED = 1e-3
+
 
 class _Tokens(NamedTuple):
     """Free tokens of all documents, [T] each: what a shape reads.
@@ -81,6 +83,24 @@ def draw_context(shapes: Sequence[str], free, segment_ids, bits: np.random.Philo
     for number, name in enumerate(shapes):
         context |= (shape == number) & _SHAPES[name](tokens)
     return context & free & (tokens.count > 1)
+
+
+def draw_masked(free, segment_ids, bits: np.random.Philox) -> np.ndarray:
+    """Which free tokens are masked, each with the probability t that its document drew from (0.001, 1).
+
+    Args:
+      free: [T] bool, tokens that may be masked.
+      segment_ids: [T] int, packed document, 0 = padding.
+      bits: random words are taken from it.
+
+    Returns:
+      [T] float32: 1/t where masked, -1 at the other free tokens, 0 elsewhere. The sum over t of a
+      document's masked tokens is n in the mean: their losses so weighted bound that of all n.
+    """
+    drawn = fractions(bits.random_raw(int(segment_ids.max(initial=0)) + 1))
+    share = (_LEAST_MASKED + (1 - _LEAST_MASKED) * drawn)[segment_ids]
+    masked = fractions(bits.random_raw(free.size)) < share
+    return (free * np.where(masked, 1 / share, -1.0)).astype(np.float32)
 
 
 def draw_absent(share: float, free, segment_ids, bits: np.random.Philox) -> np.ndarray:

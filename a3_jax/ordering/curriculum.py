@@ -12,7 +12,7 @@ from a3_jax.errors import InputError, nearest
 from a3_jax.ordering.contexts import CONTEXT_SHAPES
 from a3_jax.ordering.ranks import CONTEXTS, TRAINING_CONTEXTS, TRAINING_ORDERS
 
-OBJECTIVES = ("any_order", "ar")
+OBJECTIVES = ("any_order", "ar", "masked_diffusion")
 SCHEDULES = ("linear", "cosine", "constant")
 
 PAPER_STEPS = 954  # a stage: four stages of 256 x 2048 tokens a step come to 2.0e9 tokens
@@ -67,8 +67,8 @@ class Stage:
     Attributes:
       name: unique within a run; checkpoints and metrics carry it.
       steps: optimiser steps.
-      objective: "any_order" (query stream), or "ar" (next token from the content stream; `orders`
-        is not read).
+      objective: "any_order" (query stream), "ar" (next token from the content stream; `orders` is not
+        read), or "masked_diffusion" (masked tokens from all the others; neither is `orders`).
       orders: the mixture each example draws from.
       learning_rate, warmup_steps, schedule: None = the run's.
       restart_schedule: the schedule spans this stage alone, warm-up included.
@@ -76,7 +76,7 @@ class Stage:
       one_order_per_batch: all examples of a step share one draw.
       bos_given: a document's BOS is given, not predicted (where the tokenizer has one).
       absent: share of the examples, 0 to 1, whose documents each lose a span: positions are kept, but
-        its tokens are neither given nor predicted. Not read by "ar".
+        its tokens are neither given nor predicted. Read by "any_order" alone.
       content_loss_weight: of the next-token loss of the content rows, on examples whose ranks are the
         positions, beside the query rows' loss; what keeps the left-to-right model alive. 0 for none.
     """
@@ -118,8 +118,8 @@ class Stage:
         weight = self.content_loss_weight
         if not _is_number(weight) or not 0 <= weight < math.inf:
             raise InputError(f"must be a number, at least 0, got {weight!r}", field="content_loss_weight")
-        if weight and self.objective == "ar":
-            raise InputError("the loss of objective 'ar' is that of the content rows",
+        if weight and self.objective != "any_order":
+            raise InputError(f"the loss of objective {self.objective!r} is that of the content rows",
                              field="content_loss_weight")  # fmt: skip
 
 
@@ -187,6 +187,15 @@ def stages_from_config(stages: Sequence[Mapping]) -> tuple[Stage, ...]:
     return built
 
 
+def stages_done(stages: Sequence[Stage], step: int) -> list[int]:
+    """How many steps of each stage lie before a step; stages that a run left out count as done."""
+    done, left = [], step
+    for stage in stages:
+        done.append(min(left, stage.steps))
+        left -= done[-1]
+    return done
+
+
 def total_steps(stages: Sequence[Stage]) -> int:
     return sum(stage.steps for stage in stages)
 
@@ -208,7 +217,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, Stage, int]:
 def trained_context(stage: Stage) -> str | None:
     """How a stage ranks the contexts it draws: "flat" or "l2r"; None: draws none, or not always so."""
     modes = {order.context for order in stage.orders if order.context_shapes}
-    agreed = stage.objective != "ar" and len(modes) == 1 and modes <= set(CONTEXTS)
+    agreed = stage.objective == "any_order" and len(modes) == 1 and modes <= set(CONTEXTS)
     return modes.pop() if agreed else None
 
 

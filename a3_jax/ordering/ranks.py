@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.ordering.contexts import draw_absent, draw_context
+from a3_jax.ordering.contexts import draw_absent, draw_context, draw_masked
 from a3_jax.ordering.packed import count, fractions, places, shuffle
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ class Drawn(NamedTuple):
     Attributes:
       ranks: int32, 0.. within each document; 0 at padding.
       segment_ids: int, packed document; 0 = padding, or absent: its position is kept, but it has no row.
-      predicted: bool, tokens that are neither given nor padding.
+      predicted: bool, tokens that are neither given nor padding; of masked diffusion float32, 1/t at
+        masked tokens and -1 at those that might have been.
     """
 
     ranks: np.ndarray
@@ -180,7 +181,8 @@ def draw(stage: "Stage", positions, segment_ids, seed: int, index: int, given=No
         context group    0  2  2  0  1  3  3        contiguous groups of the example's size
 
     Args:
-      stage: only `objective`, `orders` and `absent` are read; objective "ar" is always left to right.
+      stage: only `objective`, `orders` and `absent` are read; objective "ar" is always left to right,
+        "masked_diffusion" one group, in reading order.
       positions: [T] int, 0.. within each document.
       segment_ids: [T] int, packed document, 0 = padding; a document's slots stand together.
       seed: of the run.
@@ -192,6 +194,9 @@ def draw(stage: "Stage", positions, segment_ids, seed: int, index: int, given=No
     if stage.objective == "ar":
         return _drawn(positions, segment_ids, given)
     bits = np.random.Philox(key=np.array([seed & _WORD, index & _WORD], np.uint64))
+    if stage.objective == "masked_diffusion":
+        ranks, segment_ids, free = _drawn(np.zeros_like(positions), segment_ids, given)
+        return Drawn(ranks, segment_ids, draw_masked(free, segment_ids, bits))
     words = bits.random_raw(2 + positions.size)
     order = _pick_weighted(stage.orders, words[0])
     size = order.group_sizes[int(words[1] % len(order.group_sizes))]

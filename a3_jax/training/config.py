@@ -34,6 +34,9 @@ class RunConfig:
       start_stage: name of the stage to begin at; empty for the first.
       model: name of a preset, or the fields of a `ModelConfig` (vocabulary and context are the
         tokenizer's and `seq_len`'s where left out). The model of `init_from` takes its place.
+      mask_token: id that stands for masked tokens, of objective "masked_diffusion"; the size of the
+        tokenizer's vocabulary adds one to a new model; -1: the checkpoint's, if it has one.
+      logit_shift: with it, as in `ModelConfig`.
       data: text or JSONL file, or a pattern of them; empty for the embedded corpus.
       tokenizer: "bytes", a tokenizer.json or its directory; empty for that of `init_from`, else of the
         embedded corpus, else (with `data`) bytes.
@@ -74,6 +77,8 @@ class RunConfig:
     init_from: str = ""
     start_stage: str = ""
     model: str | Mapping[str, Any] = ""
+    mask_token: int = -1
+    logit_shift: bool = False
     data: str = ""
     tokenizer: str = ""
     holdout: float = 0.05
@@ -184,6 +189,8 @@ def model_config(run: RunConfig, vocab_size: int | None = None) -> ModelConfig:
     Args:
       vocab_size: the tokenizer's; None leaves the preset's.
     """
+    if vocab_size is not None and run.mask_token == vocab_size:
+        vocab_size += 1
     if isinstance(run.model, str):
         config = PRESETS[run.model]
         return dataclasses.replace(
@@ -196,6 +203,20 @@ def model_config(run: RunConfig, vocab_size: int | None = None) -> ModelConfig:
         fields["vocab_size"] = vocab_size
     fields["max_length"] = max(fields.get("max_length", 0), run.seq_len)
     return ModelConfig.from_dict(fields)
+
+
+def with_mask(run: RunConfig, model: ModelConfig) -> ModelConfig:
+    """The model with the run's mask token, if it has one.
+
+    Raises:
+      InputError: no token of the model's, or none where a stage needs one.
+    """
+    if run.mask_token >= 0:
+        model = dataclasses.replace(model, mask_token=run.mask_token, logit_shift=run.logit_shift)
+    masked = [stage.name for stage in run.stages if stage.objective == "masked_diffusion"]
+    if masked and model.mask_token is None:
+        raise InputError(f"is missing, and stage {masked[0]!r} masks tokens", field="mask_token")
+    return model
 
 
 def check_unchanged(saved: Mapping[str, Any], run: RunConfig, file) -> None:
@@ -226,7 +247,7 @@ _CHOICES = {
     "optimizer": OPTIMIZERS, "moment_dtype": MOMENT_DTYPES,
 }  # fmt: skip
 _LEAST = {
-    "seq_len": 1, "batch_size": 1, "microbatches": 1, "warmup_steps": 0, "learning_rate": 0,
+    "seq_len": 1, "batch_size": 1, "mask_token": -1, "microbatches": 1, "warmup_steps": 0, "learning_rate": 0,
     "weight_decay": 0, "holdout": 0, "b1": 0, "b2": 0, "eps": 0, "clip": 0, "checkpoint_every": 0, "keep": 1,
     "eval_every": 0, "eval_batches": 1, "sample_every": 0, "log_every": 1,
     "max_skipped": 1, "save_attempts": 1, "hang_seconds": 0,

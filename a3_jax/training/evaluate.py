@@ -14,6 +14,7 @@ HELD_OUT = {
     "contiguous": ("any_order", "contiguous", GROUP_SIZE),
     "random": ("any_order", "random", GROUP_SIZE),
     "ar": ("ar", "l2r", 1),
+    "masked_diffusion": ("masked_diffusion", "l2r", 1),
 }
 
 
@@ -23,25 +24,29 @@ def held_out_losses(
     batches: Callable[[str, str, int], Iterable[Mapping[str, Any]]],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Nats a predicted token, by name: three orders of the query stream, and the AR stream.
+    """Nats a predicted token, by name: three orders of the query stream, the AR stream, masked tokens.
 
     Args:
-      losses: objective -> compiled (params, batch) -> (sum, weight), see `step.make_loss`.
+      losses: objective -> compiled (params, batch) -> (sum, weight), see `step.make_loss`; those that
+        are to be taken.
       params: parameter tree.
       batches: (objective, order, group size) -> batches on the device, the same at every call.
       should_stop: asked before each batch.
 
     Returns:
-      A loss for each name of `HELD_OUT`: sums over all batches, divided once. None if it was stopped.
+      A loss for each name of `HELD_OUT` whose objective is in `losses`: sums over all batches, divided
+      once. None if it was stopped.
     """
-    sums = []
-    for objective, order, group_size in HELD_OUT.values():
-        sums.append([])
+    sums: dict[str, list] = {}
+    for name, (objective, order, group_size) in HELD_OUT.items():
+        if objective not in losses:
+            continue
+        sums[name] = []
         for batch in batches(objective, order, group_size):
             if should_stop():
                 return None
-            sums[-1].append(losses[objective](params, batch))
-    return {name: _mean(pairs) for name, pairs in zip(HELD_OUT, jax.device_get(sums), strict=True)}
+            sums[name].append(losses[objective](params, batch))
+    return {name: _mean(pairs) for name, pairs in jax.device_get(sums).items()}
 
 
 def _mean(pairs) -> float:

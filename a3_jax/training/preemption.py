@@ -35,16 +35,16 @@ class StopRequest(contextlib.AbstractContextManager):
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # no other may listen for signals
             self._systems.setblocking(False)
-            self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
             self._wakeup = signal.set_wakeup_fd(self._systems.fileno(), warn_on_full_buffer=False)
+            self._handler = signal.signal(signal.SIGTERM, lambda *_: None)  # second, lest one is lost
             threading.Thread(target=self._listen, name="a3 stop request", daemon=True).start()
             self._listens = True
         return self
 
     def __exit__(self, *_):
         if self._listens:
-            signal.set_wakeup_fd(self._wakeup)
             signal.signal(signal.SIGTERM, self._handler)
+            signal.set_wakeup_fd(self._wakeup)
             self._listens = False
         self._systems.close()  # ends the thread, where there is one
 

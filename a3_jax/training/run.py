@@ -50,7 +50,7 @@ JSON_LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 def train(config: Mapping[str, Any], workdir, devices=None):
     """Trains a run to its end, from its start or from its newest intact checkpoint.
 
-        WORKDIR/config.json      the resolved run; data.json: checksums of its prepared data
+        WORKDIR/config.json      the resolved run; data.json: checksums of its data
         WORKDIR/metrics.jsonl    one object a step; eval.jsonl, samples.jsonl, events.jsonl beside it
         WORKDIR/checkpoints/N    an A3 checkpoint after N steps
         WORKDIR/tensorboard      and profile, if steps are to be profiled
@@ -127,7 +127,7 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
         Watchdog(workdir, jax.process_index(), limits, functools.partial(_write_hang, events))
     )
     watchdog.enter("restore")
-    writer = stack.enter_context(StepWriter(checkpoints, keep=run.keep, on_event=events.write))
+    writer = stack.enter_context(StepWriter(checkpoints, run.keep, events.write, lease.check))
     began = time.monotonic()
     abstract = abstract_state(start.model, optimizer)
     restore = functools.partial(_restore, writer, abstract, shardings)
@@ -425,7 +425,9 @@ def _evaluation(run, model, heldout, place, sharding, bos_id):
         )  # fmt: skip
         return map(place, rows)
 
-    losses = {objective: make_loss(model, objective=objective) for objective in LOSSES}
+    masks = model.config.mask_token is not None
+    objectives = [objective for objective in LOSSES if masks or objective != "masked_diffusion"]
+    losses = {objective: make_loss(model, objective=objective) for objective in objectives}
     return lambda params, should_stop: held_out_losses(losses, params, batches, should_stop)
 
 

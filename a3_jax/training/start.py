@@ -1,6 +1,7 @@
 """What a run begins or goes on with: model, tokenizer, parameters, rows."""
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from a3_jax.checkpoints.manifest import DamagedCheckpoint
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
-from a3_jax.training.config import model_config
+from a3_jax.training.config import model_config, with_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ def open_start(run, mesh) -> Start:
     """A new run: the model of `init_from`, or one whose vocabulary is the tokenizer's."""
     if not run.init_from:
         tokenizer = _open_tokenizer(run, None)
-        return Start(model_config(run, tokenizer.vocab_size), tokenizer)
+        return Start(with_mask(run, model_config(run, tokenizer.vocab_size)), tokenizer)
     from a3_jax.checkpoints.opening import open_checkpoint
 
     checkpoint = open_checkpoint(run.init_from, dtype="float32", seed=run.seed, mesh=mesh)
@@ -43,7 +44,8 @@ def open_start(run, mesh) -> Start:
         raise InputError(
             f"{run.seq_len} is longer than the context of {run.init_from}: {context}", field="seq_len"
         )
-    return Start(checkpoint.config, tokenizer, checkpoint.params, checkpoint.meta.source)
+    model = with_mask(run, checkpoint.config)
+    return Start(model, tokenizer, checkpoint.params, checkpoint.meta.source)
 
 
 def reopen_start(checkpoints) -> Start:
@@ -95,15 +97,22 @@ def open_run_data(run, start, saved):
     from a3_jax.data.tasks import Data, open_data
 
     found = find_prepared(run.data)
-    if saved is not None and saved != describe(found):
-        raise InputError("is not the data that this run began with", file=run.data, field="data")
+    described = describe(found)
     if found:
+        _check_same(run, saved, described)
         check_tokenizer(found[0], start.tokenizer)
         data = Data(*open_tables(found, run.seq_len))
     else:
         data = open_data(run.data, start.tokenizer, run.seq_len, packing=run.packing, holdout=run.holdout)
+        described = {run.data or "embedded": zlib.crc32(data.train.tokens.tobytes())}
+        _check_same(run, saved, described)
     largest = max(table.largest_id for table in (data.train, data.heldout) if table is not None)
     if largest >= start.model.vocab_size:
         raise InputError(f"token id {largest} is outside the model's vocabulary of {start.model.vocab_size}",
                          file=run.data or None, field="data")  # fmt: skip
-    return data, describe(found)
+    return data, described
+
+
+def _check_same(run, saved, described) -> None:
+    if saved and saved != described:
+        raise InputError("is not the data that this run began with", file=run.data or None, field="data")

@@ -60,6 +60,25 @@ def ar_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Arra
     return _loss(model, params, outputs.content, _next_row(batch["tokens"]), weights)
 
 
+def masked_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of masked tokens given the rest of their documents, each over its document's t.
+
+    Content rows alone, which all see their whole document, as LLaDA (arXiv 2502.09992, equation 3) has
+    it; with `ModelConfig.logit_shift` the row before a token predicts it, but for the first.
+
+    Returns:
+      (sum in nats, number of tokens that may be masked), float32 scalars: the mean is a bound.
+    """
+    config, weights = model.config, batch["weights"]
+    masked = {**batch, "tokens": jnp.where(weights > 0, config.mask_token or 0, batch["tokens"])}
+    hidden = run_rows(model, params, _rows(masked)[0], outputs="content").content
+    if config.logit_shift:
+        is_first = (batch["positions"] == 0)[..., None]
+        hidden = jnp.where(is_first, hidden, jnp.roll(hidden, 1, axis=1))
+    total, _ = _loss(model, params, hidden, batch["tokens"], jnp.maximum(weights, 0))
+    return total, jnp.sum(weights != 0, dtype=jnp.float32)
+
+
 def mixed_loss(model: TwoStream, params, batch: Batch, content_loss_weight: float) -> tuple[jax.Array, Pairs]:
     """The any-order loss, and the next-token loss of the content rows that may have one, in one pass.
 
@@ -91,7 +110,9 @@ def next_token_weights(batch: Batch) -> jax.Array:
     return _next_row(batch["weights"]) * (in_reading_order & is_next & (segments != 0))
 
 
-LOSSES: dict[str, Callable] = {"any_order": any_order_loss, "ar": ar_loss}
+LOSSES: dict[str, Callable] = {
+    "any_order": any_order_loss, "ar": ar_loss, "masked_diffusion": masked_loss,
+}  # fmt: skip
 
 
 def step_loss(objective: str, content_loss_weight: float = 0.0) -> Callable[..., tuple[jax.Array, Pairs]]:

@@ -1,0 +1,119 @@
+"""Programs that a model wrote, run apart: only where the user says so in as many words.
+
+Each runs in a fresh interpreter without environment, site packages or standard input, in a directory of its
+own that is deleted afterwards, with limits on time, memory, files and processes, in a process group that
+is killed as a whole. Inside, an audit hook refuses to open files for writing, to start programs and to
+use the network; where the kernel lets it, the process also enters a user namespace without network, in
+which every mounted file system is read-only. That keeps mistakes in. It is no wall against malice: run
+strangers' models in a container.
+"""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+
+from a3_jax.errors import InputError
+from a3_jax.evaluation import confined
+from a3_jax.evaluation.tasks import CODE, Task
+
+SECONDS = 3.0  # a program, as in human-eval-infilling
+MEMORY_BYTES = 1 << 30
+
+_START_SECONDS = 60.0  # of the interpreter, on a busy machine; the program's own time begins behind it
+_MOST_MESSAGE = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a program.
+
+    Attributes:
+      passed: it ran to its end in time.
+      result: "passed", "timed out", or "failed: " and the exception.
+    """
+
+    passed: bool
+    result: str
+
+
+def check_execution(tasks: Iterable[Task], allow: bool) -> None:
+    """Refuses tasks that run programs unless the user allowed it; called before anything is opened.
+
+    Raises:
+      InputError: a task of code without leave, or a system where programs can't be held in.
+    """
+    names = [task.name for task in tasks if task.kind == CODE]
+    if names and not allow:
+        message = "runs programs that the model wrote; give --allow_code_execution if that is all right here"
+        raise InputError(f"{names[0]} {message}", field="tasks")
+    if names and not hasattr(os, "killpg"):
+        raise InputError(f"{names[0]} runs programs, which needs a POSIX system", field="tasks")
+
+
+def check_program(program: str, seconds: float = SECONDS) -> Outcome:
+    """Runs a program with its tests, apart, and says whether it ended well.
+
+    A program that leaves early (`sys.exit`, `os._exit`) has not passed its tests.
+    """
+    secret = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="a3-program-") as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", confined.__file__, str(seconds), str(MEMORY_BYTES), secret],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=directory,
+            env={"PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
+        try:
+            return _outcome(_conversation(process, program, seconds), secret)
+        finally:
+            _kill(process)
+
+
+def _conversation(process: subprocess.Popen, program: str, seconds: float) -> bytes | None:
+    """What the child says behind its start; None if time ran out."""
+    assert process.stdin and process.stdout
+    with contextlib.suppress(BrokenPipeError):  # it died at once
+        process.stdin.write(program.encode("utf-8", "surrogatepass"))
+        process.stdin.close()
+    said, end = b"", time.monotonic() + _START_SECONDS
+    has_started = False
+    while (wait := end - time.monotonic()) > 0 and len(said) < _MOST_MESSAGE:
+        if not select.select([process.stdout], [], [], wait)[0]:
+            break
+        block = os.read(process.stdout.fileno(), _MOST_MESSAGE)
+        if not block:
+            return said.removeprefix(confined.STARTED)
+        said += block
+        if not has_started and said.startswith(confined.STARTED):
+            has_started, end = True, time.monotonic() + seconds
+    return None
+
+
+def _outcome(said: bytes | None, secret: str) -> Outcome:
+    if said is None:
+        return Outcome(False, "timed out")
+    if said == secret.encode():
+        return Outcome(True, "passed")
+    text = said.decode("utf-8", "replace")
+    if text.startswith("failed "):
+        return Outcome(False, "failed: " + text.removeprefix("failed "))
+    return Outcome(False, "failed: ended before its tests did")
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout:
+        process.stdout.close()

@@ -1,0 +1,264 @@
+"""Any task of lm-evaluation-harness asked of a model under evaluation, offline from local files.
+
+The harness asks in texts: how likely is a continuation, how likely a whole text, what comes next until a
+stop string. Here they become `Target`s and `Blank`s, encoded as the harness' own Hugging Face backend
+encodes them, so that a left-to-right model gets the very figures it would get there.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from a3_jax.errors import InputError
+from a3_jax.evaluation.left_to_right import LeftToRight
+from a3_jax.evaluation.requests import Blank, EvaluatedModel, Target
+
+try:
+    from lm_eval.api.model import LM
+except ImportError as error:
+    raise InputError(
+        "lm-evaluation-harness is not installed: pip install 'a3_jax[eval]'", field="lm_eval"
+    ) from error
+
+MAX_NEW_TOKENS = 256  # where a task doesn't say
+_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_FIRST_ROUND = 16  # tokens, of a text that may stop anywhere; the rounds double
+_NOTHING = np.zeros(0, np.int32)
+
+
+class HarnessModel(LM):
+    """A model as lm-evaluation-harness knows them.
+
+    Attributes:
+      model: what answers.
+      bos: whether texts get BOS: "auto" (if the tokenizer adds one), "yes" or "no".
+      seed: of what is drawn, with each request's own text.
+    """
+
+    def __init__(self, model: EvaluatedModel, bos: str = "auto", seed: int = 0):
+        super().__init__()
+        self.model, self.bos, self.seed = model, bos, seed
+        model.tokenizer.encode("", bos)  # complains of a policy that its tokenizer can't follow
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What cached requests are told apart by."""
+        return self.model.tokenizer.fingerprint
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding gives it) of (context, continuation).
+
+        The context's trailing spaces belong to the continuation; both are encoded together and cut by
+        the context's own number of tokens. A text too long for the model loses its beginning. Without
+        a context, BOS (or EOS) takes its place.
+
+        Raises:
+          InputError: a continuation without tokens, or longer than the model's context.
+        """
+        del disable_tqdm
+        pairs = [request.args for request in requests]
+        targets = [self._target(context, continuation) for context, continuation in pairs]
+        answers = _score_and_greedy(self.model, targets)
+        for pair, answer in zip(pairs, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", pair, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole (text,), left to right, from BOS (or EOS) on.
+
+        What is longer than the model's context is read in windows, see `windows`.
+
+        Raises:
+          InputError: a model that knows no exact left-to-right conditionals.
+        """
+        del disable_tqdm
+        targets: list[Target] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            tokens = self._encode(request.args[0])
+            for target in windows(tokens, self._first_token(), _scored_length(self.model)):
+                targets.append(target)
+                owners.append(index)
+        sums = np.zeros(len(requests))
+        for owner, logprobs in zip(owners, self.model.token_logprobs(targets), strict=True):
+            sums[owner] += np.sum(logprobs, dtype=np.float64)
+        for request, value in zip(requests, sums.tolist(), strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return sums.tolist()
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """What follows each (context, settings), up to EOS or the first of the stop strings `until`.
+
+        Of the settings `max_gen_toks` (256), `do_sample`, `temperature`, `top_p` and `top_k` are read;
+        decoding is greedy unless they ask for a draw. A context too long for the model loses its beginning.
+
+        Raises:
+          InputError: more new tokens than the model's context holds.
+        """
+        del disable_tqdm
+        answers = [""] * len(requests)
+        by_settings: dict[tuple, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_settings.setdefault(_sampling(request.args[1]), []).append(index)
+        for sampling, indices in by_settings.items():
+            model = _with_sampling(self.model, dict(sampling))
+            blanks = [self._blank(index, *requests[index].args) for index in indices]
+            stops = [_stop_strings(requests[index].args[1]) for index in indices]
+            for index, text in zip(indices, _continue(model, blanks, stops), strict=True):
+                answers[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return answers
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into its results beside its own settings."""
+        return {"a3_jax": self.model.describe() | {"bos": self.bos, "seed": self.seed}}
+
+    def _encode(self, text: str) -> list[int]:
+        return self.model.tokenizer.encode(text, self.bos)
+
+    def _first_token(self) -> int:
+        """What stands before a text that has nothing before it."""
+        tokenizer = self.model.tokenizer
+        first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if first is None:
+            raise InputError("has neither BOS nor EOS to begin a text with", field="tokenizer")
+        return first
+
+    def _target(self, context: str, continuation: str) -> Target:
+        if context:
+            stripped = context.rstrip()
+            continuation, context = context[len(stripped) :] + continuation, stripped
+            before, whole = self._encode(context), self._encode(context + continuation)
+        else:
+            whole = self.model.tokenizer.encode(continuation, "no")
+            if whole[:1] != [self._first_token()]:
+                whole = [self._first_token(), *whole]
+            before = whole[:1]
+        start, most = len(before), _scored_length(self.model)
+        if start >= len(whole):
+            raise InputError(f"the continuation {continuation!r} has no tokens", field="lm_eval")
+        if len(whole) - start >= most:
+            raise InputError(
+                f"a continuation of {len(whole) - start} tokens, the model's context is {most}",
+                field="lm_eval",
+            )
+        cut = max(len(whole) - most, 0)
+        seed = _seed(self.seed, context, continuation)
+        return Target(np.asarray(whole[cut:], np.int32), start - cut, len(whole) - cut, seed)
+
+    def _blank(self, index: int, context: str, settings: dict[str, Any]) -> Blank:
+        given = [settings[name] for name in _LENGTH_NAMES if settings.get(name) is not None]
+        length = int(given[0]) if given else MAX_NEW_TOKENS
+        room = self.model.max_length - length
+        if length < 1 or room < 1:
+            raise InputError(
+                f"{length} new tokens, the model's context is {self.model.max_length}", field="max_gen_toks"
+            )
+        prefix = (self._encode(context) or [self._first_token()])[-room:]
+        return Blank(np.asarray(prefix, np.int32), _NOTHING, length, _seed(self.seed, index, context))
+
+
+def windows(tokens: Sequence[int], first: int, longest: int) -> Iterator[Target]:
+    """A text in windows that score each of its tokens once, with as much to its left as they can hold.
+
+        longest 5, first _    _ 0 1 2 3      scored: 0 1 2 3
+                                    3 4 5 6 7                4 5 6 7
+                                          5 6 7 8 9                  8 9     the last reads back
+
+    Args:
+      tokens: the text's.
+      first: the token before it.
+      longest: tokens of a window.
+    """
+    text, step = np.asarray([first, *tokens], np.int32), longest - 1
+    for start in range(1, len(text), step):
+        stop = min(start + step, len(text))
+        begin = max(stop - longest, 0)
+        yield Target(text[begin:stop], start - begin, stop - begin)
+
+
+def _scored_length(model: EvaluatedModel) -> int:
+    return model.scored_length if isinstance(model, LeftToRight) else model.max_length
+
+
+def _score_and_greedy(model: EvaluatedModel, targets: list[Target]) -> list[tuple[float, bool]]:
+    """From one pass where the model can tell; else a blank is filled and compared."""
+    both: Callable | None = getattr(model, "score_and_greedy", None)
+    if both is not None:
+        return both(targets)
+    blanks = [
+        Blank(target.tokens[: target.start], _NOTHING, target.stop - target.start, target.seed)
+        for target in targets
+    ]
+    greedy = _with_sampling(model, {"temperature": 0.0}).fill(blanks)
+    parts = [target.tokens[target.start : target.stop] for target in targets]
+    same = [bool((part == tokens).all()) for part, tokens in zip(parts, greedy, strict=True)]
+    return list(zip(model.score(targets), same, strict=True))
+
+
+def _with_sampling(model: EvaluatedModel, sampling: dict[str, Any]) -> EvaluatedModel:
+    for name in ("with_generate", "with_sampler"):
+        change: Callable | None = getattr(model, name, None)
+        if change is not None:
+            return change(**sampling)
+    return model
+
+
+def _sampling(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The options of `with_generate` that a request's settings ask for; greedy unless they ask for a draw."""
+    temperature, do_sample = settings.get("temperature"), settings.get("do_sample")
+    if do_sample and temperature is None:
+        temperature = 1.0
+    if do_sample is False or not temperature:
+        return (("temperature", 0.0),)
+    found: list[tuple[str, Any]] = [("temperature", float(temperature))]
+    for name, kind in (("top_p", float), ("top_k", int)):
+        if settings.get(name) is not None:
+            found.append((name, kind(settings[name])))
+    return tuple(found)
+
+
+def _stop_strings(settings: dict[str, Any]) -> list[str]:
+    until = settings.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+
+
+def _continue(model: EvaluatedModel, blanks: list[Blank], stops: list[list[str]]) -> list[str]:
+    """The texts of the filled blanks, each up to EOS or its first stop string.
+
+    A left-to-right model fills in rounds, of those that have not stopped yet: the tokens are the same.
+    """
+    found = [_NOTHING] * len(blanks)
+    texts, open_ = [""] * len(blanks), list(range(len(blanks)))
+    room = _FIRST_ROUND if isinstance(model, LeftToRight) else max(blank.length for blank in blanks)
+    while open_:
+        rest = [
+            Blank(
+                np.concatenate([blanks[index].prefix, found[index]]), _NOTHING,
+                min(room, blanks[index].length - len(found[index])), blanks[index].seed,
+            )
+            for index in open_
+        ]  # fmt: skip
+        going = []
+        for index, tokens in zip(open_, model.fill(rest), strict=True):
+            found[index] = np.concatenate([found[index], tokens])
+            texts[index], stopped = _cut(model, found[index], stops[index])
+            if not stopped and len(found[index]) < blanks[index].length:
+                going.append(index)
+        open_, room = going, 2 * room
+    return texts
+
+
+def _cut(model: EvaluatedModel, tokens: np.ndarray, stops: list[str]) -> tuple[str, bool]:
+    """The text before EOS and before every stop string, and whether there was any of them."""
+    ends = np.flatnonzero(tokens == model.tokenizer.eos_id)
+    text = model.tokenizer.decode(tokens[: ends[0]] if ends.size else tokens)
+    places = [place for place in map(text.find, stops) if place >= 0]
+    return text[: min(places, default=len(text))], bool(places or ends.size)
+
+
+def _seed(*parts) -> int:
+    """A seed below 2^32 that is a function of the parts alone."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).digest()[:4])

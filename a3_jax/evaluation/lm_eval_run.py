@@ -1,0 +1,225 @@
+"""Tasks of lm-evaluation-harness by name, with their data sets replaced by local files."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from a3_jax.errors import InputError, nearest
+from a3_jax.evaluation.lm_eval_adapter import HarnessModel
+from a3_jax.evaluation.requests import EvaluatedModel
+
+# Builders of `datasets` by a file's ending.
+_BUILDERS = {
+    ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".jsonl.zst": "json",
+    ".parquet": "parquet", ".csv": "csv",
+}  # fmt: skip
+_SPLIT_FIELDS = ("test_split", "validation_split", "training_split", "fewshot_split")
+_BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
+
+
+def run_lm_eval(
+    model: EvaluatedModel,
+    task_names: Sequence[str],
+    data_dir=None,
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    bos: str = "auto",
+    seed: int = 0,
+    download: bool = False,
+    log_samples: bool = False,
+) -> dict[str, Any]:
+    """Runs tasks of lm-evaluation-harness.
+
+        run_lm_eval(model, ["hellaswag"], "data")        reads data/hellaswag/validation.jsonl
+
+    Args:
+      model: what answers.
+      task_names: tasks, groups or tags of the harness.
+      data_dir: a task's rows stand in DATA_DIR/TASK/SPLIT.jsonl (or .json, .jsonl.gz, .jsonl.zst, .parquet,
+        .csv; SPLIT-00000-of-00004.parquet and so on), in the columns of its data set. Files of the split
+        that is evaluated are needed, and with few-shot examples those of the split that they come from.
+      limit: documents a task, at most.
+      num_fewshot: examples before each question; None: as the task says.
+      bos: "auto", "yes" or "no".
+      seed: of few-shot examples, and of what is drawn.
+      download: whether tasks without local files are fetched; else they are refused.
+      log_samples: whether the result holds each document's requests and answers.
+
+    Returns:
+      What `lm_eval.simple_evaluate` returns, as plain JSON.
+
+    Raises:
+      InputError: an unknown task, files that are missing, a data set that can't be loaded.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    manager = _known_tasks()
+    for name in task_names:
+        if name not in manager.task_index:
+            raise InputError(
+                f"unknown task {name!r} of lm-evaluation-harness{nearest(name, manager.all_tasks)}",
+                field="tasks",
+            )
+    with (
+        tempfile.TemporaryDirectory() as work,
+        _network(download),
+        _local_files(manager, data_dir, Path(work), num_fewshot) as local,
+    ):
+        if not download:
+            _refuse_absent(manager, task_names, local, data_dir)
+        results = simple_evaluate(
+            model=HarnessModel(model, bos, seed),
+            tasks=_load(manager, task_names, data_dir),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=log_samples,
+            bootstrap_iters=_BOOTSTRAPS,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=None,  # type: ignore[arg-type]  # nothing here draws from torch
+            fewshot_random_seed=seed,
+        )
+        return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+def local_splits(directory: Path) -> dict[str, list[str]]:
+    """The files of a task's directory by split: train-00000-of-00002.parquet belongs to train.
+
+    Raises:
+      InputError: files of different kinds, which one data set can't have.
+    """
+    splits: dict[str, list[str]] = {}
+    kinds = set()
+    for path in sorted(directory.iterdir()):
+        ending = next((end for end in _BUILDERS if path.name.endswith(end)), None)
+        if ending is not None:
+            splits.setdefault(path.name.removesuffix(ending).split("-")[0], []).append(str(path))
+            kinds.add(_BUILDERS[ending])
+    if len(kinds) > 1:
+        raise InputError(f"holds files of several kinds: {', '.join(sorted(kinds))}", file=directory)
+    return splits
+
+
+@functools.cache
+def _known_tasks():
+    """The harness' index of its tasks: thousands of files, read once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@contextlib.contextmanager
+def _local_files(manager, data_dir, work: Path, num_fewshot: int | None) -> Iterator[set[str]]:
+    """Points every task that has a directory of files to them, for a while; their names."""
+    if data_dir is None:
+        yield set()
+        return
+    data_dir, index = Path(data_dir), manager.task_index
+    if not data_dir.is_dir():
+        raise InputError("no such directory", file=data_dir, field="data_dir")
+    replaced = {}
+    try:
+        for directory in sorted(path for path in data_dir.iterdir() if path.is_dir()):
+            entry = index.get(directory.name)
+            if entry is None or entry.yaml_path is None or "task" not in (entry.cfg or {}):
+                continue
+            splits = local_splits(directory)
+            if splits:
+                config = _local_config(entry.cfg, entry.yaml_path, directory, splits, work, num_fewshot)
+                path = work / f"{directory.name}.yaml"
+                path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+                replaced[directory.name] = entry
+                index[directory.name] = dataclasses.replace(entry, yaml_path=path)
+        yield set(replaced)
+    finally:
+        index.update(replaced)
+
+
+def _local_config(
+    base: Mapping[str, Any], base_path, directory: Path, splits, work: Path, num_fewshot: int | None
+) -> dict[str, Any]:
+    """A task's config with its data set replaced; splits that have no file don't exist."""
+    evaluated = base.get("test_split") or base.get("validation_split") or base.get("training_split")
+    needed = {evaluated: "the rows that are evaluated"}
+    if (base.get("num_fewshot") or 0) if num_fewshot is None else num_fewshot:
+        examples = base.get("fewshot_split") or base.get("training_split") or base.get("validation_split")
+        needed.setdefault(examples or evaluated, "the few-shot examples")
+    for split, what in needed.items():
+        if split not in splits:
+            raise InputError(
+                f"no file of split {split!r} ({what}): {split}.jsonl, .parquet or .csv", file=directory
+            )
+    first = next(iter(splits.values()))[0]
+    builder = next(kind for ending, kind in _BUILDERS.items() if first.endswith(ending))
+    absent = {name: None for name in _SPLIT_FIELDS if base.get(name) and base[name] not in splits}
+    return {
+        "include": str(base_path),
+        "dataset_path": builder,
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": splits, "cache_dir": str(work / "cache")},
+        **absent,
+    }
+
+
+def _refuse_absent(manager, task_names, local: set[str], data_dir) -> None:
+    """Tasks named by themselves whose files are not there; those of groups show when they are loaded."""
+    for name in task_names:
+        entry = manager.task_index[name]
+        config = entry.cfg or {}
+        if name in local or "group" in config or "dataset_path" not in config:
+            continue
+        place = Path(data_dir or "DATA_DIR") / name
+        split = config.get("test_split") or config.get("validation_split")
+        source = "/".join(filter(None, (config["dataset_path"], config.get("dataset_name"))))
+        raise InputError(
+            f"no local file for lm_eval:{name}: put {split}.jsonl, .parquet or .csv of the hub's data set "
+            f"{source} there, or allow --download",
+            file=place,
+        )
+
+
+def _load(manager, task_names, data_dir) -> list[Any]:
+    """The tasks and groups, their rows read."""
+    loaded = []
+    for name in task_names:
+        try:
+            found = manager.load([name])
+            loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+        except InputError:
+            raise
+        except Exception as error:  # whatever the harness, `datasets` or a task's own code raises
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"lm_eval:{name} can't be loaded: {reason}", file=data_dir) from error
+    return loaded
+
+
+@contextlib.contextmanager
+def _network(allowed: bool) -> Iterator[None]:
+    """Whether `datasets` and the hub may be reached; they read the environment once, when imported."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    switches = [(config, "HF_DATASETS_OFFLINE"), (config, "HF_HUB_OFFLINE"), (constants, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in switches]
+    alone = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"  # forked beside JAX's threads, bootstraps could hang
+    try:
+        for module, name in switches:
+            setattr(module, name, not allowed)
+        yield
+    finally:
+        for (module, name), value in zip(switches, before, strict=True):
+            setattr(module, name, value)
+        if alone is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = alone

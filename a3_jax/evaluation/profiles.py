@@ -1,0 +1,332 @@
+"""Protocols by name: every switch that papers and scripts set differently, with where it is known from.
+
+    a3_best_guess      data and metrics of the DiffuLLaMA scripts, A3's own way of scoring, natural spaces
+    diffullama_script  the released scripts of DiffuLLaMA (arXiv 2410.17891), oddities and all
+    diffullama_paper   the same where the paper's text says otherwise
+    lm_eval            templates and metrics of lm-evaluation-harness 0.4
+
+A profile is for one kind of model: the scripts treat autoregressive baselines in another way.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from a3_jax.decoding.options import one_of, whole_number
+from a3_jax.errors import InputError, nearest
+from a3_jax.evaluation.tasks import CHOICE, CODE, GENERATE, INFILL, PERPLEXITY, TASKS, Task
+
+A3, AR, DIFFUSION = MODELS = ("a3", "ar", "masked_diffusion")
+BOS_POLICIES = ("first", "each", "none")
+JOINS = ("script", "natural", "delimiter")
+TOKENISINGS = ("separate", "joint")
+PIECES = ("three", "two", "suffix")
+RULES = ("sum", "per_token", "per_character", "per_byte")
+NORMS = ("squad", "triviaqa", "lm_eval")
+MATCHES = ("containment", "strict")
+CAPS = ("tokens", "characters")
+LOSS_WEIGHTS, EMPTY_LEVELS = ("none", "inv_t"), ("zero", "skip")
+TO_LENGTH = "length"  # as many steps as the blank has tokens
+
+_CHOICE_TASKS = tuple(task.name for task in TASKS.values() if task.kind == CHOICE)
+_FILL_TASKS = tuple(task.name for task in TASKS.values() if task.kind in (INFILL, GENERATE, CODE))
+
+
+@dataclasses.dataclass(frozen=True)
+class PileSettings:
+    """Conditional perplexity on The Pile: what A3's Table 2 leaves open, our proposal for it.
+
+    Attributes:
+      samples: documents, drawn by seed.
+      prompt: tokens of the evaluator that are given.
+      min_tokens: of the evaluator, that a document must have.
+      lengths: of the whole text, prompt included, in the model's tokens.
+      orders: criteria of dynamic resampling, the table's columns.
+      step_size, temperature, top_p: of dynamic resampling.
+    """
+
+    samples: int = 256
+    prompt: int = 128
+    min_tokens: int = 1024
+    lengths: tuple[int, ...] = (512, 1024)
+    orders: tuple[str, ...] = ("random", "confidence", "entropy")
+    step_size: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """All switches of a protocol. Those per task hold for the tasks that the mapping names.
+
+    Attributes:
+      name: as in `--profile`.
+      model: "a3" (two streams), "ar" (left to right) or "masked_diffusion".
+      source: where it is known from.
+      context: per task, what stands before the choices or the blank, where not the task's own (the
+        harness leaves out the space after "Answer:").
+      before_choice: per task, a text in front of each choice. DiffuLLaMA's diffusion script puts a
+        space in front of PIQA's solutions, its AR script does not.
+      join_space: where pieces meet: "script", the texts as the scripts put them together; "natural",
+        one space between words that belongs to the piece after it, as in ordinary text; or "delimiter",
+        a space in front of the piece, come what may (harness). The scripts' pieces start without one,
+        which SentencePiece hides and byte-pair tokenisers do not.
+      tokenising: "separate": pieces are encoded each by itself, so that there is a token boundary
+        between them (DiffuLLaMA); "joint": context and choice in one, cut at the context's length
+        (harness).
+      bos: per task: "first": the tokenizer's habit once, so one BOS at position 0 where it adds one (harness
+        0.4.13); "each": its habit at each piece, so a second BOS inside the scored part (DiffuLLaMA's
+        diffusion script on HellaSwag and PIQA); "none".
+      winogrande_pieces: "three": prefix | option | suffix, the last two scored (diffusion script);
+        "two": prefix | option + space + suffix (AR script); "suffix": the option belongs to the context,
+        the suffix alone is scored (harness, and the scripts of SEDD and Plaid).
+      rule: per task of choices, what decides: the log-probability itself, or per token, character or byte
+        of the choice. DiffuLLaMA's AR script sums on PIQA and SIQA and takes the mean on the others; its
+        paper says mean on all four; harness `acc` is the sum, `acc_norm` per character.
+      scorer: of two streams one of `evaluation.scorers` (which one A3 used is unknown, `chain` is most
+        probable), of masked diffusion one of its estimators. None: the model's own way, for masked diffusion
+        its family's.
+      levels: noise levels of scorers `mask32` and `levels` (DiffuLLaMA: 32).
+      loss_weight: weight of a level: "none" (released code) or "inv_t", 1/t (paper, eq. 25).
+      empty_level: a level that masks nothing: counts as a loss of "zero" (released code), or "skip".
+      limit: per task, rows that count, where not the task's own; None: all.
+      length: per task, blank tokens where they are not the reference's own (DiffuLLaMA takes the oracle
+        length in TriviaQA, LAMBADA, ROCStories and code).
+      triviaqa_extra: blank tokens beyond the longest alias: 0 (scripts), 10 (paper, SEDD script).
+      triviaqa_norm: of predictions: "squad" (scripts) deletes punctuation; "triviaqa", as the data set's
+        own aliases, makes it a space, so that hyphenated answers meet them; "lm_eval" leaves articles.
+      triviaqa_match: what `exact_match` is: "containment" of any normalised alias in the prediction
+        (scripts), or "strict" equality (harness).
+      ar_cap: blank tokens of ROCStories for AR models: the reference's "tokens", or, by a slip in the AR
+        script, its "characters".
+      generate: per task, how blanks are filled: fields of `GenerateOptions` for "a3" and "ar"; `sampler`,
+        `steps` (a number, or "length" of the blank), `temperature` for "masked_diffusion", its family's
+        own where not given.
+      stops: per task, texts at which an answer is cut.
+      shots: per task, training rows in front of the prompt.
+      code_max_tokens: longer programs get an empty completion (DiffuLLaMA skips above 1,000); None: no cap.
+      pile: settings of the conditional perplexity.
+    """
+
+    name: str
+    model: str
+    source: str
+    join_space: str
+    bos: Mapping[str, str]
+    rule: Mapping[str, str]
+    generate: Mapping[str, Mapping[str, Any]]
+    context: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    before_choice: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tokenising: str = "separate"
+    winogrande_pieces: str = "three"
+    scorer: str | None = "chain"
+    levels: int = 32
+    loss_weight: str = "none"
+    empty_level: str = "zero"
+    limit: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
+    length: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    triviaqa_extra: int = 0
+    triviaqa_norm: str = "squad"
+    triviaqa_match: str = "containment"
+    ar_cap: str = "tokens"
+    stops: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    shots: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    code_max_tokens: int | None = None
+    pile: PileSettings = PileSettings()
+
+    def __post_init__(self):
+        one_of("model", self.model, MODELS)
+        for name, choices in _CHOICES_OF.items():
+            one_of(name, getattr(self, name), choices)
+        for name, choices in (("bos", BOS_POLICIES), ("rule", RULES)):
+            for task, value in getattr(self, name).items():
+                one_of(f"{name}.{task}", value, choices)
+        whole_number("triviaqa_extra", self.triviaqa_extra, 0)
+        whole_number("levels", self.levels, 1)
+
+    def context_of(self, task: Task) -> str:
+        """What stands before the choices or the blank of a task."""
+        return self.context.get(task.name, task.context)
+
+    def limit_of(self, task: Task) -> int | None:
+        """How many rows of a task count; None: all."""
+        return self.limit.get(task.name, task.limit)
+
+    @property
+    def scorer_options(self) -> dict[str, Any]:
+        """Options of the scorer, those that it has."""
+        if self.scorer not in _BY_LEVELS:
+            return {}
+        return {"levels": self.levels, "loss_weight": self.loss_weight, "empty_level": self.empty_level}
+
+    def settings(self, task: Task | None = None) -> dict[str, Any]:
+        """Every switch as plain JSON; with a task, its entry of the switches per task."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in found.items():
+            if isinstance(value, Mapping):
+                found[name] = dict(value) if task is None else value.get(task.name)
+        found["pile"] = dataclasses.asdict(self.pile)
+        if task is not None:
+            found["context"], found["limit"] = self.context_of(task), self.limit_of(task)
+            if task.kind != PERPLEXITY:
+                del found["pile"]
+        return json.loads(json.dumps(found))
+
+
+_CHOICES_OF = {
+    "join_space": JOINS,
+    "tokenising": TOKENISINGS,
+    "winogrande_pieces": PIECES,
+    "loss_weight": LOSS_WEIGHTS,
+    "empty_level": EMPTY_LEVELS,
+    "triviaqa_norm": NORMS,
+    "triviaqa_match": MATCHES,
+    "ar_cap": CAPS,
+}
+
+_BY_LEVELS = ("mask32", "levels")
+_DIFFULLAMA = "github.com/HKUNLP/DiffuLLaMA, evaluation/, and arXiv 2410.17891 (ICLR 2025)"
+_GREEDY = {"order": "l2r", "group_size": 1, "temperature": 0.0}
+_BOS_SCRIPT = {  # of tasks: what encode() was called with in the diffusion script
+    "hellaswag": "each", "piqa": "each", "winogrande": "none", "siqa": "none",
+    "triviaqa": "first", "lambada": "first", "rocstories": "none",
+}  # fmt: skip
+_RULE_AR = {"hellaswag": "per_token", "winogrande": "per_token", "piqa": "sum", "siqa": "sum"}
+_ANSWER = "Question: {question}\nAnswer:"
+
+
+def _for_all(tasks, value) -> dict:
+    return dict.fromkeys(tasks, value)
+
+
+def _sampled(model: str) -> dict[str, dict]:
+    """Filling as in the diffusion scripts: confidence order, temperature 0.9, no top-p."""
+    if model == AR:
+        return _for_all(_FILL_TASKS, {"temperature": 0.0})
+    if model == A3:
+        one_by_one = {"strategy": "dynamic", "criterion": "confidence", "step_size": 1}
+        settings = _for_all(_FILL_TASKS, {**one_by_one, "temperature": 0.9})
+        settings["lambada"] = {**one_by_one, "temperature": 1.0}
+        settings["gsm8k"] = {**one_by_one, "temperature": 0.0}
+        return settings
+    settings = _for_all(_FILL_TASKS, {"sampler": "diffullama", "steps": 32, "temperature": 0.9})
+    settings["triviaqa"] = {**settings["triviaqa"], "steps": TO_LENGTH}
+    settings["lambada"] = {**settings["lambada"], "steps": TO_LENGTH, "temperature": 1.0}
+    settings["gsm8k"] = {**settings["gsm8k"], "steps": 64, "temperature": 0.0}  # argmax
+    return settings
+
+
+def _script(model: str) -> Profile:
+    is_ar = model == AR
+    tasks = (*_CHOICE_TASKS, *_FILL_TASKS)
+    bos = {**_for_all(tasks, "none"), **_BOS_SCRIPT}
+    if is_ar:
+        bos |= _for_all(_CHOICE_TASKS, "none")
+    return Profile(
+        name="diffullama_script",
+        model=model,
+        source=_DIFFULLAMA,
+        join_space="script",
+        bos=bos,
+        before_choice={} if is_ar else {"piqa": " "},
+        winogrande_pieces="two" if is_ar else "three",
+        rule=_RULE_AR if is_ar else _for_all(_CHOICE_TASKS, "per_token"),
+        scorer={A3: "mask32", AR: None, DIFFUSION: "levels"}[model],
+        generate=_sampled(model),
+        length={"gsm8k": 256},
+        ar_cap="characters",
+        code_max_tokens=1000,
+    )
+
+
+def _paper(model: str) -> Profile:
+    return dataclasses.replace(
+        _script(model),
+        name="diffullama_paper",
+        rule=_for_all(_CHOICE_TASKS, "per_token"),
+        loss_weight="inv_t",
+        triviaqa_extra=10,
+        ar_cap="tokens",
+    )
+
+
+def _best_guess(model: str) -> Profile:
+    return dataclasses.replace(
+        _script(model),
+        name="a3_best_guess",
+        source=f"arXiv 2601.13228 as far as it says, else {_DIFFULLAMA}",
+        join_space="natural",
+        bos=_for_all((*_CHOICE_TASKS, *_FILL_TASKS), "first"),
+        before_choice={},
+        winogrande_pieces="three",
+        rule=_for_all(_CHOICE_TASKS, "per_token") if model == DIFFUSION else _RULE_AR,
+        scorer={A3: "chain", AR: None, DIFFUSION: "levels"}[model],
+        generate=_for_all(_FILL_TASKS, _GREEDY) if model == A3 else _sampled(model),
+        context={"gsm8k": _ANSWER},
+        shots={"gsm8k": 5},
+        stops={"gsm8k": ("Question:",)},
+        ar_cap="tokens",
+        code_max_tokens=None,
+    )
+
+
+def _lm_eval(model: str) -> Profile:
+    return dataclasses.replace(
+        _best_guess(model),
+        name="lm_eval",
+        source="github.com/EleutherAI/lm-evaluation-harness 0.4, lm_eval/tasks",
+        context={
+            "piqa": "Question: {goal}\nAnswer:",
+            "siqa": "Q: {context} {question}\nA:",
+            "triviaqa": "Question: {question}?\nAnswer:",
+            "gsm8k": _ANSWER,
+        },
+        join_space="delimiter",
+        tokenising="joint",
+        winogrande_pieces="suffix",
+        rule={"hellaswag": "per_character", "piqa": "per_character", "siqa": "sum", "winogrande": "sum"},
+        limit={"triviaqa": None},
+        length={"triviaqa": 32, "gsm8k": 256},  # the harness stops at a text, we then cut there
+        triviaqa_norm="lm_eval",
+        triviaqa_match="strict",
+        stops={"triviaqa": ("\n", ".", ","), "gsm8k": ("Question:",)},
+        scorer="chain" if model == A3 else None,
+        generate=_for_all(_FILL_TASKS, {A3: _GREEDY, AR: {"temperature": 0.0}, DIFFUSION: {}}[model]),
+    )
+
+
+_MAKERS = {
+    "a3_best_guess": _best_guess,
+    "diffullama_script": _script,
+    "diffullama_paper": _paper,
+    "lm_eval": _lm_eval,
+}
+DEFAULT_PROFILE = "a3_best_guess"
+PROFILES: dict[str, Profile] = {name: make(A3) for name, make in _MAKERS.items()}
+
+
+def profile_named(name: str, model: str = A3) -> Profile:
+    """The profile of a name, for a kind of model.
+
+    Raises:
+      InputError: no such profile, with the nearest name; or no such kind of model.
+    """
+    if name not in _MAKERS:
+        message = f"no profile {name!r}{nearest(name, _MAKERS) or '; known are ' + ', '.join(_MAKERS)}"
+        raise InputError(message, field="profile")
+    one_of("model", model, MODELS)
+    return _MAKERS[name](model)
+
+
+def changed(profile: Profile, **switches) -> Profile:
+    """The profile with other values of some switches, by name.
+
+    Raises:
+      InputError: no such switch, or no such value of it.
+    """
+    known = [field.name for field in dataclasses.fields(profile)]
+    for name in switches:
+        if name not in known:
+            raise InputError(f"no such switch{nearest(name, known)}", field=f"profile.{name}")
+    return dataclasses.replace(profile, **switches)
