@@ -24,6 +24,7 @@ _HOMES = {
     "generate": "a3_jax.decoding.generation",
     "generate_stream": "a3_jax.decoding.generation",
     "score": "a3_jax.decoding.scoring",
+    "evaluate": "a3_jax.evaluation.runner",
     "InputError": "a3_jax.errors",
 }
 

@@ -193,7 +193,7 @@ def _run(args, options_class, check, compute) -> int:
     bad: list[InputError] = []
     lines = []
     candidates = read_lines(args.input, bad)
-    checkpoint = open_checkpoint(args.checkpoint, mesh=_mesh(args))
+    checkpoint = open_checkpoint(args.checkpoint, mesh=mesh_of(args))
     check_has_orders(checkpoint, args.checkpoint)
     for line in candidates:
         try:
@@ -209,7 +209,7 @@ def _run(args, options_class, check, compute) -> int:
     return _compute(args, lines, lambda: list(compute(checkpoint, lines, options)), len(bad))
 
 
-def _mesh(args):
+def mesh_of(args):
     """The mesh of `--mesh`; None: one device."""
     if args.mesh is None:
         return None

@@ -1,6 +1,6 @@
 """The rows of the paper's tables as data: which model, and the commands that make and evaluate it.
 
-A row has a name, under which its results lie: RESULTS/a3-1b/ holds what `a3 eval ... --results=RESULTS/a3-1b` wrote.
+A row has a name, under which its results lie: `a3 eval ... --results=RESULTS/a3-1b` wrote RESULTS/a3-1b/.
 """
 
 import dataclasses
@@ -59,7 +59,10 @@ class PaperTable:
     def columns(self) -> tuple[tuple[Task, str, str], ...]:
         """(task, metric of its results, metric in the paper) of the columns, from left to right."""
         return tuple(
-            (task, metric, name) for task in TASKS.values() for metric, key, name in task.cells if key == self.key
+            (task, metric, name)
+            for task in TASKS.values()
+            for metric, key, name in task.cells
+            if key == self.key
         )
 
 
@@ -76,7 +79,8 @@ def _trained(name: str, config: str, source: str, hardware: str) -> Row:
         checkpoint=run,
         commands=(
             f"a3 convert {source} {start} --check",
-            f"a3 data prepare 'fineweb/*.parquet' {_ROWS_OF_TEXT} --tokenizer={source} --seq_len=2048 --holdout=1000",
+            f"a3 data prepare 'fineweb/*.parquet' {_ROWS_OF_TEXT} --tokenizer={source} --seq_len=2048 "
+            "--holdout=1000",
             f"a3 train --config=configs/{config}.py --workdir={run} --config.init_from={start} "
             f"--config.data={_ROWS_OF_TEXT}",
         ),
@@ -96,7 +100,7 @@ ROWS: dict[str, Row] = {
         Row(
             "plaid-1b",
             None,
-            why_cited="continuous diffusion, which this code does not run; the paper copies its figures as well",
+            why_cited="continuous diffusion, which this code does not run; the paper copies its figures too",
         ),
         Row(
             "dream-7b",
@@ -120,7 +124,8 @@ ROWS: dict[str, Row] = {
 
 _QUOTED = "The paper's figures stand here as public reading notes quote them (docs/evaluation.md)."
 _TOKENS = (
-    "The main A3 rows saw 8B tokens by one account, 2B by another, with the same figures; the configs train on 2B."
+    "The main A3 rows saw 8B tokens by one account, 2B by another, with the same figures; "
+    "the configs train on 2B."
 )
 PAPER_TABLES: dict[str, PaperTable] = {
     table.name: table
@@ -141,9 +146,9 @@ PAPER_TABLES: dict[str, PaperTable] = {
             notes=(
                 _QUOTED,
                 _TOKENS,
-                "TriviaQA's exact match counts an answer that contains a normalised alias; multiple choice is the "
-                "profile's rule, which is neither acc nor acc_norm of lm-evaluation-harness.",
-                "Dream-7B near chance on HellaSwag (26.9, chance 25) is far below what its authors report under "
+                "TriviaQA's exact match counts an answer that contains a normalised alias; multiple choice is "
+                "by the profile's rule: only profile lm_eval has acc and acc_norm of the harness.",
+                "Dream-7B near chance on HellaSwag (26.9, chance 25) is far below what its authors report by "
                 "their own rules: no figure to aim at.",
             ),
         ),
@@ -155,8 +160,9 @@ PAPER_TABLES: dict[str, PaperTable] = {
             lower_is_better=True,
             notes=(
                 _QUOTED,
-                "Not known of it: prompts, their length and number, temperature, and whether 512 and 1024 are "
-                "lengths or steps. Ours: whole texts of that length; the profile's `pile` settings are a proposal.",
+                "Not known of it: prompts, their length and number, temperature, whether 512 and 1024 are "
+                "lengths or steps. Ours: whole texts of that length; the profile's `pile` settings are our "
+                "proposal.",
             ),
         ),
         PaperTable(
@@ -202,11 +208,13 @@ def evaluation_command(row: Row, tasks, profile: str, results: str) -> str:
 
 
 def needs(row: Row, tasks) -> list[str]:
-    """What the commands of a row and `evaluation_command` take."""
+    """What the commands of a row and `evaluation_command` take, data files of the tasks apart."""
     found = list(row.needs)
-    for task in tasks:
-        name = task.files[0] if task.files else ""
-        found.append(f"{DATA_DIR}/{task.name}/{name}: {task.where}")
-    if any(task.kind == PERPLEXITY for task in tasks) and row.checkpoint != EVALUATOR:
+    if any(task.kind == PERPLEXITY for task in tasks):
         found.append(f"as the evaluator, {_llama(EVALUATOR)}")
-    return list(dict.fromkeys(found))
+    return found
+
+
+def data_files(tasks) -> list[str]:
+    """The data file of each task and where people get it; `a3 eval --list` tells the other names it may have."""
+    return [f"{DATA_DIR}/{task.name}/{task.files[0]}: {task.where}" for task in tasks if task.files]

@@ -13,7 +13,7 @@ from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.metrics import Figure
 from a3_jax.evaluation.profiles import DEFAULT_PROFILE, profile_named
 from a3_jax.evaluation.published import Published, published, sources, statuses
-from a3_jax.evaluation.recipes import ROWS, PaperTable, Row, evaluation_command, needs
+from a3_jax.evaluation.recipes import ROWS, PaperTable, Row, data_files, evaluation_command, needs
 from a3_jax.evaluation.results import Result, load_results
 from a3_jax.evaluation.tasks import Task
 from a3_jax.paths import as_path
@@ -46,12 +46,14 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class RowComparison:
-    """A row: `recipe` is None for one of one's own; `commands` and `needs` are of the cells that did not run."""
+    """A row; `recipe` is None for one of one's own. The others are of the cells that did not run: their tasks,
+    the commands, and what these need, data files apart."""
 
     name: str
     label: str
     recipe: Row | None
     cells: tuple[Cell, ...]
+    missing: tuple[Task, ...]
     commands: tuple[str, ...]
     needs: tuple[str, ...]
 
@@ -90,11 +92,15 @@ def compare(table: PaperTable, results, profile: str = DEFAULT_PROFILE) -> Compa
       results: directory with a directory a row, such as RESULTS/a3-1b/.
       profile: of the results that count.
 
+    A directory that is absent is one without results.
+
     Raises:
-      InputError: no such directory or profile, or a damaged result.
+      InputError: no such profile, or a damaged result.
     """
     profile_named(profile)
     found, notes = _read(results), list(table.notes)
+    if not any(found.values()):
+        notes.append(f"No results in {results}/ROW/ so far.")
     if loose := len(found.pop("", ())):
         notes.append(f"{loose} results in {results} itself are in no row: move them to {results}/ROW.")
     rows = []
@@ -102,21 +108,31 @@ def compare(table: PaperTable, results, profile: str = DEFAULT_PROFILE) -> Compa
         used, told = _usable(name, ROWS[name].model, found.get(name, ()), profile)
         rows.append(_compare_row(table, ROWS[name], label, used, profile, str(results)))
         notes += told
-    for name in sorted(set(found) - set(ROWS)):
-        used, told = _usable(name, None, found[name], profile)
-        row = _compare_row(table, None, name, used, profile, str(results))
+    for name, model, label in _own_rows(found):
+        used, told = _usable(name, model, found[name], profile)
+        row = _compare_row(table, None, label, used, profile, str(results))
         if any(cell.ours for cell in row.cells):
             rows.append(row)
-            notes += [f"{name} is a row of your own{nearest(name, ROWS)}", *told]
+            notes += [f"{label} is a row of your own{nearest(name, ROWS) or '.'}", *told]
     return Comparison(table, profile, str(results), tuple(rows), tuple(notes))
+
+
+def _own_rows(found) -> list[tuple[str, str | None, str]]:
+    """(directory, kind of model, label) of the rows that are none of the paper's: one a kind."""
+    rows = []
+    for name in sorted(set(found) - set(ROWS)):
+        kinds = sorted({str(_model_of(each)) for each in found[name]})
+        rows += [(name, kind, name if len(kinds) == 1 else f"{name} ({kind})") for kind in kinds]
+    return rows
 
 
 def _read(results) -> dict[str, list[Result]]:
     """The results of each row's directory; of the directory itself under ""."""
     place = as_path(results)
     if not place.is_dir():
-        message = "no such directory; `a3 eval ... --results=DIR/ROW` writes into it"
-        raise InputError(message, file=results, field="--results")
+        if place.exists():
+            raise InputError("is a file; a directory of results is wanted", file=results, field="--results")
+        return {}
     found = {"": load_results(place)}
     for child in sorted(place.iterdir()):
         if child.is_dir() and (inside := load_results(child)):
@@ -126,13 +142,17 @@ def _read(results) -> dict[str, list[Result]]:
 
 def _usable(name, model, found, profile) -> tuple[list[Result], list[str]]:
     """The results of a row that count, and what is to be said of the others."""
-    right = [each for each in found if model in (None, _model_of(each))]
+    right = [each for each in found if model in (None, str(_model_of(each)))]
     notes = []
-    if len(right) < len(found):
+    if name in ROWS and len(right) < len(found):
         notes.append(f"{name}: {len(found) - len(right)} results of another kind of model are left out.")
     used = [each for each in right if each.profile == profile]
+    if (count := len({each.checkpoint.get("fingerprint") for each in used})) > 1:
+        notes.append(f"{name} mixes results of {count} checkpoints: keep one checkpoint's in a directory.")
     if others := sorted({each.profile for each in right if each.profile != profile}):
-        notes.append(f"{name} has results of other profiles: {', '.join(f'--profile={one}' for one in others)}.")
+        notes.append(
+            f"{name} has results of other profiles: {', '.join(f'--profile={one}' for one in others)}."
+        )
     return used, notes
 
 
@@ -158,22 +178,19 @@ def _compare_row(table, recipe, label, results, profile, directory) -> RowCompar
         known, result = figures.get((label, paper_metric)), _best(results, task, metric)
         ours = result.figure(metric) if result else None
         changes = _changes(result) if result else ()
-        cells.append(
-            Cell(task, metric, paper_metric, known, ours, result, _distance(known, ours), changes)
-        )
-    missing = list(dict.fromkeys(cell.task.name for cell in cells if cell.ours is None))
-    commands, takes = _to_run(recipe, [cell.task for cell in cells], missing, profile, directory)
-    name = label if recipe is None else recipe.name
-    return RowComparison(name, label, recipe, tuple(cells), commands, takes)
+        cells.append(Cell(task, metric, paper_metric, known, ours, result, _distance(known, ours), changes))
+    left = tuple({cell.task.name: cell.task for cell in cells if cell.ours is None}.values())
+    commands = _commands(recipe, left, profile, directory)
+    takes = tuple(needs(recipe, left)) if recipe and commands else ()
+    name = recipe.name if recipe else label
+    return RowComparison(name, label, recipe, tuple(cells), left, commands, takes)
 
 
-def _to_run(recipe, tasks, missing, profile, directory) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Commands and needs of the tasks that are missing from a row."""
-    if recipe is None or recipe.model is None or not missing:
-        return (), ()
-    left = [task for task in {task.name: task for task in tasks}.values() if task.name in missing]
-    commands = (*recipe.commands, evaluation_command(recipe, left, profile, directory))
-    return commands, tuple(needs(recipe, left))
+def _commands(recipe: Row | None, tasks, profile: str, directory: str) -> tuple[str, ...]:
+    """What runs tasks of a row; () if nothing is missing, or nothing can run it."""
+    if recipe is None or recipe.model is None or not tasks:
+        return ()
+    return (*recipe.commands, evaluation_command(recipe, tasks, profile, directory))
 
 
 def _distance(known: Published | None, ours: Figure | None) -> float | None:
@@ -190,7 +207,7 @@ def _row_dict(row: RowComparison, profile: str, directory: str) -> dict[str, Any
         "model": row.label,
         "why_cited": row.recipe.why_cited if row.recipe else "",
         "commands": list(row.commands),
-        "needs": list(row.needs),
+        "needs": [*row.needs, *(data_files(row.missing) if row.commands else ())],
         "cells": [_cell_dict(cell, row.recipe, profile, directory) for cell in row.cells],
     }
 
@@ -211,6 +228,7 @@ def _cell_dict(cell: Cell, recipe: Row | None, profile: str, directory: str) -> 
         }
     value["standard_errors"] = cell.standard_errors
     if cell.ours is None:
-        commands, takes = _to_run(recipe, [cell.task], [cell.task.name], profile, directory)
-        value["commands"], value["needs"] = list(commands), list(takes)
+        commands = _commands(recipe, (cell.task,), profile, directory)
+        takes = [*needs(recipe, (cell.task,)), *data_files((cell.task,))] if recipe and commands else []
+        value["commands"], value["needs"] = list(commands), takes
     return value

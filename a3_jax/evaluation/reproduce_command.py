@@ -22,8 +22,8 @@ def add_reproduce(subparsers) -> None:
         "reproduce",
         help="the paper's tables beside your results, and what would run the rest",
         description="Prints a table of the paper: in each cell the published figure, ours with its standard "
-        "error, and their difference in standard errors; or that it was not run, with the commands that would "
-        "run it and what they need. Runs nothing itself.",
+        "error, and their difference in standard errors; or that it was not run, with the commands that "
+        "would run it and what they need. Runs nothing itself.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

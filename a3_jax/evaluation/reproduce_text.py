@@ -1,6 +1,7 @@
 """Comparisons with the paper's tables as text: for a terminal, and as Markdown."""
 
 from a3_jax.evaluation.published import COPIED, SUSPECT
+from a3_jax.evaluation.recipes import data_files
 from a3_jax.evaluation.reproduce import Cell, Comparison, RowComparison
 
 NOT_RUN, CITED, CHANGED = "not run", "cited", "~"
@@ -26,10 +27,9 @@ def headings(comparison: Comparison) -> list[str]:
 def cell_lines(cell: Cell, row: RowComparison) -> list[str]:
     """The paper's figure; ours; the difference, where there is one."""
     known, ours = cell.published, cell.ours
-    lines = [f"{known.value:g}{_MARKS.get(known.status, '')}" if known else "-"]
+    lines = [f"{known.value:.1f}{_MARKS.get(known.status, '')}" if known else "-"]
     if ours is None:
-        is_cited = row.recipe is not None and row.recipe.model is None
-        return [*lines, CITED if is_cited else NOT_RUN]
+        return [*lines, CITED if row.recipe is not None and row.recipe.why_cited else NOT_RUN]
     error = "" if ours.standard_error is None else f"±{ours.standard_error:.1f}"
     lines.append(f"{ours.value:.1f}{error}{CHANGED if cell.changes else ''}")
     if cell.standard_errors is not None:
@@ -45,28 +45,33 @@ def rows_of_text(comparison: Comparison, between: str) -> list[list[str]]:
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """The legend, what the marks mean that occur, the notes, and where a result is not its profile as it is."""
+    """The legend, what the marks mean that occur, results that are not their profile as it is, the notes."""
     cells = [(row, cell) for row in comparison.rows for cell in row.cells]
     marks = {_MARKS.get(cell.published.status, "") for _, cell in cells if cell.published}
     told = [_LEGEND, *(text for mark, text in _TOLD.items() if mark in marks)]
     for row, cell in cells:
         if cell.changes:
-            text = f"{CHANGED} {row.label}, {cell.task.name}: not the profile as it is: {', '.join(cell.changes)}"
-            told += [text] if text not in told else []
-    cited = {f"{row.label} is cited alone: {row.recipe.why_cited}" for row in comparison.rows if _is_cited(row)}
-    return [*told, *sorted(cited), *comparison.notes]
+            changes = ", ".join(cell.changes)
+            told.append(f"{CHANGED} {row.label}, {cell.task.name}: not the profile as it is: {changes}")
+    for row in comparison.rows:
+        if row.recipe is not None and row.recipe.why_cited:
+            told.append(f"{row.label} is cited alone: {row.recipe.why_cited}.")
+    return [*dict.fromkeys(told), *comparison.notes]
 
 
-def _is_cited(row: RowComparison) -> bool:
-    return row.recipe is not None and row.recipe.model is None
+def missing_rows(comparison: Comparison) -> list[RowComparison]:
+    """The rows with cells that did not run, and could."""
+    return [row for row in comparison.rows if row.commands]
 
 
-def missing_lines(row: RowComparison) -> list[str]:
-    """What a row's missing cells need, then the commands; [] if all ran or none can."""
-    if not row.commands:
-        return []
-    tasks = dict.fromkeys(cell.task.name for cell in row.cells if cell.ours is None)
-    return [f"{row.label}, not run: {', '.join(tasks)}", *(f"  needs {text}" for text in row.needs)]
+def missing_data(comparison: Comparison) -> list[str]:
+    """The data files that the commands of all those rows read."""
+    tasks = {task.name: task for row in missing_rows(comparison) for task in row.missing}
+    return data_files(tasks.values())
+
+
+def _not_run(row: RowComparison) -> str:
+    return f"{row.label}, not run: {', '.join(task.name for task in row.missing)}"
 
 
 def show(comparison: Comparison) -> None:
@@ -75,9 +80,11 @@ def show(comparison: Comparison) -> None:
 
     title = f"{comparison.table.title}\nprofile {comparison.profile}, results in {comparison.results}"
     print_table(title, rows_of_text(comparison, "\n"), headings(comparison), "\n".join(footnotes(comparison)))
-    for row in comparison.rows:
-        if lines := missing_lines(row):
-            print("\n".join(["", *lines, *(f"    {command}" for command in row.commands)]))
+    for row in missing_rows(comparison):
+        needs = [f"  needs {text}" for text in row.needs]
+        print("\n".join(["", _not_run(row), *needs, *(f"    {command}" for command in row.commands)]))
+    if files := missing_data(comparison):
+        print("\n".join(["", "Data files (a3 eval --list tells more):", *(f"  {text}" for text in files)]))
 
 
 def markdown(comparison: Comparison) -> str:
@@ -94,10 +101,11 @@ def markdown(comparison: Comparison) -> str:
         "",
         *(f"- {_escaped(note)}" for note in footnotes(comparison)),
     ]
-    for row in comparison.rows:
-        if told := missing_lines(row):
-            needs = [f"- {_escaped(line.strip())}" for line in told[1:]]
-            lines += ["", f"### {_escaped(told[0])}", "", *needs, "", "```bash", *row.commands, "```"]
+    for row in missing_rows(comparison):
+        needs = [f"- needs {_escaped(text)}" for text in row.needs]
+        lines += ["", f"### {_escaped(_not_run(row))}", "", *needs, "", "```bash", *row.commands, "```"]
+    if files := missing_data(comparison):
+        lines += ["", "### Data files", "", *(f"- {_escaped(text)}" for text in files)]
     return "\n".join(lines) + "\n"
 
 

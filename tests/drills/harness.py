@@ -30,7 +30,7 @@ def rows_beside(cache) -> str:
     """A prepared directory beside the cache; made once."""
     directory = pathlib.Path(f"{cache}-rows")
     if not directory.exists():
-        directory.mkdir()
+        directory.mkdir(parents=True)
         table, heldout = (prepared_fixtures.rows(*size, seq_len=TOKENS) for size in ((150,), (16,)))
         prepared_fixtures.make_prepared(directory, table, rows_a_shard=40, heldout=heldout)
     return str(directory)
