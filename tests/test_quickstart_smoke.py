@@ -14,10 +14,14 @@ from a3_jax.errors import EXIT_BAD_INPUT, EXIT_OK
 LOSSES = ["any_order_before", "any_order_after", "ar_before", "ar_after"]
 
 
-def run(*arguments):
+def run(cache, *arguments):
     """The figures, as the last lines of standard output of a process of its own, on the one real device."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = [sys.executable, "-m", "a3_jax.cli", "quickstart", "--smoke", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == EXIT_OK, done.stderr
@@ -27,7 +31,8 @@ def run(*arguments):
 
 @pytest.mark.slow
 def test_smoke_leaves_figures_pictures_and_checkpoints_and_goes_on_when_run_again(tmp_path):
-    figures = run(f"--workdir={tmp_path}")
+    cache, tmp_path = tmp_path / "programs", tmp_path / "run"
+    figures = run(cache, f"--workdir={tmp_path}")
     assert figures == json.loads((tmp_path / "quickstart.json").read_text())
     assert list(figures) == ["loss", "exact_match", "blanks", "seconds"]
     assert list(figures["loss"]) == LOSSES
@@ -43,7 +48,7 @@ def test_smoke_leaves_figures_pictures_and_checkpoints_and_goes_on_when_run_agai
     assert is_a3(tmp_path / "converted")
 
     steps = (tmp_path / "a3" / "metrics.jsonl").read_text()
-    again = run(f"--workdir={tmp_path}")
+    again = run(cache, f"--workdir={tmp_path}")
     assert again | {"seconds": None} == figures | {"seconds": None}
     assert (tmp_path / "a3" / "metrics.jsonl").read_text() == steps
 
@@ -54,7 +59,7 @@ def test_smoke_on_own_text(tmp_path):
     text.write_text(
         "\n\n".join(f"This is paragraph {n} of a text which a user has, so to say." for n in range(200))
     )
-    figures = run(f"--workdir={tmp_path / 'run'}", f"--text={text}")
+    figures = run(tmp_path / "programs", f"--workdir={tmp_path / 'run'}", f"--text={text}")
     assert figures["exact_match"] is None
     assert all(loss > 0 for loss in figures["loss"].values())
     assert "<dt>truth</dt>" in (tmp_path / "run" / "report.html").read_text()

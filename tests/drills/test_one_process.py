@@ -14,7 +14,6 @@ from tests.drills import harness
 pytestmark = pytest.mark.drill
 
 
-@pytest.mark.slow
 def test_a_request_to_stop_while_compiling(run, tmp_path):
     """Nothing was done that a restart would do again, so it leaves at once; the next start begins anew."""
     cold = run(overrides=["--config.data="])  # the embedded text, for once
@@ -80,7 +79,6 @@ def _convert_slowly(source, target):
     sys.exit(console())
 
 
-@pytest.mark.slow
 def test_a_request_to_stop_a_conversion(run, tmp_path):
     """Exit status 75, and nothing half-written."""
     short = run(processes=1).finish()

@@ -27,7 +27,7 @@ def assert_same_run(run, undisturbed):
     assert losses(run) == losses(undisturbed), "one row a step, the same numbers"
 
 
-@pytest.mark.parametrize("victim", [pytest.param(1, marks=pytest.mark.slow), 0], ids=["peer", "coordinator"])
+@pytest.mark.parametrize("victim", [1, 0], ids=["peer", "coordinator"])
 def test_a_killed_process(run, undisturbed, victim):
     """Its peer leaves within 15 s with 75; the run goes on to the same parameters, bit for bit."""
     disturbed = run(processes=2)
@@ -42,7 +42,7 @@ def test_a_killed_process(run, undisturbed, victim):
     assert_same_run(disturbed, undisturbed)
 
 
-@pytest.mark.parametrize("told", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("told", [0, 1])
 def test_a_request_to_stop(run, undisturbed, told):
     """SIGTERM to one process: both save the same step, exit with 75 and go on at the next one."""
     disturbed = run(processes=2)
@@ -57,7 +57,6 @@ def test_a_request_to_stop(run, undisturbed, told):
     assert_same_run(disturbed, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_request_to_stop_during_an_evaluation(run):
     """The evaluation is given up, the step saved; the run goes on with the evaluation that is missing."""
     disturbed = run(processes=2, overrides=["--config.eval_every=6", "--config.sample_every=12"])
@@ -72,7 +71,6 @@ def test_a_request_to_stop_during_an_evaluation(run):
     assert {row["step"] for row in disturbed.rows("samples.jsonl")} == {12, 24}
 
 
-@pytest.mark.slow
 def test_a_stuck_and_a_stopped_peer(run):
     """The one that waits writes down where its threads stand and exits with 76, whatever holds the other."""
     for fault in ("stuck", "stopped"):
@@ -100,7 +98,6 @@ def test_a_flag_that_differs(run):
     assert [path.name for path in differing.workdir.iterdir()] == ["logs"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(4, 1), (2, 1)])
 def test_going_on_with_other_processes(run, undisturbed, processes, devices):
     """The checkpoint of 2 x 2 is restored leaf for leaf, the same rows give the same losses to 1e-6."""
