@@ -1,4 +1,4 @@
-"""The whole way to a table on a small model: train, evaluate on invented rows, and read the paper's table."""
+"""The whole way to a table on a tiny model: convert, train, evaluate on invented rows, `a3 reproduce`."""
 
 import json
 import shutil
@@ -9,18 +9,21 @@ from a3_jax.cli import main
 from a3_jax.errors import EXIT_OK
 from a3_jax.evaluation.recipes import PAPER_TABLES
 from tests.eval_fixtures import write_fixtures
+from tests.tiny_hf import write_tiny_llama
 from tests.training_fixtures import LINES
 
 TABLE1 = PAPER_TABLES["table1"]
 TASKS = list(dict.fromkeys(task.name for task, _, _ in TABLE1.columns))
+AR_TASKS = ["piqa", "rocstories"]
 CONFIG = """
-from a3_jax.quickstart.config import SMOKE_STEPS, text_run
+from ml_collections import ConfigDict
 
-def get_config():  # the model that `a3 quickstart --smoke --text` makes, in longer rows and fewer stages
-    config = text_run({text!r}, SMOKE_STEPS)
-    config.stages = config.stages[1], config.stages[4]
-    config.seq_len, config.batch_size, config.holdout, config.eval_batches = 256, 8, 1, 1
-    return config
+def get_config():
+    return ConfigDict({{
+        "init_from": {init_from!r}, "data": {data!r}, "holdout": 0, "seq_len": 64, "batch_size": 8,
+        "stages": [{{"name": "random", "steps": 2, "orders": [{{"order": "random"}}]}}],
+        "learning_rate": 1e-3, "warmup_steps": 0,
+    }})
 """
 
 
@@ -28,28 +31,24 @@ def run(*arguments):
     assert main([str(argument) for argument in arguments]) == EXIT_OK
 
 
-def evaluate(place, *options):
-    tasks = ",".join(TASKS)
-    run(
-        "eval",
-        place / "run",
-        f"--tasks={tasks}",
-        f"--data_dir={place}/data",
-        f"--results={place}/results/small",
-        *options,
-    )
+def evaluate(place, checkpoint, row, tasks, *options):
+    where = f"--data_dir={place}/data", f"--results={place}/results/{row}"
+    run("eval", place / checkpoint, f"--tasks={','.join(tasks)}", *where, *options)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A directory of results: the model as rows of one's own, any order and left to right, and as A3-1B."""
+    """A directory of results: a model of one's own, the same as A3-1B, and its source for Llama-3.1-8B."""
     place = tmp_path_factory.mktemp("tables")
-    (place / "text.txt").write_text("\n\n".join(" ".join(LINES[n:] + LINES[:n]) for n in range(len(LINES))))
-    (place / "config.py").write_text(CONFIG.format(text=str(place / "text.txt")))
     write_fixtures(place / "data")
+    (place / "text.txt").write_text("\n\n".join(" ".join(LINES[n:] + LINES[:n]) for n in range(len(LINES))))
+    converted, data = str(place / "converted"), str(place / "text.txt")
+    (place / "config.py").write_text(CONFIG.format(init_from=converted, data=data))
+    write_tiny_llama(place / "source")
+    run("convert", place / "source", converted)
     run("train", f"--config={place}/config.py", f"--workdir={place}/run")
-    for model in ("a3", "ar"):
-        evaluate(place, f"--model={model}")
+    evaluate(place, "run", "small", TASKS)
+    evaluate(place, "source", "llama-3.1-8b", AR_TASKS, "--model=ar")
     shutil.copytree(place / "results/small", place / "results/a3-1b")
     return place / "results"
 
@@ -63,18 +62,20 @@ def table(results, capsys, *arguments):
 @pytest.mark.slow
 def test_every_cell_of_the_row_is_a_figure_of_the_files(results, capsys):
     found = json.loads(table(results, capsys, "--json"))["tables"][0]
-    rows = {row["model"]: row for row in found["rows"]}
-    assert list(rows)[-2:] == ["small (a3)", "small (ar)"]
-    files = [json.loads(path.read_text()) for path in (results / "small").glob("*.json")]
-    for kind in ("a3", "ar"):
-        of_kind = {each["task"]: each for each in files if each["settings"]["profile"]["model"] == kind}
-        assert set(of_kind) == set(TASKS)
-        for cell in rows[f"small ({kind})"]["cells"]:
-            figure = of_kind[cell["task"]]["figures"][cell["metric"]]
-            assert {name: cell["ours"][name] for name in figure} == figure
-            assert 0 <= figure["value"] <= 100 and cell["ours"]["changes"] == []
-            assert cell["published"] is None
-    assert rows["small (a3)"]["cells"] != rows["small (ar)"]["cells"]
+    rows = {row["row"]: row for row in found["rows"]}
+    assert list(rows)[len(TABLE1.rows) :] == ["small"]
+    for name, tasks in (("small", TASKS), ("llama-3.1-8b", AR_TASKS)):
+        files = [json.loads(path.read_text()) for path in (results / name).glob("*.json")]
+        assert sorted(file["task"] for file in files) == sorted(tasks)
+        figures = {file["task"]: file["figures"] for file in files}
+        for cell in rows[name]["cells"]:
+            if cell["task"] in tasks:
+                figure = figures[cell["task"]][cell["metric"]]
+                assert {key: cell["ours"][key] for key in figure} == figure
+                assert 0 <= figure["value"] <= 100 and cell["ours"]["changes"] == []
+            else:
+                assert cell["ours"] is None and cell["commands"]
+    assert all(cell["published"] is None for cell in rows["small"]["cells"])
 
 
 @pytest.mark.slow
@@ -89,12 +90,12 @@ def test_a_row_of_the_paper_shows_both_figures_and_their_distance(results, capsy
     assert any(cell["standard_errors"] is not None for cell in row["cells"])
     text = table(results, capsys)
     assert "A3-1B, not run" not in text and "A3-3B, not run" in text
-    assert "a3-1b: 6 results of another kind of model are left out." in text
+    assert "Llama-3.1-8B, not run: triviaqa, hellaswag, winogrande, siqa\n" in text
 
 
 @pytest.mark.slow
 def test_the_same_commands_again_run_nothing(results, capsys):
     """Results are found again by their identity: the files stay as they are."""
     before = {path: path.stat().st_mtime_ns for path in (results / "small").iterdir()}
-    evaluate(results.parent)
+    evaluate(results.parent, "run", "small", TASKS)
     assert {path: path.stat().st_mtime_ns for path in (results / "small").iterdir()} == before

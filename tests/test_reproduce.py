@@ -209,10 +209,20 @@ def test_a_row_that_is_there_needs_nothing_and_plaid_is_cited(tmp_path):
 
 
 def test_terminal_markdown_and_json(tmp_path, capsys):
-    write_result(tmp_path / "a3-1b", "piqa", {"accuracy": (66.7, 0.5)}, limit=7)
+    write_result(tmp_path / "a3-1b", "piqa", {"accuracy": (66.7, 0.5)}, limit=7, skipped={"too long": 3})
     assert main(["reproduce", "table1", f"--results={tmp_path}"]) == EXIT_OK
     text = capsys.readouterr().out
-    for part in ("66.7±0.5~", "+4.0 SE", "39.3*", "11.7?", "cited", "not run", "--limit=7", "lighteval/siqa"):
+    for part in (
+        "66.7±0.5~",
+        "+4.0 SE",
+        "39.3*",
+        "11.7?",
+        "cited",
+        "not run",
+        "--limit=7",
+        "A3-1B: ours is runs/x (f); examples: piqa 100 (3 skipped)",
+        "lighteval/siqa",
+    ):
         assert part in text, part
     assert main(["reproduce", "table1", f"--results={tmp_path}", "--markdown"]) == EXIT_OK
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

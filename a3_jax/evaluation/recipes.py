@@ -146,8 +146,8 @@ PAPER_TABLES: dict[str, PaperTable] = {
             notes=(
                 _QUOTED,
                 _TOKENS,
-                "TriviaQA's exact match counts an answer that contains a normalised alias; multiple choice is "
-                "by the profile's rule: only profile lm_eval has acc and acc_norm of the harness.",
+                "TriviaQA's exact match counts an answer that contains a normalised alias; multiple choice "
+                "goes by the profile's rule: only profile lm_eval has acc and acc_norm of the harness.",
                 "Dream-7B near chance on HellaSwag (26.9, chance 25) is far below what its authors report by "
                 "their own rules: no figure to aim at.",
             ),
@@ -216,5 +216,5 @@ def needs(row: Row, tasks) -> list[str]:
 
 
 def data_files(tasks) -> list[str]:
-    """The data file of each task and where people get it; `a3 eval --list` tells the other names it may have."""
+    """The data file of each task and where people get it; `a3 eval --list` tells its other names."""
     return [f"{DATA_DIR}/{task.name}/{task.files[0]}: {task.where}" for task in tasks if task.files]

@@ -15,7 +15,7 @@ from a3_jax.evaluation.profiles import DEFAULT_PROFILE, profile_named
 from a3_jax.evaluation.published import Published, published, sources, statuses
 from a3_jax.evaluation.recipes import ROWS, PaperTable, Row, data_files, evaluation_command, needs
 from a3_jax.evaluation.results import Result, load_results
-from a3_jax.evaluation.tasks import Task
+from a3_jax.evaluation.tasks import TASKS, Task
 from a3_jax.paths import as_path
 
 SCHEMA = 1
@@ -46,8 +46,13 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class RowComparison:
-    """A row; `recipe` is None for one of one's own. The others are of the cells that did not run: their tasks,
-    the commands, and what these need, data files apart."""
+    """A row.
+
+    Attributes:
+      name: of its directory. label: in the table.
+      recipe: None for a row of one's own.
+      missing: tasks of the cells that did not run; `commands` run them and take `needs`, data files apart.
+    """
 
     name: str
     label: str
@@ -135,8 +140,10 @@ def _read(results) -> dict[str, list[Result]]:
         return {}
     found = {"": load_results(place)}
     for child in sorted(place.iterdir()):
-        if child.is_dir() and (inside := load_results(child)):
-            found[child.name] = inside
+        if child.is_dir():
+            found[child.name] = [
+                each for each in load_results(child) if each.task in TASKS
+            ]  # not the harness'
     return found
 
 
@@ -157,7 +164,7 @@ def _usable(name, model, found, profile) -> tuple[list[Result], list[str]]:
 
 
 def _model_of(result: Result) -> str | None:
-    return result.settings.get("profile", {}).get("model")
+    return (result.settings.get("profile") or {}).get("model")
 
 
 def _changes(result: Result) -> tuple[str, ...]:

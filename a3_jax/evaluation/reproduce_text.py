@@ -45,7 +45,7 @@ def rows_of_text(comparison: Comparison, between: str) -> list[list[str]]:
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """The legend, what the marks mean that occur, results that are not their profile as it is, the notes."""
+    """The legend, the marks that occur, what is special about results, the notes."""
     cells = [(row, cell) for row in comparison.rows for cell in row.cells]
     marks = {_MARKS.get(cell.published.status, "") for _, cell in cells if cell.published}
     told = [_LEGEND, *(text for mark, text in _TOLD.items() if mark in marks)]
@@ -54,9 +54,27 @@ def footnotes(comparison: Comparison) -> list[str]:
             changes = ", ".join(cell.changes)
             told.append(f"{CHANGED} {row.label}, {cell.task.name}: not the profile as it is: {changes}")
     for row in comparison.rows:
+        told += _ours(row)
         if row.recipe is not None and row.recipe.why_cited:
             told.append(f"{row.label} is cited alone: {row.recipe.why_cited}.")
     return [*dict.fromkeys(told), *comparison.notes]
+
+
+def _ours(row: RowComparison) -> list[str]:
+    """Which checkpoints a row's figures are of, and how many examples."""
+    counts: dict[str, dict[str, str]] = {}
+    for cell in row.cells:
+        if cell.ours and cell.result:
+            origin, skipped = cell.result.checkpoint, sum(cell.result.skipped.values())
+            place = f"{origin.get('path')} ({str(origin.get('fingerprint'))[:16]})"
+            told = f"{cell.task.name} {cell.result.examples:,}" + (
+                f" ({skipped:,} skipped)" if skipped else ""
+            )
+            counts.setdefault(place, {})[cell.task.name] = told
+    return [
+        f"{row.label}: ours is {place}; examples: {', '.join(told.values())}"
+        for place, told in counts.items()
+    ]
 
 
 def missing_rows(comparison: Comparison) -> list[RowComparison]:

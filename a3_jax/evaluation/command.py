@@ -1,0 +1,227 @@
+"""`a3 eval`: flags and tables around `runner.evaluate`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from a3_jax.decoding.options import DTYPES, GenerateOptions
+from a3_jax.errors import EXIT_OK, InputError
+
+_EPILOG = """\
+Each task's result is a JSON file in --results with every setting that its figures depend on, and the
+records of its examples beside it. The same command again runs what is missing: what was stopped or killed
+goes on where it was. Nothing is downloaded unless --download is given.
+
+profiles:
+  a3_best_guess      data and metrics of the DiffuLLaMA scripts, A3's own way of scoring (default)
+  diffullama_script  the released scripts of DiffuLLaMA, oddities and all
+  diffullama_paper   the same where its paper says otherwise
+  lm_eval            templates and metrics of lm-evaluation-harness 0.4
+
+examples:
+  a3 eval --list --data_dir=data
+  a3 eval llama-a3 --tasks=hellaswag,piqa,lambada --data_dir=data --results=results/llama-a3
+  a3 eval llama-a3 --tasks=pile --data_dir=data --evaluator=Llama-3.1-8B --limit=64
+  a3 eval llama-a3 --tasks=rocstories --data_dir=data --strategy=dynamic --criterion=entropy
+  a3 eval llama-a3 --tasks=piqa --data_dir=data --scorer=mc_order:draws=32 --set=rule.piqa=per_token
+  a3 eval Llama-3.2-1B --model=ar --tasks=lm_eval:hellaswag --data_dir=data
+"""
+
+_NOT_FOR_TASKS = ("model", "dtype", "bos", "num_samples", "rerank", "stop_at_eos", "seed")
+DECODING_FLAGS = {
+    field.name: field.type
+    for field in dataclasses.fields(GenerateOptions)
+    if field.name not in _NOT_FOR_TASKS
+}
+_TYPES: dict[Any, Any] = {int: int, float: float, float | None: float}
+
+
+def add_eval(subparsers) -> None:
+    """Adds `a3 eval`."""
+    parser = subparsers.add_parser(
+        "eval", help="benchmark tasks, with where every number comes from",
+        description="Evaluates a checkpoint on the tasks of the published tables.", epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="?", help="A3 checkpoint, run or Hugging Face directory"
+    )
+    _add_what(parser)
+    _add_how(parser)
+    options = parser.add_argument_group(
+        "decoding, where it is to be other than the profile's; see `a3 generate`"
+    )
+    for name, kind in DECODING_FLAGS.items():
+        options.add_argument(f"--{name}", type=_TYPES.get(kind, str), metavar="X")
+    options.add_argument("--sampler", metavar="NAME", help="of masked-diffusion models")
+    options.add_argument("--steps", metavar="N|length", help="of a sampler: forwards at most")
+    parser.set_defaults(run=run_eval)
+
+
+def run_eval(args) -> int:
+    """`a3 eval`: the exit status."""
+    if args.list:
+        return _list(args)
+    for name in ("checkpoint", "tasks"):
+        if not getattr(args, name):
+            told = "CHECKPOINT" if name == "checkpoint" else "--tasks"
+            raise InputError(f"{told} is missing; `a3 eval --list` tells of the tasks", file="a3 eval")
+    try:
+        results = _evaluate(args)
+    except InputError as error:
+        if error.file is None and error.field is not None:
+            error.file, error.field = "a3 eval", f"--{error.field}"
+        raise
+    if args.json:
+        print(json.dumps([result.to_dict() for result in results], indent=2, ensure_ascii=False))
+    else:
+        _show(results, args.results)
+    return EXIT_OK
+
+
+def _add_what(parser) -> None:
+    def option(name, metavar, help_text, **more):
+        parser.add_argument(f"--{name}", metavar=metavar, help=help_text, **more)
+
+    option("tasks", "A,B,...", "names of --list, or lm_eval:NAME of lm-evaluation-harness")
+    option("data_dir", "DIR", "where task files are, in DIR/TASK or DIR")
+    option("profile", "NAME", "how tasks are put and judged; default a3_best_guess", default="a3_best_guess")
+    option("results", "DIR", "where results go; default results", default="results")
+    option("limit", "N", "rows a task; default: as many as the published figures have", type=int)
+    option("samples", "K", "completions a row, for pass@k; default 1", type=int, default=1)
+    option("evaluator", "CHECKPOINT", "the left-to-right model that judges texts: of pile and unconditional")
+    option("set", "SWITCH=VALUE", "a switch of the profile, such as rule.piqa=sum or pile.samples=64; may be given "
+           "several times", action="append", default=[])  # fmt: skip
+    parser.add_argument(
+        "--allow_code_execution", action="store_true", help="run programs that the model wrote"
+    )
+    parser.add_argument("--download", action="store_true", help="fetch files that are not there from the hub")
+    parser.add_argument(
+        "--list", action="store_true", help="tell of the tasks, their files, and whether they are there"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_how(parser) -> None:
+    def option(name, metavar, help_text, **more):
+        parser.add_argument(f"--{name}", metavar=metavar, help=help_text, **more)
+
+    option("model", "a3|ar|masked_diffusion", "how the checkpoint is run; default: by the checkpoint")
+    option("scorer", "NAME[:OPTION=VALUE,...]", "how choices are scored: chain, chain_s, ctx0_chain, one_shot, mc_order "
+           "or mask32; default: the profile's")  # fmt: skip
+    option("seed", "N", "of all that is drawn; default 0", type=int, default=0)
+    option("batch_size", "N", "requests a batch at most; default: as many as their rows allow", type=int)
+    option("dtype", "|".join(DTYPES), "default float32 on CPU, bfloat16 on accelerators")
+    option("mesh", "AXIS=N,...", "devices along data, fsdp and tensor; default: one device")
+
+
+def _evaluate(args):
+    from a3_jax.decoding.commands import mesh_of
+    from a3_jax.evaluation.runner import evaluate
+    from a3_jax.training.preemption import StopRequest
+
+    scorer, options = _scorer(args.scorer)
+    with StopRequest() as stop:
+
+        def tell(line):
+            stop.anything_to_save = True  # from here on a chunk is waited for
+            print(f"a3 eval: {line}", file=sys.stderr, flush=True)
+
+        return evaluate(
+            args.checkpoint,
+            [name for name in args.tasks.split(",") if name],
+            args.data_dir,
+            args.profile,
+            args.results,
+            model=args.model,
+            scorer=scorer,
+            scorer_options=options,
+            generate=_generate(args),
+            switches=dict(_switch(text) for text in args.set),
+            limit=args.limit,
+            samples=args.samples,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            mesh=mesh_of(args),
+            evaluator=args.evaluator,
+            allow_code_execution=args.allow_code_execution,
+            download=args.download,
+            stop=lambda: bool(stop),
+            tell=tell,
+        )
+
+
+def _generate(args) -> dict[str, Any]:
+    """The decoding options that were given."""
+    given = {name: getattr(args, name) for name in (*DECODING_FLAGS, "sampler", "steps")}
+    if given["steps"] is not None and given["steps"].isdecimal():
+        given["steps"] = int(given["steps"])
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _scorer(text: str | None) -> tuple[str | None, dict[str, Any]]:
+    """`mc_order:draws=32` as a name and options."""
+    if text is None:
+        return None, {}
+    name, _, options = text.partition(":")
+    return name, dict(_switch(option) for option in options.split(",") if option)
+
+
+def _switch(text: str) -> tuple[str, Any]:
+    """(name, value) of NAME=VALUE; the value is JSON, else a text."""
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise InputError(f"expected NAME=VALUE, got {text!r}", file="a3 eval")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _list(args) -> int:
+    """The tasks, and which of their files are there."""
+    from a3_jax.evaluation.files import find_data
+    from a3_jax.evaluation.tasks import TASKS, task_records, task_rows
+    from a3_jax.tables import print_table
+
+    found = {}
+    for name, task in TASKS.items():
+        try:
+            found[name] = [str(path) for path in find_data(task, args.data_dir).paths]
+        except InputError:
+            found[name] = None
+    if args.json:
+        print(json.dumps([it | {"found": found[it["task"]]} for it in task_records()], indent=2))
+        return EXIT_OK
+    headings, rows = task_rows()
+    told = {
+        name: "not found" if paths is None else "\n".join(paths) or "needs none"
+        for name, paths in found.items()
+    }
+    where = args.data_dir or "no --data_dir"
+    print_table("tasks", [(*row, told[row[0]]) for row in rows], (*headings, f"found in {where}"))
+    print(
+        "also lm_eval:NAME, any task of lm-evaluation-harness; its files: DATA_DIR/NAME/SPLIT.jsonl (.parquet, .csv)"
+    )
+    return EXIT_OK
+
+
+def _show(results, directory) -> None:
+    from a3_jax.tables import print_table
+
+    rows = []
+    for result in results:
+        skipped = sum(result.skipped.values())
+        for number, (metric, figure) in enumerate(result.figures.items()):
+            error = "" if figure.standard_error is None else f"{figure.standard_error:.2f}"
+            head = (result.task, f"{result.examples:,}", f"{skipped:,}") if not number else ("", "", "")
+            rows.append((*head, metric, f"{figure.value:.2f}", error))
+    headings = ("task", "examples", "skipped", "metric", "value", "standard error")
+    origin = results[0].checkpoint["path"] or "model"
+    print_table(f"{origin}, profile {results[0].profile}", rows, headings, f"results in {directory}")
+    for result in results:
+        for note in result.notes:
+            print(f"{result.task}: {note}")

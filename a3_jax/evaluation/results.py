@@ -1,0 +1,225 @@
+"""Results of evaluations as files: one JSON a run and task, whole or absent, and its records.
+
+    DIR/hellaswag-1f0c93ab2e.json              figures, and every setting that they depend on
+    DIR/hellaswag-1f0c93ab2e.records.jsonl     an example a line
+
+The ten hex digits are of the settings: other settings, another checkpoint or other data are other files.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from a3_jax.errors import InputError
+from a3_jax.evaluation.metrics import Figure
+from a3_jax.paths import as_path, check_parents, read_json, write_json
+
+SCHEMA = 1
+RECORDS_SUFFIX = ".records.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of a task; the JSON file has these fields.
+
+    Attributes:
+      task, kind, profile, split: names. `task` may be "lm_eval:NAME".
+      examples: that count. skipped: how many do not, by reason.
+      figures: by metric, the headline first: in points (x100), perplexities as they are, those of lm_eval
+        on the harness' own scale.
+      settings: {"profile", "model", "evaluator"}: every switch, changed ones included.
+      overrides: what was changed against the profile of this name.
+      limit: rows at most that were asked for; None: as many as the profile says.
+      samples, seed: of the run.
+      checkpoint, evaluator: {"path", "fingerprint"}; no evaluator: None.
+      data: SHA-256 by file name.
+      versions: of the software.
+      seconds: of all the runs that it took.
+      notes: what a reader must know besides.
+      identity: hex digest of what the figures depend on.
+      records: file name of the records beside this one.
+    """
+
+    task: str
+    kind: str
+    profile: str
+    split: str
+    examples: int
+    skipped: dict[str, int]
+    figures: dict[str, Figure]
+    settings: dict[str, Any]
+    overrides: dict[str, Any]
+    limit: int | None
+    samples: int
+    seed: int
+    checkpoint: dict[str, Any]
+    evaluator: dict[str, Any] | None
+    data: dict[str, str]
+    versions: dict[str, str]
+    seconds: float
+    notes: list[str]
+    identity: str
+    records: str
+    schema: int = SCHEMA
+
+    def figure(self, metric: str) -> Figure | None:
+        """A figure by name, or None."""
+        return self.figures.get(metric)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, the schema first."""
+        return {"schema": self.schema, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], file=None) -> "Result":
+        """The result in the JSON of a file.
+
+        Raises:
+          InputError: of another schema version, or with fields missing or of the wrong kind.
+        """
+        schema = value.get("schema")
+        if schema != SCHEMA:
+            told = f"version {SCHEMA} is read, this is {schema!r}: run the evaluation again"
+            raise InputError(told, file=file, field="schema")
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in value:
+                raise InputError("is missing from the result", file=file, field=name)
+        for name, kind in _KINDS.items():
+            if not isinstance(value[name], kind):
+                raise InputError(f"must be a {kind.__name__}", file=file, field=name)
+        figures = {name: _figure(name, figure, file) for name, figure in value["figures"].items()}
+        found: dict[str, Any] = {name: value[name] for name in fields}
+        return cls(**{**found, "figures": figures})
+
+
+_KINDS = {
+    "task": str, "profile": str, "examples": int, "skipped": dict, "figures": dict, "settings": dict,
+    "overrides": dict, "checkpoint": dict, "notes": list, "identity": str,
+}  # fmt: skip
+
+
+class Records:
+    """The records of a task under way: JSON lines, appended, so that a run that was stopped goes on.
+
+    A last line without its end was cut off by the stop and is dropped. Any other damage is an error: figures
+    of fewer examples than a run had would be wrong without a sign of it.
+
+    Attributes:
+      all: those so far, in the order of the file.
+    """
+
+    def __init__(self, path):
+        """Opens a file of a local file system, or begins it.
+
+        Raises:
+          InputError: a damaged line, or a file that can't be written.
+        """
+        self._path = as_path(path)
+        try:
+            whole = self._path.read_bytes() if self._path.exists() else b""
+            lines = whole.split(b"\n")[:-1]
+            self.all = [_record(line, self._path, number) for number, line in enumerate(lines, start=1)]
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = pathlib.Path(self._path).open("ab")  # noqa: SIM115  # until __exit__
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+        except OSError as error:
+            raise InputError(os.strerror(error.errno or 0), file=self._path) from error
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Adds records; once this returns they outlive the process and the machine."""
+        added = list(records)
+        text = "".join(json.dumps(record) + "\n" for record in added)
+        self._file.write(text.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.all.extend(added)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def record_key(record: dict[str, Any]) -> tuple[str, int, int]:
+    """Which example a record is of: its id, row and sample."""
+    return record["id"], record["row"], record["sample"]
+
+
+def identity_of(facts: dict[str, Any]) -> str:
+    """SHA-256 (hex) of plain JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def result_path(directory, task: str, identity: str):
+    """DIR/TASK-HEX.json, odd letters of the task's name as dashes."""
+    return as_path(directory) / f"{re.sub('[^A-Za-z0-9_.]+', '-', task)}-{identity[:10]}.json"
+
+
+def check_directory(directory) -> None:
+    """Refuses, before anything is run, a directory of results that can't be one.
+
+    Raises:
+      InputError: a file, below a file, or not of a local file system, where lines can be appended.
+    """
+    place = as_path(directory)
+    if "://" in str(place):
+        raise InputError("must be a local directory: records are appended there", file=place, field="results")
+    check_parents(place / "result.json")
+
+
+def write_result(directory, result: Result) -> None:
+    """Writes DIR/TASK-HEX.json, whole or not at all.
+
+    Raises:
+      InputError: the directory can't be written.
+    """
+    write_json(result_path(directory, result.task, result.identity), result.to_dict())
+
+
+def load_result(path) -> Result:
+    """Reads a result.
+
+    Raises:
+      InputError: absent, damaged, or of another version.
+    """
+    return Result.from_dict(read_json(path), path)
+
+
+def load_results(directory) -> list[Result]:
+    """All results of a directory, by task and file name.
+
+    Raises:
+      InputError: no such directory, or a file that is no result.
+    """
+    place = as_path(directory)
+    if not place.is_dir():
+        raise InputError("no such directory of results", file=place)
+    return sorted((load_result(path) for path in sorted(place.glob("*.json"))), key=lambda each: each.task)
+
+
+def _figure(name: str, value, file) -> Figure:
+    if not isinstance(value, dict) or sorted(value) != ["count", "standard_error", "value"]:
+        told = "must have value, standard_error and count"
+        raise InputError(told, file=file, field=f"figures.{name}")
+    for key in ("value", "standard_error", "count"):
+        is_number = isinstance(value[key], int | float) and not isinstance(value[key], bool)
+        if not is_number and not (key == "standard_error" and value[key] is None):
+            raise InputError("must be a number", file=file, field=f"figures.{name}.{key}")
+    return Figure(**value)
+
+
+def _record(line: bytes, path, number: int) -> dict[str, Any]:
+    record = None
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+    if not isinstance(record, dict) or not {"id", "row", "sample"} <= record.keys():
+        raise InputError("is no record: remove the file to evaluate anew", file=path, line=number)
+    return record
