@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import textwrap
 from typing import Any
 
 from a3_jax.decoding.options import DTYPES, GenerateOptions
@@ -92,8 +93,8 @@ def _add_what(parser) -> None:
     option("limit", "N", "rows a task; default: as many as the published figures have", type=int)
     option("samples", "K", "completions a row, for pass@k; default 1", type=int, default=1)
     option("evaluator", "CHECKPOINT", "the left-to-right model that judges texts: of pile and unconditional")
-    option("set", "SWITCH=VALUE", "a switch of the profile, such as rule.piqa=sum or pile.samples=64; may be given "
-           "several times", action="append", default=[])  # fmt: skip
+    option("set", "SWITCH=VALUE", "a switch of the profile, such as rule.piqa=sum or pile.samples=64; may be "
+           "given several times", action="append", default=[])  # fmt: skip
     parser.add_argument(
         "--allow_code_execution", action="store_true", help="run programs that the model wrote"
     )
@@ -109,8 +110,8 @@ def _add_how(parser) -> None:
         parser.add_argument(f"--{name}", metavar=metavar, help=help_text, **more)
 
     option("model", "a3|ar|masked_diffusion", "how the checkpoint is run; default: by the checkpoint")
-    option("scorer", "NAME[:OPTION=VALUE,...]", "how choices are scored: chain, chain_s, ctx0_chain, one_shot, mc_order "
-           "or mask32; default: the profile's")  # fmt: skip
+    option("scorer", "NAME[:OPTION=VALUE,...]", "how choices are scored: chain, chain_s, ctx0_chain, "
+           "one_shot, mc_order or mask32; default: the profile's")  # fmt: skip
     option("seed", "N", "of all that is drawn; default 0", type=int, default=0)
     option("batch_size", "N", "requests a batch at most; default: as many as their rows allow", type=int)
     option("dtype", "|".join(DTYPES), "default float32 on CPU, bfloat16 on accelerators")
@@ -184,8 +185,7 @@ def _switch(text: str) -> tuple[str, Any]:
 def _list(args) -> int:
     """The tasks, and which of their files are there."""
     from a3_jax.evaluation.files import find_data
-    from a3_jax.evaluation.tasks import TASKS, task_records, task_rows
-    from a3_jax.tables import print_table
+    from a3_jax.evaluation.tasks import TASKS, task_records
 
     found = {}
     for name, task in TASKS.items():
@@ -196,16 +196,21 @@ def _list(args) -> int:
     if args.json:
         print(json.dumps([it | {"found": found[it["task"]]} for it in task_records()], indent=2))
         return EXIT_OK
-    headings, rows = task_rows()
-    told = {
-        name: "not found" if paths is None else "\n".join(paths) or "needs none"
-        for name, paths in found.items()
-    }
-    where = args.data_dir or "no --data_dir"
-    print_table("tasks", [(*row, told[row[0]]) for row in rows], (*headings, f"found in {where}"))
+    for it in task_records():
+        paths = found[it["task"]]
+        here = "not found" if paths is None else ", ".join(paths) or "needs none"
+        first = f", first {it['rows']:,} rows" if it["rows"] else ""
+        print(f"{it['task']}: {it['split']}{first}")
+        for name, value in {**it, "here": here}.items():
+            if name in ("files", "columns", "where", "here"):
+                text = ", ".join(value) if isinstance(value, list) else value
+                print(textwrap.fill(text, 100, initial_indent=f"  {name:9}", subsequent_indent=" " * 11))
+        print()
+    where = f"in {args.data_dir}/TASK or {args.data_dir}" if args.data_dir else "with --data_dir=DIR"
     print(
-        "also lm_eval:NAME, any task of lm-evaluation-harness; its files: DATA_DIR/NAME/SPLIT.jsonl (.parquet, .csv)"
+        f"Files are looked for {where}. Also lm_eval:NAME, any task of lm-evaluation-harness, whose files are"
     )
+    print("DATA_DIR/NAME/SPLIT.jsonl (.parquet, .csv).")
     return EXIT_OK
 
 

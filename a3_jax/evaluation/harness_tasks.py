@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from a3_jax.errors import InputError
@@ -40,7 +41,7 @@ def harness_files(name: str, data_dir) -> dict[str, str]:
     """
     from a3_jax.evaluation.lm_eval_run import local_splits
 
-    place = None if data_dir is None else as_path(data_dir) / name.removeprefix(HARNESS)
+    place = None if data_dir is None else Path(data_dir) / name.removeprefix(HARNESS)
     if place is None or not place.is_dir():
         return {}
     paths = [as_path(path) for files in local_splits(place).values() for path in files]

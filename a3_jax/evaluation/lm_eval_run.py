@@ -91,7 +91,7 @@ def run_lm_eval(
         return json.loads(json.dumps(results, default=handle_non_serializable))
 
 
-def local_splits(directory: Path) -> dict[str, list[str]]:
+def local_splits(directory) -> dict[str, list[str]]:
     """The files of a task's directory by split: train-00000-of-00002.parquet belongs to train.
 
     Raises:

@@ -223,9 +223,9 @@ def _other_figures(own, nats, counts) -> dict[str, Figure]:
     full, full_counts = _columns(own, "nats_full", "scored_full")
     sequences, sizes = [record["tokens"] for record in own], [record["bytes"] for record in own]
     figures = {
-        "ppl_mean": mean_figure(np.exp(np.divide(nats, counts)), 1.0),
+        "ppl_mean": mean_figure(np.exp(np.divide(nats, counts)).tolist(), 1.0),
         "ppl_full": corpus_figure(full, full_counts),
-        "ppl_full_mean": mean_figure(np.exp(np.divide(full, full_counts)), 1.0),
+        "ppl_full_mean": mean_figure(np.exp(np.divide(full, full_counts)).tolist(), 1.0),
         "unigram_entropy": mean_figure([record["entropy"] for record in own], 1.0),
         "distinct_1": Figure(distinct_n(sequences, 1), None, len(own)),
         "distinct_2": Figure(distinct_n(sequences, 2), None, len(own)),

@@ -388,19 +388,3 @@ def task_records() -> list[dict]:
         }
         for task in TASKS.values()
     ]
-
-
-def task_rows() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings and rows of `--list`, for `tables.print_table`."""
-    headings = ("task", "split", "file in DATA_DIR/TASK or DATA_DIR", "columns", "where people get it")
-    rows = [
-        (
-            task.name,
-            task.split if task.limit is None else f"{task.split}, first {task.limit:,}",
-            "\n".join(task.files) or "none",
-            task.columns or "none",
-            task.where,
-        )
-        for task in TASKS.values()
-    ]
-    return headings, rows

@@ -1,7 +1,7 @@
 """A task of a run as work to do: chunks of items, how a chunk is answered, what its records come to."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,7 @@ def text_work(run: Run, task: Task, files: TaskFiles) -> Work:
     )
 
 
-def with_generate(model, options: dict[str, Any]):
+def with_generate(model, options: Mapping[str, Any]):
     """The model with decoding options; one of the caller's own may have none."""
     return model.with_generate(**options) if hasattr(model, "with_generate") else model
 
@@ -174,7 +174,7 @@ def with_generate(model, options: dict[str, Any]):
 def _answers(task: Task, model, chunk: Sequence[Example]) -> list[Any]:
     """What the model says: [C] scores of choices, [n] tokens of blanks."""
     if task.kind != CHOICE:
-        return model.fill([example.blank for example in chunk])
+        return model.fill([example.blank for example in chunk if not isinstance(example, ChoiceExample)])
     choices = [example for example in chunk if isinstance(example, ChoiceExample)]
     scores = iter(model.score([target for example in choices for target in example.targets]))
     answers = [[next(scores) for _ in example.targets] for example in choices]
@@ -184,7 +184,7 @@ def _answers(task: Task, model, chunk: Sequence[Example]) -> list[Any]:
     return answers
 
 
-def _chunked(items: Sequence[Any], size: int) -> Iterable[list[Any]]:
+def _chunked(items: Sequence[Any], size: int) -> list[list[Any]]:
     return [list(items[first : first + size]) for first in range(0, len(items), size)]
 
 
