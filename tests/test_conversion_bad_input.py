@@ -12,6 +12,7 @@ from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.hf_config import config_from_hf
 from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.errors import InputError
+from a3_jax.tokenizer import from_files
 from tests import tiny
 from tests.checkpoint_fixtures import reseal
 from tests.tiny_families import hf_fields
@@ -306,3 +307,27 @@ def test_damaged_arrays(a3):
     refused(a3, "can't be read", to="hf")
     shutil.rmtree(a3 / "params")
     refused(a3, "params/", "is missing", to="hf")
+
+
+def test_a_tokenizer_larger_than_the_embedding(hf, tmp_path):
+    for name, text in word_tokenizer(261).files().items():
+        (hf / name).write_text(text)
+    refused(hf, "its tokenizer has ids up to 260, the embedding has rows for fewer: 260")
+    for name, text in word_tokenizer(260).files().items():
+        (hf / name).write_text(text)
+    convert(hf, tmp_path / "fits")
+
+
+def word_tokenizer(size):
+    model = {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(size)}, "unk_token": "w0"}
+    return from_files({"tokenizer.json": json.dumps({"version": "1.0", "model": model})})
+
+
+def test_the_card_of_the_origin_survives_two_round_trips(hf, tmp_path):
+    (hf / "README.md").write_text("---\nlicense: mit\n---\nThe first card.\n")
+    for number in range(2):
+        convert(hf, tmp_path / f"a3-{number}")
+        hf = tmp_path / f"hf-{number}"
+        convert(tmp_path / f"a3-{number}", hf, to="hf")
+        assert (hf / "README.source.md").read_text().endswith("The first card.\n")
+        assert "Written by a3_jax" in (hf / "README.md").read_text()

@@ -98,7 +98,13 @@ class HFSource(Source):
                 found.setdefault(part.leaf, []).append((stored or embedding).dtype)
         dtypes = {path: np.dtype(dtype or jnp.result_type(*each)) for path, each in found.items()}
         meta = Meta(model.config, source=model.source())
-        super().__init__(directory, meta, hf_tokenizer(directory), dtypes, allow_nonfinite)
+        tokenizer = hf_tokenizer(directory)
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+            message = (
+                f"its tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding has rows for fewer"
+            )
+            raise InputError(f"{message}: {model.config.vocab_size}", file=directory)
+        super().__init__(directory, meta, tokenizer, dtypes, allow_nonfinite)
         self.hf_directory, self.files = directory, model.files()
         self._last: tuple[Any, np.ndarray] | None = None
 

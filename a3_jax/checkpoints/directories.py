@@ -1,6 +1,7 @@
 """A directory that appears whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import uuid
@@ -11,6 +12,7 @@ from a3_jax.errors import InputError
 from a3_jax.paths import absolute, as_path
 
 _TEMPORARY, _LOCK = ".tmp", ".lock"
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
 @contextlib.contextmanager
@@ -21,9 +23,9 @@ def new_directory(path) -> Iterator[Any]:
     left of the same `path` are removed.
 
     Raises:
-      InputError: `path` is a file or a directory with something in it, or can't be made.
+      InputError: `path` is a file or a directory with something in it, can't be made, or the disk is full.
     """
-    path = absolute(path)
+    path = _followed(absolute(path))
     check_free(path)
     temporary = path.parent / f"{_beginning(path)}{uuid.uuid4().hex[:12]}{_TEMPORARY}"
     try:
@@ -37,8 +39,10 @@ def new_directory(path) -> Iterator[Any]:
             if path.exists():
                 path.rmdir()  # empty, or it fails
             temporary.rename(path)
-        except BaseException:
+        except BaseException as error:
             _remove(temporary)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise InputError(f"can't be written: {os.strerror(error.errno)}", file=path) from error
             raise
 
 
@@ -46,18 +50,25 @@ def check_free(path) -> None:
     """Whether `path` can be made without destroying something.
 
     Raises:
-      InputError: it is a file, or a directory with something in it.
+      InputError: it is a file, a directory with something in it, or where something is mounted.
     """
     path = as_path(path)
     if path.is_dir():
         if any(path.iterdir()):
             raise InputError("the directory exists and is not empty", file=path)
+        if os.path.ismount(path):  # nothing can be renamed to it
+            raise InputError("something is mounted here, name a directory inside it", file=path)
     elif path.exists():
         raise InputError("exists and is a file, a directory is to be made there", file=path)
 
 
+def _followed(path):
+    """Where a link leads, to which nothing can be renamed itself; any other path as it is."""
+    return as_path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
 def _beginning(path) -> str:
-    return f".{path.name[:100]}."
+    return f".{path.name[:40]}."  # at most 4 bytes each: names may have 255
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
         "head_size": fields.count("head_dim", max(width // heads, 1)),
         "mlp_size": fields.count("intermediate_size", 4 * width if architecture.family == "gpt2" else None),
         "norm_eps": fields.number("rms_norm_eps"),
-        "tie_embeddings": bool(fields.get("tie_word_embeddings")),
+        "tie_embeddings": fields.flag("tie_word_embeddings"),
         "activation": fields.choice("hidden_act", _ACTIVATIONS),
         **architecture.switches,
         **_masking(fields, architecture),
@@ -230,6 +230,13 @@ class _Fields:
     def optional(self, field) -> float | None:
         return None if self.get(field) is None else self.number(field)
 
+    def flag(self, field) -> bool:
+        """True or false, of which null is one; a text such as "false" would be taken for true."""
+        value = self.get(field)
+        if not isinstance(value, bool | None):
+            self._refuse_value(field, "must be true or false", value)
+        return bool(value)
+
     def choice(self, field, choices):
         value = self.get(field)
         if not isinstance(value, str) or value not in choices:
@@ -277,7 +284,7 @@ def _masking(fields, architecture) -> dict[str, Any]:
     if fields.get("mask_token_id") is None:
         return values
     shift = fields.get("logit_shift")
-    shift = architecture.family != "llada" if shift is None else bool(shift)
+    shift = architecture.family != "llada" if shift is None else fields.flag("logit_shift")
     return values | {"mask_token": fields.get("mask_token_id"), "logit_shift": shift}
 
 
@@ -285,9 +292,9 @@ def _attention(fields, architecture) -> dict[str, Any]:
     """Biases, the scale of scores, softcaps."""
     family = architecture.family
     values: dict[str, Any] = {}
-    if family in _BIASES and fields.get("attention_bias"):
+    if family in _BIASES and fields.flag("attention_bias"):
         values = {"qkv_bias": True, "out_bias": True}
-    if family in ("llama", "smollm3") and fields.get("mlp_bias"):
+    if family in ("llama", "smollm3") and fields.flag("mlp_bias"):
         values["mlp_bias"] = True
     if family in ("gemma2", "gemma3"):
         values["attention_scale"] = fields.number("query_pre_attn_scalar") ** -0.5
@@ -307,7 +314,7 @@ def _layers(fields, architecture) -> dict[str, Any]:
     if architecture.local is None:
         return values
     window, switch = None, "use_sliding_window"  # which other families than these don't read
-    is_on = switch not in architecture.defaults or fields.get(switch)
+    is_on = switch not in architecture.defaults or fields.flag(switch)
     if is_on and fields.get("sliding_window") is not None:
         window = fields.count("sliding_window")
     # Gemma 3's local layers have a rotary base of their own, with a window or without.

@@ -19,10 +19,12 @@ from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.paths import as_path, is_file_name, read_json
 
+CARD_FILE = "README.md"
+SOURCE_CARD_FILE = "README.source.md"  # in a directory of ours: the card of the model that it came from
 FLOATS = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
 _KEPT_FILES = (  # licences ask that they and notices go along
-    "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md", "LICENSE", "LICENSE.md", "NOTICE",
-    "NOTICE.md", "USE_POLICY.md",
+    "*.json", "*.jinja", "*.txt", "tokenizer.model", CARD_FILE, SOURCE_CARD_FILE, "LICENSE", "LICENSE.md",
+    "NOTICE", "NOTICE.md", "USE_POLICY.md",
 )  # fmt: skip
 _COMPARED_BYTES = 1 << 24  # of each of two tensors
 _MAX_KEPT_BYTES = 1 << 25  # a file; the largest tokenizers have 20 MB
@@ -44,10 +46,13 @@ class HFModel:
 
     def source(self) -> dict[str, Any]:
         """What `Meta.source` keeps, so that the way back gives the same names, dtypes and files."""
+        files = _read_kept_files(self.directory)
+        if SOURCE_CARD_FILE in files:  # it was written by `hf_export`, so its card is ours
+            files[CARD_FILE] = files.pop(SOURCE_CARD_FILE)
         return {
             "config": self.hf_config,
             "tensors": {tensor.name: tensor.dtype.name for tensor in self.stored.values()},
-            "files": _read_kept_files(self.directory),
+            "files": files,
         }
 
     def files(self) -> list[Any]:

@@ -14,14 +14,13 @@ from typing import Any
 from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.families import QUERY_LEAF, QUERY_TENSOR, table_names
 from a3_jax.checkpoints.fingerprint import tree_names
+from a3_jax.checkpoints.hf_format import CARD_FILE, SOURCE_CARD_FILE
 from a3_jax.checkpoints.safetensors_writer import TensorSpec
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import abstract_params
 from a3_jax.ordering.curriculum import Stage, stages_done, stages_from_config
 from a3_jax.tokenizer import Tokenizer
 
-CARD_FILE = "README.md"
-SOURCE_CARD_FILE = "README.source.md"  # the card of the model that a checkpoint came from
 _TEMPLATE = "model_card.md.j2"
 _LICENCE = ("license", "license_name", "license_link")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,12 @@ class _TextFilesSave(ocp.args.CheckpointArgs):
 @dataclasses.dataclass
 class _TextFilesRestore(ocp.args.CheckpointArgs):
     pass
+
+
+def kvstore(directory) -> Any:
+    """A directory as tensorstore names it: a bucket by its URL."""
+    path = str(directory)
+    return f"{path}/" if "://" in path else {"driver": "file", "path": f"{path}/"}
 
 
 def handlers():

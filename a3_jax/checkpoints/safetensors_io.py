@@ -57,16 +57,20 @@ class StoredTensor:
         """The tensor, or its rows `begin` to `end` (along the first axis), read-only.
 
         Raises:
-          InputError: the file ends before it.
+          InputError: the file ends before it, or can't be read.
         """
         shape, first = self.shape, 0
         if end is not None:
             row = math.prod(self.shape[1:]) * self.dtype.itemsize
             shape, first = (end - begin, *self.shape[1:]), begin * row
         nbytes = math.prod(shape) * self.dtype.itemsize
-        with as_path(self.file).open("rb") as file:
-            file.seek(self.offset + first)
-            data = file.read(nbytes)
+        try:
+            with as_path(self.file).open("rb") as file:
+                file.seek(self.offset + first)
+                data = file.read(nbytes)
+        except OSError as error:  # its header could be read before
+            why = f"can't be read: {error.strerror or error}"
+            raise InputError(why, file=self.file, field=self.name) from error
         if len(data) != nbytes:
             raise InputError("the file is truncated inside this tensor", file=self.file, field=self.name)
         return np.frombuffer(data, self.dtype).reshape(shape)

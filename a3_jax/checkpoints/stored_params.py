@@ -13,7 +13,7 @@ import tensorstore as ts
 
 from a3_jax.checkpoints.a3_format import Meta, load_meta
 from a3_jax.checkpoints.manifest import Leaf, raise_damage, read_manifest
-from a3_jax.checkpoints.orbax_items import PARAMS
+from a3_jax.checkpoints.orbax_items import PARAMS, kvstore
 from a3_jax.checkpoints.reading import check_same_tree, one_line
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
@@ -71,9 +71,9 @@ class StoredParams:
         """The array on disk, with a cache of its own that goes with it."""
         leaf = self.leaves[name]
         context = ts.Context({"cache_pool": {"total_bytes_limit": 2 * _nbytes(leaf) + (1 << 20)}})
-        base = {"driver": "ocdbt", "base": _kvstore(self.directory / PARAMS)}
-        kvstore = {**base, "path": f"{name.replace('/', '.')}/"}  # as orbax calls it
-        spec = {"driver": "zarr", "kvstore": kvstore, "recheck_cached_data": "open"}
+        base = {"driver": "ocdbt", "base": kvstore(self.directory / PARAMS)}
+        array = {**base, "path": f"{name.replace('/', '.')}/"}  # as orbax calls it
+        spec = {"driver": "zarr", "kvstore": array, "recheck_cached_data": "open"}
         try:
             store = ts.open(spec, read=True, open=True, context=context).result()
         except Exception as error:
@@ -109,9 +109,3 @@ def open_params(directory) -> StoredParams:
 
 def _nbytes(leaf: Leaf) -> int:
     return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
-
-
-def _kvstore(directory):
-    """A directory as tensorstore names it: a bucket by its URL."""
-    path = str(directory)
-    return f"{path}/" if "://" in path else {"driver": "file", "path": f"{path}/"}

@@ -5,11 +5,12 @@ its own, `params/ocdbt.process_N`; at last process 0 makes `params` the sum of t
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +27,11 @@ from a3_jax.checkpoints.manifest import (
     read_checksums,
     write_manifest,
 )
-from a3_jax.checkpoints.orbax_items import PARAMS, write_description
+from a3_jax.checkpoints.orbax_items import PARAMS, kvstore, write_description
 from a3_jax.checkpoints.part_sums import sums_of_part
 from a3_jax.checkpoints.pieces import LeafPlan, Piece
+from a3_jax.checkpoints.reading import one_line
+from a3_jax.errors import InputError
 from a3_jax.paths import as_path
 
 _MAX_THREADS = 8
@@ -95,22 +98,34 @@ class _Writer:
         self.sums = {".".join(path): np.zeros(2, np.uint32) for path in leaves}
         self._lock = threading.Lock()
         context = ts.Context()  # one, so that all arrays write to one store
-        store = directory / _own_store(jax.process_index())
+        self._store = store = directory / _own_store(jax.process_index())
         store.mkdir(parents=True, exist_ok=True)
         opening = {
             path: ts.open(_array_spec(store, ".".join(path), leaf), context=context)
             for path, leaf in leaves.items()
         }
-        self._arrays = {path: future.result() for path, future in opening.items()}
+        with _writing(store):
+            self._arrays = {path: future.result() for path, future in opening.items()}
 
     def write(self, parts: Parts) -> None:
         """Writes parts of leaves; returns when they are on disk."""
         for path, begin, array in parts:
             sums = sums_of_part(array, begin)
             place = tuple(slice(first, first + size) for first, size in zip(begin, array.shape, strict=True))
-            self._arrays[path][place].write(in_order(array)).result()
+            ordered = in_order(array)
+            with _writing(self._store):
+                self._arrays[path][place].write(ordered).result()
             with self._lock:
                 self.sums[".".join(path)] += sums
+
+
+@contextlib.contextmanager
+def _writing(directory) -> Iterator[None]:
+    """Around calls of tensorstore, whose errors share no type: a full disk is one line."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"can't be written: {one_line(error)}", file=directory) from error
 
 
 def in_order(array: np.ndarray) -> np.ndarray:
@@ -178,9 +193,9 @@ def _merge(directory, leaves) -> None:
     """Makes `directory` a store of all that the processes wrote, and a tree for orbax."""
     context = ts.Context()
     whole = ts.KvStore.open(_ocdbt(directory), context=context).result()
-    with ts.Transaction(atomic=True) as transaction:
+    with _writing(directory), ts.Transaction(atomic=True) as transaction:
         for process in range(jax.process_count()):
-            base = _kvstore(directory / _own_store(process))
+            base = kvstore(directory / _own_store(process))
             part = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
             part.experimental_copy_range_to(whole.with_transaction(transaction)).result()
     _write_tree_metadata(directory, leaves)
@@ -210,17 +225,11 @@ def _write_tree_metadata(directory, paths) -> None:
     (directory / "_METADATA").write_text(json.dumps(tree))
 
 
-def _kvstore(directory) -> Any:
-    """A directory as tensorstore names it: a bucket by its URL."""
-    path = str(directory)
-    return f"{path}/" if "://" in path else {"driver": "file", "path": f"{path}/"}
-
-
 def _ocdbt(directory) -> dict[str, Any]:
     """A key-value store to be written in a directory, set up as orbax does it."""
     return {
         "driver": "ocdbt",
-        "base": _kvstore(directory),
+        "base": kvstore(directory),
         # descriptions beside the keys, chunks not; few nodes, so that much is found with one read
         "config": {
             "max_inline_value_bytes": 1024,

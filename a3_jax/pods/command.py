@@ -40,7 +40,7 @@ def add_launch(subparsers) -> None:
         _LAUNCH_EPILOG,
     )
     commands = parser.add_subparsers(dest="launch_command", metavar="COMMAND", required=True)
-    for add in (_add_local,):
+    for add in (_add_local, _add_xpk, _add_tpu_vm):
         add(commands)
 
 
@@ -80,6 +80,25 @@ def _add_local(commands) -> None:
     parser.set_defaults(run=_run_local, takes_config_flags=True)
 
 
+def _add_xpk(commands) -> None:
+    description = "Prints what xpk is asked for and checks the manifest it makes; --submit sends it."
+    epilog = "examples:\n  a3 launch xpk --spec=launch/v5e-16.yaml --xpk=$HOME/xpk/bin/xpk\n"
+    parser = _parser(commands, "xpk", "a GKE cluster, by xpk", description, epilog)
+    parser.add_argument("--spec", required=True, metavar="FILE.yaml", help="what is launched where")
+    parser.add_argument("--xpk", default="xpk", metavar="PATH", help="default: the one on PATH")
+    parser.add_argument("--manifest", metavar="FILE", help="default: NAME.jobset.yaml")
+    parser.add_argument("--submit", action="store_true", help="send it, once preflight has passed")
+    parser.set_defaults(run=_run_xpk)
+
+
+def _add_tpu_vm(commands) -> None:
+    description = "Prints the gcloud commands of a run on TPU VMs: create, install, run, logs, delete."
+    epilog = "examples:\n  a3 launch tpu-vm --spec=launch/v5e-16.yaml\n"
+    parser = _parser(commands, "tpu-vm", "TPU VMs, by queued resources", description, epilog)
+    parser.add_argument("--spec", required=True, metavar="FILE.yaml", help="what is launched where")
+    parser.set_defaults(run=_run_tpu_vm)
+
+
 def _parser(subparsers, name, help_line, description, epilog):
     return subparsers.add_parser(
         name,
@@ -100,6 +119,18 @@ def _run_local(args) -> int:
     from a3_jax.pods.local import run_local
 
     return run_local(args)
+
+
+def _run_xpk(args) -> int:
+    from a3_jax.pods.xpk import run_xpk
+
+    return run_xpk(args)
+
+
+def _run_tpu_vm(args) -> int:
+    from a3_jax.pods.tpu_vm import run_tpu_vm
+
+    return run_tpu_vm(args)
 
 
 def _run_goodput(args) -> int:

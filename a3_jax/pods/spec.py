@@ -1,0 +1,147 @@
+"""What is launched where: a frozen spec read from YAML, checked before anything is sent.
+
+Names are checked against the characters that Google Cloud allows, which leaves none that a shell would read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+
+import yaml
+
+from a3_jax import paths
+from a3_jax.errors import InputError, nearest
+from a3_jax.pods.topologies import Topology, find_topology
+
+_NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
+_PATTERNS = {
+    "name": _NAME, "project": _NAME, "zone": _NAME, "cluster": _NAME, "tpu": _NAME,
+    "config": r"[A-Za-z0-9_][A-Za-z0-9_./-]*\.py",
+    "image": r"[a-z0-9][a-z0-9./:_-]*@sha256:[0-9a-f]{64}",
+    "workdir": r"gs://[a-z0-9][a-z0-9._-]+(/[A-Za-z0-9._=-]+)*",
+}  # fmt: skip
+_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A run on TPUs.
+
+    Attributes:
+      name: of the workload. config: as of `a3 train`; overrides: values of its fields.
+      project, zone: of Google Cloud. cluster: for xpk; tpu: name of the queued resource, for tpu-vm.
+      topology: of a slice, e.g. v5e:4x4. slices: how many.
+      image: with digest. workdir: gs:// directory of the run.
+      grace_seconds: from SIGTERM to SIGKILL. max_restarts: by the cluster.
+    """
+
+    name: str
+    config: str
+    project: str
+    zone: str
+    topology: str
+    workdir: str
+    image: str
+    cluster: str = ""
+    tpu: str = ""
+    slices: int = 1
+    grace_seconds: int = 600
+    max_restarts: int = 50
+    overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    @property
+    def slice(self) -> Topology:
+        return find_topology(self.topology)
+
+    @property
+    def override_flags(self) -> list[str]:
+        return [f"--config.{field}={value}" for field, value in self.overrides.items()]
+
+    @property
+    def command(self) -> list[str]:
+        """The one plain command of every host: nothing stands between it and SIGTERM."""
+        return ["a3", "train", f"--config={self.config}", f"--workdir={self.workdir}", *self.override_flags]
+
+
+def read_spec(path) -> Spec:
+    """The spec in a YAML file.
+
+    Raises:
+      InputError: not YAML, an unknown or missing key, a value that can't be; names file and key.
+    """
+    try:
+        values = yaml.safe_load(paths.read_text(path))
+    except yaml.YAMLError as error:
+        raise InputError(f"not YAML: {error}", file=path) from error
+    if not isinstance(values, dict):
+        raise InputError("expected keys and values", file=path)
+    fields = {field.name: field for field in dataclasses.fields(Spec)}
+    for key in values:
+        if key not in fields:
+            raise InputError(f"unknown key{nearest(key, fields)}", file=path, field=key)
+    for name, field in fields.items():
+        if name in values:
+            _check(path, name, values[name])
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise InputError("is missing", file=path, field=name)
+    find_topology(values["topology"], file=path)
+    return Spec(**values)
+
+
+def _check(path, name, value):
+    if name == "overrides":
+        if not isinstance(value, dict):
+            raise InputError("expected fields and values", file=path, field=name)
+        for field, given in value.items():
+            fits = isinstance(given, str | int | float | bool) and str(given).isprintable()
+            if not fits or not _OVERRIDE.fullmatch(str(field)):
+                raise InputError(f"{field!r}: {given!r} is no field with a value", file=path, field=name)
+    elif name in ("slices", "grace_seconds", "max_restarts"):
+        if type(value) is not int or value < 1:
+            raise InputError(f"expected a positive whole number, got {value!r}", file=path, field=name)
+    elif not isinstance(value, str):
+        raise InputError(f"expected text, got {value!r}", file=path, field=name)
+    elif name == "image" and "@" not in value:
+        raise InputError(f"{value!r} has no digest (@sha256:...)", file=path, field=name)
+    elif name in ("cluster", "tpu") and not value:
+        return  # not launched there
+    elif name in _PATTERNS and not re.fullmatch(_PATTERNS[name], value):
+        raise InputError(f"{value!r} is not of the form {_PATTERNS[name]}", file=path, field=name)
+
+
+def check_config(spec: Spec, path) -> str:
+    """Checks that the config's mesh and batch suit the topology; the hash of config, topology and slices.
+
+    Raises:
+      InputError: the config can't be read, or contradicts the topology.
+    """
+    from a3_jax.training.command import read_config
+
+    if not pathlib.Path(spec.config).exists():
+        raise InputError(f"there is no {spec.config}", file=path, field="config")
+    config = read_config(spec.config, spec.override_flags)
+    check_mesh(dict(config.mesh), config.batch_size // config.microbatches, spec, path)
+    known = [json.loads(config.to_json_best_effort()), spec.slice.name, spec.slices]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def check_mesh(mesh: Mapping[str, int], rows: int, spec: Spec, path=None) -> None:
+    """Refuses a mesh that doesn't take all chips, or over whose data and fsdp axes `rows` don't divide."""
+    chips = spec.slice.chips * spec.slices
+    sizes = {axis: int(mesh.get(axis, 1)) for axis in ("data", "fsdp", "tensor")}
+    sizes["data"] = sizes["data"] or spec.slices
+    rest = chips // max(1, math.prod(size for size in sizes.values() if size != -1))
+    sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+    where = f"{spec.slices} x {spec.slice.name}"
+    if math.prod(sizes.values()) != chips:
+        raise InputError(
+            f"{where} has {chips} chips, the config's mesh is {sizes}", file=path, field="topology"
+        )
+    parts = sizes["data"] * sizes["fsdp"]
+    if rows % parts:
+        message = f"{where}: the {rows} rows of a microbatch can't be split in {parts}"
+        raise InputError(message, file=path, field="topology")

@@ -1,0 +1,43 @@
+"""TPU slices by topology: their names at Google Cloud, chips and hosts."""
+
+import dataclasses
+
+from a3_jax.errors import InputError, nearest
+
+CHIPS_PER_HOST = 4
+_RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+# The type's number counts chips, on v5p TensorCores: two a chip.
+_SLICES = {
+    "v5e:4x4": ("v5litepod-16", 16), "v5e:4x8": ("v5litepod-32", 32), "v5e:8x8": ("v5litepod-64", 64),
+    "v5e:8x16": ("v5litepod-128", 128), "v5e:16x16": ("v5litepod-256", 256),
+    "v5p:2x2x4": ("v5p-32", 16), "v5p:2x4x4": ("v5p-64", 32), "v5p:4x4x4": ("v5p-128", 64),
+    "v5p:4x4x8": ("v5p-256", 128), "v6e:4x4": ("v6e-16", 16), "v6e:4x8": ("v6e-32", 32),
+    "v6e:8x8": ("v6e-64", 64), "v6e:8x16": ("v6e-128", 128), "v6e:16x16": ("v6e-256", 256),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """One slice: `name` such as v5e:4x4, `tpu_type` such as v5litepod-16, `chips`, `hosts`, `runtime`."""
+
+    name: str
+    tpu_type: str
+    chips: int
+    hosts: int
+    runtime: str
+
+
+def find_topology(name, *, file=None) -> Topology:
+    """The slice of a topology (v5e:4x4) or TPU type (v5litepod-16).
+
+    Raises:
+      InputError: unknown; names the nearest.
+    """
+    by_type = {tpu_type: key for key, (tpu_type, _) in _SLICES.items()}
+    key = by_type.get(name, name)
+    if key not in _SLICES:
+        raise InputError(
+            f"unknown topology {name!r}{nearest(name, [*_SLICES, *by_type])}", file=file, field="topology"
+        )
+    tpu_type, chips = _SLICES[key]
+    return Topology(key, tpu_type, chips, chips // CHIPS_PER_HOST, _RUNTIMES[key.split(":")[0]])

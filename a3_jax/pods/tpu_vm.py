@@ -1,0 +1,58 @@
+"""`a3 launch tpu-vm`: the commands of a run on TPU VMs by queued resources, printed, never run."""
+
+import shlex
+
+from a3_jax import __version__
+from a3_jax.errors import EXIT_OK, InputError
+from a3_jax.pods.manifests import RESTART_CODES
+from a3_jax.pods.spec import Spec, check_config, read_spec
+
+_TPUS = ["gcloud", "compute", "tpus"]
+
+
+def tpu_vm_commands(spec: Spec) -> dict[str, list[str]]:
+    """Argument lists by stage: create, wait, copy, install, run, logs, stop, delete."""
+    where = [f"--project={spec.project}", f"--zone={spec.zone}"]
+    queued, vm = [*_TPUS, "queued-resources"], [*_TPUS, "tpu-vm"]
+    codes = " ".join(map(str, RESTART_CODES))
+    unit = [
+        "sudo", "systemd-run", f"--unit={spec.name}", "--uid=a3", "--setenv=PATH=/opt/a3/bin:/usr/bin:/bin",
+        "--working-directory=/opt/a3", f"--property=RestartForceExitStatus={codes}",
+        f"--property=TimeoutStopSec={spec.grace_seconds}", "/opt/a3/bin/a3", *spec.command[1:],
+    ]  # fmt: skip
+
+    def on_all(command):
+        return [*vm, "ssh", spec.tpu, *where, "--worker=all", f"--command={shlex.join(command)}"]
+
+    files = [
+        "launch/setup_tpu_vm.sh",
+        "constraints.txt",
+        f"dist/a3_jax-{__version__}-py3-none-any.whl",
+        "configs",
+    ]
+    return {
+        "create": [
+            *queued, "create", spec.tpu, *where, f"--node-id={spec.tpu}",
+            f"--accelerator-type={spec.slice.tpu_type}", f"--runtime-version={spec.slice.runtime}",
+        ],
+        "wait": [*queued, "describe", spec.tpu, *where, "--format=value(state.state)"],
+        "copy": [*vm, "scp", *files, f"{spec.tpu}:", *where, "--worker=all", "--recurse"],
+        "install": on_all(["bash", "setup_tpu_vm.sh"]),
+        "run": on_all(unit),
+        "logs": on_all(["sudo", "journalctl", f"--unit={spec.name}", "--lines=100", "--no-pager"]),
+        "stop": on_all(["sudo", "systemctl", "stop", spec.name]),
+        "delete": [*queued, "delete", spec.tpu, *where, "--force", "--quiet"],
+    }  # fmt: skip
+
+
+def run_tpu_vm(args) -> int:
+    """Runs `a3 launch tpu-vm`."""
+    spec = read_spec(args.spec)
+    if not spec.tpu:
+        raise InputError("is missing", file=args.spec, field="tpu")
+    if spec.slices > 1:
+        raise InputError("several slices are launched by xpk", file=args.spec, field="slices")
+    check_config(spec, args.spec)
+    for stage, command in tpu_vm_commands(spec).items():
+        print(f"# {stage}\n{shlex.join(command)}")
+    return EXIT_OK
