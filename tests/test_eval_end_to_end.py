@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 
@@ -37,7 +38,17 @@ def evaluate(place, checkpoint, row, tasks, *options):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def no_network():
+    def refused(*_):
+        raise AssertionError("an evaluation reached for the network")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(socket.socket, "connect", refused)
+        yield
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, no_network):
     """A directory of results: a model of one's own, the same as A3-1B, and its source for Llama-3.1-8B."""
     place = tmp_path_factory.mktemp("tables")
     write_fixtures(place / "data")
