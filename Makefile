@@ -60,10 +60,10 @@ wheel-test: setup
 	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt "$$(ls build/wheel/*.whl)[plot]"
 	cd build/wheel && venv/bin/a3 quickstart --smoke --workdir=smoke
 
-ci: setup-torch lint
+ci: setup-torch
+	$(MAKE) -j2 lint wheel-test
 	CI=true $(BIN)/python -m pytest -q -n 2 --durations=15
 	CI=true $(BIN)/python -m pytest -q -m drill --durations=10
-	$(MAKE) wheel-test
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -74,7 +74,7 @@ def test_a_request_to_stop_during_an_evaluation(run):
 def test_a_stuck_and_a_stopped_peer(run):
     """The one that waits writes down where its threads stand and exits with 76, whatever holds the other."""
     for fault in ("stuck", "stopped"):
-        disturbed = run(fault, processes=2, overrides=["--config.hang_seconds=20"])
+        disturbed = run(fault, processes=2, overrides=["--config.hang_seconds=10"])
         disturbed.start(drills={1: "stuck:7"} if fault == "stuck" else {})
         disturbed.wait_for_step(5)
         if fault == "stopped":
@@ -82,7 +82,7 @@ def test_a_stuck_and_a_stopped_peer(run):
         disturbed.children[0].join(120)
         assert disturbed.children[0].exitcode == EXIT_HUNG, disturbed.told()
         (hang,) = disturbed.events("hang")
-        assert hang["phase"] == "step" and 20 <= hang["seconds"] < 60
+        assert hang["phase"] == "step" and 10 <= hang["seconds"] < 60
         assert "loop.py" in pathlib.Path(hang["file"]).read_text()
         disturbed.end()
 
