@@ -71,10 +71,10 @@ def test_a_full_disk(run):
 
 def _convert_slowly(source, target):
     """`a3 convert` in this process, which takes a minute between its arrays and its manifest."""
-    from a3_jax.checkpoints import a3_format
+    from a3_jax.checkpoints import streaming
     from a3_jax.cli import console
 
-    a3_format.write_manifest = lambda *_: time.sleep(60)
+    streaming.write_manifest = lambda *_: time.sleep(60)
     sys.argv = ["a3", "convert", str(source), str(target)]
     sys.exit(console())
 
