@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/python -m pytest -q -n 2
 
 # Faults injected into real runs: killed processes, flipped bits, full disks. One after the other: they watch the clock.
-# They are part of `make ci`.
+# `make ci` runs those that are not marked slow.
 drills: setup
 	$(BIN)/python -m pytest -q -m drill --durations=10
 
@@ -63,7 +63,7 @@ wheel-test: setup
 ci: setup-torch
 	$(MAKE) -j2 lint wheel-test
 	CI=true $(BIN)/python -m pytest -q -n 2 --durations=15
-	CI=true $(BIN)/python -m pytest -q -m drill --durations=10
+	CI=true $(BIN)/python -m pytest -q -m 'drill and not slow' --durations=10
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -14,6 +14,7 @@ from tests.drills import harness
 pytestmark = pytest.mark.drill
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_while_compiling(run, tmp_path):
     """Nothing was done that a restart would do again, so it leaves at once; the next start begins anew."""
     cold = run(overrides=["--config.data="])  # the embedded text, for once

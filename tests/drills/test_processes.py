@@ -57,6 +57,7 @@ def test_a_request_to_stop(run, undisturbed, told):
     assert_same_run(disturbed, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_during_an_evaluation(run):
     """The evaluation is given up, the step saved; the run goes on with the evaluation that is missing."""
     disturbed = run(processes=2, overrides=["--config.eval_every=6", "--config.sample_every=12"])
@@ -71,6 +72,7 @@ def test_a_request_to_stop_during_an_evaluation(run):
     assert {row["step"] for row in disturbed.rows("samples.jsonl")} == {12, 24}
 
 
+@pytest.mark.slow
 def test_a_stuck_and_a_stopped_peer(run):
     """The one that waits writes down where its threads stand and exits with 76, whatever holds the other."""
     for fault in ("stuck", "stopped"):
