@@ -27,6 +27,7 @@ def assert_same_run(run, undisturbed):
     assert losses(run) == losses(undisturbed), "one row a step, the same numbers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0], ids=["peer", "coordinator"])
 def test_a_killed_process(run, undisturbed, victim):
     """Its peer leaves within 15 s with 75; the run goes on to the same parameters, bit for bit."""
