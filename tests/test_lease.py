@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from a3_jax.checkpoints.holder import process_start
 from a3_jax.errors import InputError
-from a3_jax.training.lease import Lease, process_start
+from a3_jax.training.lease import Lease
 
 HOLD = """
 import sys, time

@@ -205,6 +205,46 @@ def test_a_directory_that_is_another_runs_by_now(place):
         assert list_steps(place) == [3]
 
 
+@pytest.mark.parametrize("moment", ["read_checksums", "write_manifest"])
+def test_a_lease_that_goes_within_the_commit(place, monkeypatch, moment):
+    """While the checksums are taken, or between the manifest and the removals: nothing is removed."""
+    write_run(place)
+    before, lost, action = files(place), [], getattr(a3_format, moment)
+
+    def may_write():
+        if lost:
+            raise InputError("another run took over", file=place)
+
+    def then_lost(*args):
+        result = action(*args)
+        lost.append(True)
+        return result
+
+    monkeypatch.setattr(a3_format, moment, then_lost)
+    with StepWriter(place, keep=1, may_write=may_write) as writer:
+        save(writer, 3)
+        with pytest.raises(SaveFailed, match="another run took over"):
+            writer.wait()
+    now = files(place)
+    assert before.items() <= now.items(), "the steps of before are there"
+    assert (place / "3" / MANIFEST_FILE in now) == (moment == "write_manifest")
+
+
+def test_storage_that_fails_while_old_steps_are_removed(place, monkeypatch, capsys):
+    """The new step is whole, and no old one has to go."""
+    write_run(place)
+
+    def fails(*_, **__):
+        raise RunError(EXIT_STORAGE, "can't be read: Input/output error")
+
+    monkeypatch.setattr(a3_format, "raise_damage", fails)
+    with StepWriter(place, keep=1) as writer:
+        save(writer, 3)
+        writer.wait()
+    assert list_steps(place) == [1, 2, 3]
+    assert "warning: no old step is removed: can't be read" in capsys.readouterr().err
+
+
 def test_an_old_step_that_stays_makes_the_new_one_no_worse(place, monkeypatch, capsys):
     write_run(place)
 

@@ -1,12 +1,15 @@
 """`a3 verify`: 0 intact, 1 damaged with every file and leaf named, 2 no checkpoint."""
 
 import json
+import os
 import shutil
+import socket
 
 import pytest
 
 from a3_jax.checkpoints import verify as module
 from a3_jax.checkpoints.a3_format import save_checkpoint
+from a3_jax.checkpoints.holder import process_start
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from a3_jax.cli import main
 from tests.checkpoint_fixtures import META, params, write_run
@@ -102,11 +105,15 @@ def test_a_run(run, capsys):
 
 
 def test_a_step_that_a_living_run_is_about_to_finish(run, capsys):
-    """Orbax has ended, the manifest isn't there yet: no damage while somebody holds the lease."""
+    """Orbax has ended, the manifest isn't there yet: no damage while the holder of the lease lives."""
     newest = max((run / "checkpoints").iterdir(), key=lambda step: int(step.name))
     (newest / "manifest.json").unlink()
     assert verify(capsys, run)[0] == 1
-    (run / "lease.json").write_text("{}")
+    lease = {"host": socket.gethostname(), "pid": os.getpid(), "process_start": "1"}
+    for left in ("{}", "[", json.dumps(lease)):  # of a process that is gone
+        (run / "lease.json").write_text(left)
+        assert verify(capsys, run)[0] == 1
+    (run / "lease.json").write_text(json.dumps(lease | {"process_start": process_start(os.getpid())}))
     status, out, _ = verify(capsys, run)
     assert status == 0 and "being written" in out[-1]
 

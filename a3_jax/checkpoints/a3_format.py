@@ -263,8 +263,7 @@ class StepWriter:
           keep: how many steps stay; None: all.
           on_event: called in process 0 with a name and fields: "saved" (step, seconds, bytes) and
             "save_failed" (step, problem), both from a background thread; "damaged" (step, problem).
-          may_write: called in process 0 before anything comes to exist or is removed; raises an
-            `InputError` where the directory is another run's by now.
+          may_write: called in process 0 right before a step comes to exist or goes; an `InputError` says no.
         """
         self.directory = absolute(directory)
         if self.directory.exists() and not self.directory.is_dir():
@@ -476,14 +475,11 @@ class StepWriter:
         """Process 0: makes the step exist, and removes old ones; gives what went wrong."""
         place, finished = self.directory / str(step), False
         try:
-            self._may_write()
-        except InputError as error:
-            return one_line(error)
-        try:
             problem = next((one["problem"] for one in told if one["problem"]), None)
             if problem is None:
                 files = {name: File(*file) for one in told for name, file in one["files"].items()}
                 files |= read_checksums(place, set(list_files(place)) - files.keys())
+                self._may_write()  # last: checksums take a while
                 write_manifest(place, _manifest(files, described, sums))
                 finished = True
                 size = sum(file.bytes for file in files.values())
@@ -493,9 +489,10 @@ class StepWriter:
             problem = one_line(error)
         if problem is not None:
             with contextlib.suppress(Exception):
+                self._may_write()  # or else neither the directory nor the events are ours
+                self._tell("save_failed", step=step, problem=problem)
                 if not finished:
                     place.rmtree()
-            self._tell("save_failed", step=step, problem=problem)
         return problem
 
     def _tell(self, name: str, **fields) -> None:
@@ -510,18 +507,26 @@ class StepWriter:
         old = steps[: -self._keep] if self._keep else []
         if old:
             newest = self.directory / str(steps[-1])
-            raise_damage(newest, read_manifest(newest), deep=True)
+            try:
+                raise_damage(newest, read_manifest(newest), deep=True)
+            except RunError as error:  # of storage: it says nothing of the step, and no step has to go now
+                return self._warn(f"no old step is removed: {error}")
         for step in old:
             self._discard(step)
 
     def _discard(self, step: int) -> None:
         """Removes a step that is no longer needed; that it can't be makes the new one no worse."""
+        self._may_write()
         try:
             _remove(self.directory / str(step))
         except Exception as error:  # of storage, which has no common type
-            if not self._warned:
-                print(f"a3: warning: step {step} can't be removed: {one_line(error)}", file=sys.stderr)
-            self._warned = True
+            self._warn(f"step {step} can't be removed: {one_line(error)}")
+
+    def _warn(self, message: str) -> None:
+        """Says so, the first time."""
+        if not self._warned:
+            print(f"a3: warning: {message}", file=sys.stderr)
+        self._warned = True
 
     def _set_aside(self, step, damage) -> None:
         names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged-{n}" for n in itertools.count(2)))

@@ -1,5 +1,6 @@
 """What `a3 convert` reads: a Hugging Face directory or an A3 checkpoint, both in the same pieces."""
 
+import abc
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ _EXPONENTS = {
 }
 
 
-class Source:
+class Source(abc.ABC):
     """A checkpoint that was checked, not read.
 
     Attributes:
@@ -48,37 +49,38 @@ class Source:
         self._table = tensor_table(meta.model)
         self._allow_nonfinite = allow_nonfinite
 
+    @abc.abstractmethod
     def read(self, piece: Piece) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], np.ndarray]]:
         """The parts of leaves that a piece consists of, (path, first index, array), in their dtypes.
 
         Raises:
           InputError: it can't be read, or has values that can't be kept.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read_leaf(self, path: tuple[str, ...], index=()) -> np.ndarray:
         """A part of a leaf as stored: what `hf_export.write_hf` reads with.
 
         Raises:
           InputError: as `read`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def params(self):
         """The whole parameter tree, for a check of the conversion."""
-        raise NotImplementedError
 
     def facts(self) -> Facts | None:
         """What is known beside `meta`, for a model card."""
+        return None
 
     def _checked(self, array: np.ndarray, path, layer) -> np.ndarray:
         if not self._allow_nonfinite and not is_finite(array):
             self._complain(path, layer)
         return array
 
+    @abc.abstractmethod
     def _complain(self, path, layer) -> None:
         """Raises the InputError that names the tensor of this part."""
-        raise NotImplementedError
 
 
 class HFSource(Source):

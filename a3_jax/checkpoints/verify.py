@@ -10,13 +10,14 @@ import orbax.checkpoint as ocp
 from a3_jax.checkpoints.a3_format import is_a3
 from a3_jax.checkpoints.fingerprint import tree_name, tree_names
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
+from a3_jax.checkpoints.holder import is_alive
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, find_damage, read_manifest, step_of
 from a3_jax.checkpoints.opening import CHECKPOINTS
 from a3_jax.checkpoints.orbax_items import ITEMS
 from a3_jax.checkpoints.reading import damaged_leaves, one_line, silence_reads_in_flight
 from a3_jax.checkpoints.safetensors_io import has_tensors, list_tensors
 from a3_jax.errors import InputError
-from a3_jax.paths import absolute, as_path
+from a3_jax.paths import absolute, as_path, read_json
 
 AT_ONCE = 1 << 30  # bytes of arrays
 COMMIT_FILE = "commit_success.txt"  # orbax had written all
@@ -57,7 +58,7 @@ def verify(path) -> list[Verdict]:
         return [verify_a3(path)]
     steps = [step for place in (path / CHECKPOINTS, path) for step in _steps(place)]
     if steps:
-        is_written = (path / LEASE_FILE).exists() or (path.parent / LEASE_FILE).exists()
+        is_written = any(_is_held(place) for place in (path, path.parent))
         return [_verify_step(step, is_written and step == steps[-1]) for step in steps]
     if has_tensors(path) or (path / CONFIG_FILE).exists():
         return [verify_hf(path)]
@@ -101,6 +102,15 @@ def _steps(place) -> list[Any]:
         return []
     steps = ((step_of(path), path) for path in place.iterdir())
     return [path for _, path in sorted(pair for pair in steps if pair[0] is not None)]
+
+
+def _is_held(workdir) -> bool:
+    """Whether a run lives that writes in a directory: a lease alone may be one that kill -9 left behind."""
+    try:
+        lease = read_json(workdir / LEASE_FILE)
+    except InputError:
+        return False
+    return is_alive(lease)
 
 
 def _verify_step(directory, may_be_written: bool) -> Verdict:

@@ -1,13 +1,12 @@
 """`a3 status RUN`: how far a run is, and whether it lives."""
 
 import json
-import os
-import socket
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from a3_jax.checkpoints.holder import is_alive
 from a3_jax.checkpoints.manifest import find_damage, read_manifest
 from a3_jax.errors import EXIT_OK, InputError
 from a3_jax.paths import as_path
@@ -26,7 +25,6 @@ from a3_jax.pods.records import (
     sort_steps,
 )
 from a3_jax.tables import duration, print_table
-from a3_jax.training.lease import process_start
 
 _ENDS = {
     "finish": "finished",
@@ -35,7 +33,6 @@ _ENDS = {
     "failed": "failed",
     "peer_lost": "stopped",
 }
-_FRESH = 60.0  # seconds since a lease was renewed in which its holder counts as alive
 _STEPS_TIMED = 20
 
 
@@ -109,30 +106,7 @@ def _state(attempt: Sequence[Event], lease: dict[str, Any]) -> str:
     ends = [event["event"] for event in attempt if event["event"] in _ENDS]
     if ends:
         return _ENDS[ends[-1]]
-    return "running" if _is_alive(lease) else "stopped"
-
-
-def _is_alive(lease: dict[str, Any]) -> bool:
-    """Whether the holder of a lease lives: on this host its process is looked for, elsewhere time tells."""
-    pid, renewed = lease.get("pid"), lease.get("renewed")
-    is_here = lease.get("host") == socket.gethostname()
-    if (
-        is_here
-        and lease.get("pid_namespace", _pid_namespace()) == _pid_namespace()
-        and isinstance(pid, int)
-        and 0 < pid < 2**31
-    ):
-        start = process_start(pid)
-        return start is not None and start in ("", lease.get("process_start", start))
-    return isinstance(renewed, int | float) and time.time() - renewed < _FRESH
-
-
-def _pid_namespace() -> str:
-    """Containers may share a host's name, but not its process ids."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+    return "running" if is_alive(lease) else "stopped"
 
 
 def _total_steps(config: dict[str, Any], events: Sequence[Event]) -> int | None:

@@ -17,6 +17,7 @@ import time
 import uuid
 from typing import Any
 
+from a3_jax.checkpoints.holder import pid_namespace, process_start
 from a3_jax.errors import InputError
 from a3_jax.paths import absolute, write_text
 
@@ -112,7 +113,7 @@ class Lease:
         """
         pid = holder.get("pid")
         is_here = holder.get("host") == socket.gethostname()
-        is_here &= holder.get("pid_namespace", _pid_namespace()) == _pid_namespace()
+        is_here &= holder.get("pid_namespace", pid_namespace()) == pid_namespace()
         if not is_here or type(pid) is not int or not 0 < pid < 2**31:
             return True
         start = process_start(pid)
@@ -178,31 +179,10 @@ class Lease:
     def _text(self) -> str:
         fields = {
             "owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(),
-            "process_start": process_start(os.getpid()) or "", "pid_namespace": _pid_namespace(),
+            "process_start": process_start(os.getpid()) or "", "pid_namespace": pid_namespace(),
             "since": self._since, "renewed": time.time(), "renew_seconds": self.renew_seconds,
         }  # fmt: skip
         return json.dumps(fields) + "\n"
-
-
-def process_start(pid: int) -> str | None:
-    """When a process of this host started, in the kernel's ticks; None: it is gone; "": can't be told."""
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            state, *fields = file.read().rpartition(")")[2].split()  # the name before it may hold spaces
-    except ProcessLookupError:
-        return None
-    except (OSError, ValueError):
-        return ""
-    return None if state in ("Z", "X") else fields[18]  # ended, if not collected yet
-
-
-def _pid_namespace() -> str:
-    """Containers may share a host's name, but not its process ids."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
 
 
 def _fields(content: bytes | None) -> dict[str, Any]:

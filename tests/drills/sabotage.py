@@ -4,6 +4,7 @@ nan:4,5          the weights of these steps' rows (from 1) are no numbers
 die:6            kill -9 as soon as the rows of step 6 are asked for
 poison:6         the same, once the saves before it are on disk
 stuck:6          sleeps before step 6 for ever
+slow_rows        the rows of every step take half a second
 slow_eval        every held-out batch takes a fifth of a second
 slow_save:2      a save takes 2 seconds longer
 """
@@ -68,6 +69,14 @@ def _die_saved():
     _die()
 
 
+def _slow_rows(_):
+    def change(_, batch):
+        time.sleep(0.5)
+        return batch
+
+    _for_each_batch(change)
+
+
 def _slow_eval(_):
     from a3_jax.data import batches
 
@@ -108,6 +117,7 @@ _FAULTS = {
     "die": lambda argument: _at(argument, _die),
     "poison": lambda argument: _at(argument, _die_saved),
     "stuck": lambda argument: _at(argument, lambda: time.sleep(3600)),
+    "slow_rows": _slow_rows,
     "slow_eval": _slow_eval,
     "slow_save": _slow_save,
     "small_files": _small_files,
