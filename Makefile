@@ -40,10 +40,9 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2
 
-# Faults injected into real runs: killed processes, flipped bits, full disks. One after the other: they watch the clock.
-# `make ci` runs those that are not marked slow.
+# Faults injected into real runs: killed processes, flipped bits, full disks. Mostly they wait: two at a time.
 drills: setup
-	$(BIN)/python -m pytest -q -m drill --durations=10
+	$(BIN)/python -m pytest -q -m drill -n 2 --dist=worksteal --durations=10
 
 lint: setup
 	$(BIN)/ruff check .
@@ -77,7 +76,7 @@ wheel-test: setup
 ci: setup-torch xpk
 	$(MAKE) -j2 lint wheel-test
 	CI=true $(BIN)/python -m pytest -q -n 2 --durations=15
-	CI=true $(BIN)/python -m pytest -q -m 'drill and not slow' --durations=10
+	CI=true $(MAKE) drills
 
 clean:
 	rm -rf $(VENV) .xpk build dist *.egg-info runs

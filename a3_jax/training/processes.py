@@ -59,6 +59,13 @@ def join() -> bool:
     return True
 
 
+def coordinator_host() -> str:
+    """Where process 0 is, as the others call it."""
+    from jax._src.distributed import global_state  # nothing public says so
+
+    return str(global_state.coordinator_address).rpartition(":")[0].strip("[]")
+
+
 def part() -> None:
     """Waits for the other processes to come to their end too: the first to leave would look lost to them."""
     if jax.process_count() > 1:

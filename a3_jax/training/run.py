@@ -23,7 +23,7 @@ from a3_jax.errors import EXIT_NUMERICS, EXIT_PREEMPTED, InputError, RunError
 from a3_jax.model.accelerators import peak_flops
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import train_step_flops
-from a3_jax.model.sharding import batch_sharding, make_mesh, replicated
+from a3_jax.model.sharding import batch_sharding, make_mesh, number_of_slices, replicated
 from a3_jax.ordering.curriculum import stage_at, trained_context
 from a3_jax.paths import as_path, check_parents, read_json, write_json
 from a3_jax.training import loop, processes
@@ -36,6 +36,7 @@ from a3_jax.training.metrics import JsonLines, Profiler, TensorBoard
 from a3_jax.training.optimizer import learning_rate
 from a3_jax.training.parts import network_of, optimizer_of
 from a3_jax.training.preemption import StopRequest
+from a3_jax.training.presence import Presence
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.samples import make_sampler
 from a3_jax.training.saving import Saver, storage_faults
@@ -45,6 +46,7 @@ from a3_jax.training.step import LOSSES, make_loss, make_reset, make_train_step
 from a3_jax.training.watchdog import Limits, Watchdog
 
 JSON_LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+SLICES_ARE_PROCESSES = "A3_SLICES_ARE_PROCESSES"  # an environment variable
 
 
 def train(config: Mapping[str, Any], workdir, devices=None):
@@ -81,6 +83,8 @@ def train(config: Mapping[str, Any], workdir, devices=None):
 
     with contextlib.ExitStack() as stack, processes.leaving_together(tell):
         stop = stack.enter_context(StopRequest(tell))
+        presence = stack.enter_context(Presence(tell))
+        last_words.append(presence.last_word)
         processes.check_alike({"config": run.to_dict(), **processes.software()})
         newest = by_first("progress", lambda: _find_progress(run, workdir))
         if not by_first("done", lambda: _is_done(run, workdir, newest)):
@@ -195,14 +199,18 @@ def _claim(run, workdir, newest, stack, last_words) -> Lease:
 def open_mesh(run: RunConfig, devices=None) -> jax.sharding.Mesh:
     """The mesh of a run, over whose data and fsdp axes every microbatch's rows divide.
 
+    With A3_SLICES_ARE_PROCESSES=1 in the environment each process stands for a slice: several slices,
+    tried on CPUs.
+
     Raises:
-      InputError: sizes that don't fit the devices or the batch.
+      InputError: sizes that don't fit the devices, their slices or the batch.
     """
     devices = list(jax.devices() if devices is None else devices)
+    slices_are_processes = os.environ.get(SLICES_ARE_PROCESSES) == "1"
     sizes = dict(run.mesh)
     if sizes.get("data") == 0:
-        sizes["data"] = 1 + max(getattr(device, "slice_index", 0) or 0 for device in devices)
-    mesh = make_mesh(sizes, devices)
+        sizes["data"] = number_of_slices(devices, slices_are_processes)
+    mesh = make_mesh(sizes, devices, slices_are_processes)
     rows, parts = run.batch_size // run.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise InputError(

@@ -20,8 +20,8 @@ def get_config():
         "checkpoint_every": 4,
         "log_every": 1,
         "stages": (
-            {"name": "l2r", "steps": 12},
-            {"name": "random", "steps": 12, "orders": ({"order": "random", "group_sizes": (2,)},),
-             "reset_optimizer": True},
+            {"name": "l2r", "steps": harness.LAST_STEP // 2},
+            {"name": "random", "steps": harness.LAST_STEP // 2, "reset_optimizer": True,
+             "orders": ({"order": "random", "group_sizes": (2,)},)},
         ),
     })  # fmt: skip

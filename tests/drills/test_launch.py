@@ -14,9 +14,9 @@ import pytest
 from a3_jax.checkpoints.manifest import find_damage, read_manifest
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_NO_PROGRESS, EXIT_OK
-from tests.drills.harness import CONFIG, TIMEOUT, rows_beside
+from tests.drills.harness import CONFIG, LAST_STEP, TIMEOUT, rows_beside
 
-pytestmark = [pytest.mark.drill, pytest.mark.slow]
+pytestmark = pytest.mark.drill
 
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # devices: its own
 BATCH_SIZE = 8  # of the drills' config
@@ -100,11 +100,11 @@ def test_a_process_killed_under_the_supervisor(tmp_path, cache, capsys):
         assert supervisor.wait(2 * TIMEOUT) == EXIT_OK, told(workdir)
 
     assert "process 0 was ended by SIGKILL; all start again" in told(workdir)
-    assert [row["step"] for row in rows(workdir, "metrics.jsonl")] == list(range(1, 25))
+    assert [row["step"] for row in rows(workdir, "metrics.jsonl")] == list(range(1, LAST_STEP + 1))
     status = printed("status", workdir, capsys)
-    assert (status["state"], status["step"], status["checkpoint"]) == ("finished", 24, 24)
+    assert (status["state"], status["step"], status["checkpoint"]) == ("finished", LAST_STEP, LAST_STEP)
     assert (status["attempts"], status["restarts"]) == (2, 1)
     goodput = printed("goodput", workdir, capsys)
     shares = sum(goodput["seconds"].values()) / goodput["wall_seconds"]
     assert abs(shares - 1) < 1e-6 and 0 < goodput["goodput"] < 1
-    assert goodput["seconds"]["down"] > 0 and goodput["steps"] == 24 and goodput["restarts"] == 1
+    assert goodput["seconds"]["down"] > 0 and goodput["steps"] == LAST_STEP and goodput["restarts"] == 1
