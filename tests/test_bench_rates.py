@@ -88,3 +88,10 @@ def test_convert(capsys):
         peak, limit = found[f"{name}_peak"]["value"], 10**9 + 2 * 2 * 300 * 32
         np.testing.assert_allclose(found[f"{name}_peak_over_limit"]["value"], peak / limit)
         assert 1e8 < peak < 1e9
+
+
+def test_launch_says_why_it_ended(capsys, tmp_path):
+    assert main(["bench", "launch"]) == 2
+    assert "--config: is needed" in capsys.readouterr().err
+    assert main(["bench", "launch", f"--config={tmp_path / 'absent.py'}", "--repeats=1"]) == 1
+    assert "exit status 2" in (told := capsys.readouterr().err) and "absent.py" in told

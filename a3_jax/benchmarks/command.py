@@ -94,6 +94,11 @@ BENCHMARKS = {
          "vocab": 128256},
     ),
     "guards": Benchmark("what watching each step and fingerprinting each save cost", _STEP),
+    "launch": Benchmark(
+        "two processes under a3 launch local: to the first step, and from a kill to the next",
+        {"config", "repeats"},
+        {"repeats": 3},
+    ),
     "compile": Benchmark(
         "a config's train step compiled for a TPU topology: memory a chip",
         {"config", "topology"},
