@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from a3_jax.errors import InputError
@@ -48,31 +48,72 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(*(known[axis] or None for axis in axes))
 
 
-def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | None = None, devices=None, slices_are_processes=False) -> Mesh:
     """The device mesh with axes data, fsdp and tensor.
+
+    Within a slice devices that are neighbours along an axis are neighbours on its network (ICI). Of several
+    slices, which the data-centre network joins, the data axis alone goes from one to the next, outermost:
+
+        sizes {"data": 4, "fsdp": 2}, two slices of 4 chips
+
+                 fsdp
+        data   s0c0 s0c1     one sum of gradients a step crosses between s0 and s1;
+               s0c2 s0c3     parameters are gathered within each
+               s1c0 s1c1
+               s1c2 s1c3
 
     Args:
       sizes: devices along each axis, absent = 1; one may be -1, all that remain.
       devices: default all.
+      slices_are_processes: whether each process stands for a slice, as on CPUs, which have none.
 
     Raises:
-      InputError: an unknown axis, or sizes whose product is not the number of devices.
+      InputError: an unknown axis, sizes whose product is not the number of devices, a data axis that the
+        slices don't divide, or axes that can't be laid out on a slice's network.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": 1, "fsdp": -1, "tensor": 1} if sizes is None else dict(sizes)
+    shape = _shape({"data": 1, "fsdp": -1, "tensor": 1} if sizes is None else sizes, len(devices))
+    slices = number_of_slices(devices, slices_are_processes)
+    if shape[0] % slices:
+        message = f"data is {shape[0]}: on {slices} slices it must be a multiple of {slices}, as it alone"
+        raise InputError(f"{message} goes from one to the next", field="mesh")
+    try:
+        if slices == 1:
+            placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        else:
+            placed = mesh_utils.create_hybrid_device_mesh(
+                (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices,
+                process_is_granule=slices_are_processes, allow_split_physical_axes=True,
+            )  # fmt: skip
+    except (AssertionError, NotImplementedError, ValueError) as error:  # holes, odd sizes, unequal slices
+        message = f"{dict(zip(MESH_AXES, shape, strict=True))} can't be laid out on these devices"
+        raise InputError(f"{message}: {str(error).splitlines()[0]}", field="mesh") from error
+    return Mesh(placed, MESH_AXES)
+
+
+def number_of_slices(devices: Sequence, slices_are_processes=False) -> int:
+    """On how many TPU slices devices are; `slices_are_processes` as in `make_mesh`. Others have one."""
+    if slices_are_processes:
+        return len({device.process_index for device in devices})
+    on_tpu = (device for device in devices if device.platform == "tpu")
+    return len({getattr(device, "slice_index", None) for device in on_tpu}) or 1
+
+
+def _shape(sizes: Mapping[str, int], devices: int) -> list[int]:
+    """`sizes` in the order of the axes, without -1; checked."""
     for axis in sizes:
         if axis not in MESH_AXES:
             raise InputError(f"unknown axis {axis!r}; known: {', '.join(MESH_AXES)}", field="mesh")
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise InputError(f"{sizes}: sizes are positive, but for one -1", field="mesh")
+        raise InputError(f"{dict(sizes)}: sizes are positive, but for one -1", field="mesh")
     given = math.prod(size for size in shape if size != -1)
-    shape = [max(1, len(devices) // given) if size == -1 else size for size in shape]
-    if math.prod(shape) != len(devices):
+    shape = [max(1, devices // given) if size == -1 else size for size in shape]
+    if math.prod(shape) != devices:
         raise InputError(
-            f"{dict(zip(MESH_AXES, shape, strict=True))} does not match {len(devices)} devices", field="mesh"
+            f"{dict(zip(MESH_AXES, shape, strict=True))} does not match {devices} devices", field="mesh"
         )
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+    return shape
 
 
 def axes_shardings(mesh: Mesh, axes, shapes) -> object:
