@@ -20,6 +20,7 @@ from a3_jax.checkpoints.a3_format import software_versions
 from a3_jax.checkpoints.agreement import agree
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, InputError, RunError
 from a3_jax.model.sharding import replicated
+from a3_jax.training.pod_environment import find_pod
 
 ADDRESS, NUMBER, ID = "JAX_COORDINATOR_ADDRESS", "A3_NUM_PROCESSES", "A3_PROCESS_ID"
 JOIN_SECONDS = 300  # until all processes have come
@@ -29,30 +30,36 @@ _LAST_SECONDS = 2.0  # of the coordinator, in which the others hear what it has 
 
 
 def join() -> bool:
-    """Joins the other processes of the run that the environment names; False if it names none.
+    """Joins the other processes of the run; False where there are none.
+
+    Those that JAX_COORDINATOR_ADDRESS, A3_NUM_PROCESSES and A3_PROCESS_ID name, or else the hosts of the TPU
+    pod that this one is in (`pod_environment`).
 
     Raises:
       InputError: an environment that can't be understood.
       RunError: the others didn't come in time.
     """
+    if jax.distributed.is_initialized():
+        return True
     address = os.environ.get(ADDRESS)
-    if not address or jax.distributed.is_initialized():
-        return bool(address)
-    number, own = (_whole_number(name) for name in (NUMBER, ID))
-    if own >= number:
-        raise InputError(f"{own} is not below {NUMBER}={number}", field=ID)
+    is_named = bool(address) and (NUMBER in os.environ or ID in os.environ)
+    where = None if is_named else find_pod(address)  # a manifest may name the address alone
+    if where is None and address:
+        where = _named(address)
+    if not where:
+        return False
     jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from ours
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            address,
-            num_processes=number,
-            process_id=own,
+            **where,
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=LEAVE_SECONDS,
         )
-    except RuntimeError as error:
+    except ValueError as error:
+        raise InputError(f"jax finds no pod where {where} says that there is one: {error}") from error
+    except (RuntimeError, OSError) as error:  # the second: of the metadata server, which jax asks as well
         reason = str(error).splitlines()[0]
         raise RunError(EXIT_PREEMPTED, f"the other processes were not to be found: {reason}") from error
     ctypes.CDLL(None).signal(signal.SIGABRT, _leave_on_abort)
@@ -213,6 +220,14 @@ def rows_of_process(sharding: NamedSharding, batch_size: int) -> tuple[int, int]
     if sum(end - begin for begin, end in spans) != rows or first % rows or batch_size % rows:
         return 0, 1
     return first // rows, batch_size // rows
+
+
+def _named(address: str) -> dict[str, Any]:
+    """The processes that the environment names, as `jax.distributed.initialize` takes them."""
+    number, own = (_whole_number(name) for name in (NUMBER, ID))
+    if own >= number:
+        raise InputError(f"{own} is not below {NUMBER}={number}", field=ID)
+    return {"coordinator_address": address, "num_processes": number, "process_id": own}
 
 
 def _whole_number(name: str) -> int:
