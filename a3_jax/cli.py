@@ -17,7 +17,7 @@ from a3_jax.decoding.commands import add_generate, add_score
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, InputError, RunError, nearest
 from a3_jax.evaluation.command import add_eval
 from a3_jax.evaluation.reproduce_command import add_reproduce
-from a3_jax.pods.command import add_goodput, add_launch, add_status
+from a3_jax.pods.command import add_goodput, add_launch, add_preflight, add_status
 from a3_jax.quickstart.command import add_quickstart
 from a3_jax.training.command import add_train
 from a3_jax.training.show_command import add_show
@@ -57,7 +57,7 @@ def _parser():
     for add in (add_convert, add_info, add_verify):
         add(commands)
     add_data(commands, add_show)
-    for add in (add_train, add_launch, add_status, add_goodput, add_generate, add_score):
+    for add in (add_train, add_preflight, add_launch, add_status, add_goodput, add_generate, add_score):
         add(commands)
     for add in (add_eval, add_reproduce, add_bench):
         add(commands)

@@ -1,10 +1,22 @@
-"""`a3 launch`, `a3 goodput` and `a3 status`: flags, and late imports."""
+"""`a3 preflight`, `a3 launch`, `a3 goodput` and `a3 status`: flags, and late imports."""
 
 import argparse
 
 _LAUNCH_EPILOG = """examples:
   a3 launch local --processes=2 --devices=2 --config=configs/tiny.py --workdir=runs/tiny
   a3 launch local --help
+"""
+
+_PREFLIGHT_EPILOG = """\
+Exit status 0: it fits; 3: it doesn't, with what would; 2: bad input. Weights and data that are not here are
+not checked. A report is kept in ~/.cache/a3_jax/preflight and told again while config, topology and code are
+the same; `a3 launch xpk --submit` wants one.
+
+examples:
+  a3 preflight --config=configs/a3_llama32_1b.py --topology=v5e:4x4
+  a3 preflight --config=configs/a3_llama31_8b.py --topology=v5e:8x8 --config.remat=block --json
+  a3 preflight --config=configs/a3_llama31_8b.py --topology=v5e:4x8 --search
+  a3 preflight --spec=launch/v5e-16x2.yaml --programs=decode,fingerprint,restore
 """
 
 _LOCAL_EPILOG = """\
@@ -42,6 +54,25 @@ def add_launch(subparsers) -> None:
     commands = parser.add_subparsers(dest="launch_command", metavar="COMMAND", required=True)
     for add in (_add_local, _add_xpk, _add_tpu_vm):
         add(commands)
+
+
+def add_preflight(subparsers) -> None:
+    """Adds `a3 preflight`."""
+    description = "Compiles a run's real step for a TPU pod without having one: memory, traffic, a verdict."
+    parser = _parser(subparsers, "preflight", "whether a run fits a TPU pod", description, _PREFLIGHT_EPILOG)
+    parser.add_argument("--config", metavar="FILE.py", help="as of a3 train")
+    parser.add_argument("--topology", metavar="NAME", help="of a slice, such as v5e:4x4 or v5p:4x4x4")
+    parser.add_argument("--slices", type=int, metavar="N", help="how many (default: 1)")
+    parser.add_argument("--spec", metavar="FILE.yaml", help="in place of these three, as of a3 launch")
+    parser.add_argument(
+        "--programs", default="", metavar="NAMES", help="compile these too: decode,fingerprint,restore"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="find mesh, microbatches and remat that fit and are fastest"
+    )
+    parser.add_argument("--again", action="store_true", help="compile even what is known from before")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
+    parser.set_defaults(run=_run_preflight, takes_config_flags=True)
 
 
 def add_goodput(subparsers) -> None:
@@ -113,6 +144,12 @@ def _parser(subparsers, name, help_line, description, epilog):
 def _add_run_and_json(parser) -> None:
     parser.add_argument("run_directory", metavar="RUN", help="the --workdir of a run")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+
+
+def _run_preflight(args) -> int:
+    from a3_jax.pods.preflight import run_preflight
+
+    return run_preflight(args)
 
 
 def _run_local(args) -> int:

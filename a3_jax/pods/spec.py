@@ -3,10 +3,13 @@
 Names are checked against the characters that Google Cloud allows, which leaves none that a shell would read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -15,8 +18,9 @@ import yaml
 
 from a3_jax import paths
 from a3_jax.errors import InputError, nearest
-from a3_jax.pods.topologies import Topology, find_topology
+from a3_jax.pods.topologies import Pod, Topology, find_topology
 
+COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables
 _NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 _PATTERNS = {
     "name": _NAME, "project": _NAME, "zone": _NAME, "cluster": _NAME, "tpu": _NAME,
@@ -56,6 +60,10 @@ class Spec:
     @property
     def slice(self) -> Topology:
         return find_topology(self.topology)
+
+    @property
+    def pod(self) -> Pod:
+        return Pod(self.slice, self.slices)
 
     @property
     def override_flags(self) -> list[str]:
@@ -114,7 +122,7 @@ def _check(path, name, value):
 
 
 def check_config(spec: Spec, path) -> str:
-    """Checks that the config's mesh and batch suit the topology; the hash of config, topology and slices.
+    """Checks that the config's mesh and batch suit the topology; `config_hash` of the run.
 
     Raises:
       InputError: the config can't be read, or contradicts the topology.
@@ -124,24 +132,50 @@ def check_config(spec: Spec, path) -> str:
     if not pathlib.Path(spec.config).exists():
         raise InputError(f"there is no {spec.config}", file=path, field="config")
     config = read_config(spec.config, spec.override_flags)
-    check_mesh(dict(config.mesh), config.batch_size // config.microbatches, spec, path)
-    known = [json.loads(config.to_json_best_effort()), spec.slice.name, spec.slices]
+    check_mesh(dict(config.mesh), config.batch_size // config.microbatches, spec.pod, path)
+    return config_hash(config, spec.pod)
+
+
+def config_hash(config, pod: Pod) -> str:
+    """By what a preflight is known: config, slices, this code, its libraries and the compiler's flags.
+
+    Args:
+      config: of `training.command.read_config`.
+
+    Returns:
+      64 hexadecimal digits.
+    """
+    from a3_jax.training.processes import software
+
+    versions: dict[str, str] = software()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["libtpu"] = importlib.metadata.version("libtpu")
+    flags = {name: os.environ[name] for name in COMPILER_FLAGS if os.environ.get(name)}
+    known = [json.loads(config.to_json_best_effort()), pod.slice.name, pod.slices, versions, flags]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def check_mesh(mesh: Mapping[str, int], rows: int, spec: Spec, path=None) -> None:
-    """Refuses a mesh that doesn't take all chips, or over whose data and fsdp axes `rows` don't divide."""
-    chips = spec.slice.chips * spec.slices
+def check_mesh(mesh: Mapping[str, int], rows: int, pod: Pod, path=None) -> None:
+    """Refuses a mesh that doesn't suit a pod.
+
+    Args:
+      mesh: sizes by axis, as of a config: -1 = all that remain, data 0 = the number of slices.
+      rows: of a microbatch.
+
+    Raises:
+      InputError: not all chips are taken, slices don't divide the data axis, or data and fsdp the rows.
+    """
     sizes = {axis: int(mesh.get(axis, 1)) for axis in ("data", "fsdp", "tensor")}
-    sizes["data"] = sizes["data"] or spec.slices
-    rest = chips // max(1, math.prod(size for size in sizes.values() if size != -1))
+    sizes["data"] = sizes["data"] or pod.slices
+    rest = pod.chips // max(1, math.prod(size for size in sizes.values() if size != -1))
     sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
-    where = f"{spec.slices} x {spec.slice.name}"
-    if math.prod(sizes.values()) != chips:
-        raise InputError(
-            f"{where} has {chips} chips, the config's mesh is {sizes}", file=path, field="topology"
-        )
+    if math.prod(sizes.values()) != pod.chips:
+        message = f"{pod} has {pod.chips} chips, the config's mesh is {sizes}"
+        raise InputError(message, file=path, field="topology")
+    if sizes["data"] % pod.slices:
+        message = f"{pod}: data alone goes over slices, and {sizes['data']} is no multiple of {pod.slices}"
+        raise InputError(message, file=path, field="topology")
     parts = sizes["data"] * sizes["fsdp"]
     if rows % parts:
-        message = f"{where}: the {rows} rows of a microbatch can't be split in {parts}"
+        message = f"{pod}: the {rows} rows of a microbatch can't be split in {parts}"
         raise InputError(message, file=path, field="topology")

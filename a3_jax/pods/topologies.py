@@ -1,4 +1,4 @@
-"""TPU slices by topology: their names at Google Cloud, chips and hosts."""
+"""TPU slices by topology: their names at Google Cloud, chips and hosts; and several of them as one pod."""
 
 import dataclasses
 
@@ -6,12 +6,16 @@ from a3_jax.errors import InputError, nearest
 
 CHIPS_PER_HOST = 4
 _RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
-# The type's number counts chips, on v5p TensorCores: two a chip.
+# The type's number counts chips, on v5p TensorCores: two a chip. Slices of up to four chips have one host.
 _SLICES = {
+    "v5e:1x1": ("v5litepod-1", 1), "v5e:2x2": ("v5litepod-4", 4), "v5e:2x4": ("v5litepod-8", 8),
     "v5e:4x4": ("v5litepod-16", 16), "v5e:4x8": ("v5litepod-32", 32), "v5e:8x8": ("v5litepod-64", 64),
     "v5e:8x16": ("v5litepod-128", 128), "v5e:16x16": ("v5litepod-256", 256),
+    "v5p:2x2x1": ("v5p-8", 4), "v5p:2x2x2": ("v5p-16", 8),
     "v5p:2x2x4": ("v5p-32", 16), "v5p:2x4x4": ("v5p-64", 32), "v5p:4x4x4": ("v5p-128", 64),
-    "v5p:4x4x8": ("v5p-256", 128), "v6e:4x4": ("v6e-16", 16), "v6e:4x8": ("v6e-32", 32),
+    "v5p:4x4x8": ("v5p-256", 128),
+    "v6e:1x1": ("v6e-1", 1), "v6e:2x2": ("v6e-4", 4), "v6e:2x4": ("v6e-8", 8),
+    "v6e:4x4": ("v6e-16", 16), "v6e:4x8": ("v6e-32", 32),
     "v6e:8x8": ("v6e-64", 64), "v6e:8x16": ("v6e-128", 128), "v6e:16x16": ("v6e-256", 256),
 }  # fmt: skip
 
@@ -25,6 +29,26 @@ class Topology:
     chips: int
     hosts: int
     runtime: str
+
+    @property
+    def accelerator(self) -> str:
+        """The kind of chip, as `model.accelerators` calls it."""
+        return self.name.split(":")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pod:
+    """Equal slices that train one run, joined by the data-centre network: `slice`, and how many `slices`."""
+
+    slice: Topology
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        return self.slice.chips * self.slices
+
+    def __str__(self) -> str:
+        return self.slice.name if self.slices == 1 else f"{self.slices} x {self.slice.name}"
 
 
 def find_topology(name, *, file=None) -> Topology:
@@ -40,4 +64,5 @@ def find_topology(name, *, file=None) -> Topology:
             f"unknown topology {name!r}{nearest(name, [*_SLICES, *by_type])}", file=file, field="topology"
         )
     tpu_type, chips = _SLICES[key]
-    return Topology(key, tpu_type, chips, chips // CHIPS_PER_HOST, _RUNTIMES[key.split(":")[0]])
+    hosts = max(1, chips // CHIPS_PER_HOST)
+    return Topology(key, tpu_type, chips, hosts, _RUNTIMES[key.split(":")[0]])

@@ -62,7 +62,7 @@ def compile_step(
         network, optimizer, mesh,
         objective=objective, microbatches=run.microbatches, content_loss_weight=content_loss_weight,
     )  # fmt: skip
-    state = _placed(abstract_state(model, optimizer), state_shardings(model, optimizer, mesh))
+    state = placed_state(run, model, mesh)
     rows = dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), jnp.int32)
     batch = {
         name: jax.ShapeDtypeStruct((run.batch_size, run.seq_len), dtype, sharding=batch_sharding(mesh))
@@ -72,7 +72,14 @@ def compile_step(
         return step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
 
 
-def _placed(tree, shardings):
+def placed_state(run: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """The run's `TrainState` as shapes with their places on the mesh."""
+    optimizer = optimizer_of(run)
+    return placed(abstract_state(model, optimizer), state_shardings(model, optimizer, mesh))
+
+
+def placed(tree, shardings) -> Any:
+    """A tree of shapes with the shardings of another, which has the same leaves."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,

@@ -1,0 +1,116 @@
+"""What a run reads, as far as it can be seen from here: the model, weights and data that its config names."""
+
+import dataclasses
+
+from a3_jax.errors import InputError
+from a3_jax.model.config import ModelConfig
+from a3_jax.paths import as_path
+from a3_jax.training.config import RunConfig, model_config, with_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is known before anything is compiled.
+
+    Attributes:
+      model: the config of the run's model.
+      notes: what was checked, and what was not, a line each.
+    """
+
+    model: ModelConfig
+    notes: list[str]
+
+
+def check_inputs(run: RunConfig) -> Inputs:
+    """The run's model; weights and data that are here are checked, without reading them whole.
+
+    Raises:
+      InputError: something that is here is damaged or contradicts the config, or there is no model.
+    """
+    model, notes = _model(run)
+    return Inputs(with_mask(run, model), [*notes, _check_data(run)])
+
+
+def _model(run: RunConfig) -> tuple[ModelConfig, list[str]]:
+    if not run.init_from:
+        return _new_model(run)
+    if _is_here(run.init_from):
+        model, note = _check_checkpoint(run.init_from)
+        if run.seq_len > model.max_length:
+            message = f"{run.seq_len} is longer than the context of {run.init_from}: {model.max_length}"
+            raise InputError(message, field="seq_len")
+        return model, [note]
+    if not run.model:
+        raise InputError(f"{run.init_from} is not here, and config.model is empty", field="init_from")
+    return model_config(run), [_missing("init_from", run.init_from, "the model is that of config.model")]
+
+
+def _new_model(run: RunConfig) -> tuple[ModelConfig, list[str]]:
+    """The model of a run that begins from nothing: its vocabulary is its tokenizer's."""
+    from a3_jax.training.start import open_start
+
+    instead = "the vocabulary is that of config.model"
+    if run.tokenizer not in ("", "bytes") and not _is_here(run.tokenizer):
+        return model_config(run), [_missing("tokenizer", run.tokenizer, instead)]
+    if run.data and not run.tokenizer and not _is_here(run.data):
+        return model_config(run), [_missing("tokenizer", f"that of {run.data}", instead)]
+    return open_start(run, None).model, []
+
+
+def _check_checkpoint(path: str) -> tuple[ModelConfig, str]:
+    """Its model: manifest, sizes and tree of an A3 checkpoint; headers and shapes of a Hugging Face one."""
+    from a3_jax.checkpoints.a3_format import load_meta
+    from a3_jax.checkpoints.hf_format import open_hf
+    from a3_jax.checkpoints.manifest import raise_damage, read_manifest
+    from a3_jax.checkpoints.opening import find_checkpoint
+    from a3_jax.checkpoints.orbax_items import PARAMS
+    from a3_jax.checkpoints.reading import check_same_tree
+    from a3_jax.model.two_stream import abstract_params
+
+    directory, is_hf = find_checkpoint(path)
+    if is_hf:
+        return open_hf(directory).config, f"init_from: {path}: headers and shapes are right"
+    meta, manifest = load_meta(directory), read_manifest(directory)
+    raise_damage(directory, manifest)
+    check_same_tree(manifest.item(PARAMS), abstract_params(meta.model), directory / PARAMS)
+    return meta.model, f"init_from: {directory}: manifest, sizes and shapes are right"
+
+
+def _check_data(run: RunConfig) -> str:
+    from a3_jax.data.manifest import check_shards
+    from a3_jax.data.prepared import find_prepared
+    from a3_jax.data.sources import find_files
+
+    if not run.data:
+        return "data: the embedded corpus"
+    if not _is_here(run.data):
+        return _missing("data", run.data)
+    found = find_prepared(run.data)
+    for prepared in found:
+        if prepared.manifest.seq_len != run.seq_len:
+            rows = f"the rows in {prepared.directory} have {prepared.manifest.seq_len} tokens"
+            raise InputError(f"{run.seq_len}, but {rows}", field="seq_len")
+        check_shards(prepared.directory, prepared.manifest, deep=False)
+    if found:
+        return f"data: {run.data}: manifests and sizes of shards are right"
+    return f"data: {run.data}: {len(find_files(run.data))} files, not read"
+
+
+def _is_here(name: str) -> bool:
+    """Whether a path, or one of a list or pattern of them, can be seen from here."""
+    try:
+        for part in name.split(","):
+            place = as_path(part.strip().rpartition("@")[0] or part.strip())
+            if place.exists() or as_path(part.strip()).exists():
+                return True
+            if "*" in place.name and place.parent.exists() and next(place.parent.glob(place.name), None):
+                return True
+    except InputError:
+        raise
+    except Exception:  # a bucket's client raises its own kinds where there is no network
+        return False
+    return False
+
+
+def _missing(field: str, name: str, instead: str = "") -> str:
+    return f"{field}: not checked: not found here: {name}" + (f"; {instead}" if instead else "")

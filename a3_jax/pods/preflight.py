@@ -1,0 +1,156 @@
+"""`a3 preflight`: whether a run will work on a pod, found out without one.
+
+    config, topology, mesh, flags --> weights and data that are here --> known from before? --> report
+                                                                            | no
+    the real step, compiled for the pod's chips <---------------------------+
+      memory a chip, collectives --> beside the formulas; bounds on time --> verdict, kept for `a3 launch xpk`
+
+Nothing runs: no step, and no chip.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from a3_jax.errors import EXIT_DOES_NOT_FIT, EXIT_OK, InputError, nearest
+from a3_jax.paths import write_json
+from a3_jax.pods.spec import check_mesh, config_hash, read_spec
+from a3_jax.pods.topologies import Pod, find_topology
+from a3_jax.pods.xpk import PREFLIGHT_CACHE
+
+PROGRAMS = ("decode", "fingerprint", "restore")
+COMPILED_BY_SEARCH = 3
+
+
+def run_preflight(args) -> int:
+    """Runs `a3 preflight`; the exit status says whether everything fits."""
+    from a3_jax.pods.preflight_report import show
+    from a3_jax.training.command import read_config
+
+    path, flags, pod = _what(args)
+    config = read_config(path, flags)
+    check_mesh(dict(config.mesh), _rows(config), pod)
+    programs = _programs(args.programs)
+    if args.search:
+        report = _search(config, path, flags, pod)
+    else:
+        report = _preflight(config, path, flags, pod, programs, args.again)
+    show(report, args.json)
+    return EXIT_OK if report["fits"] else EXIT_DOES_NOT_FIT
+
+
+def cache_file(digest: str) -> pathlib.Path:
+    """Where the report of a `spec.config_hash` is kept."""
+    return PREFLIGHT_CACHE.expanduser() / f"{digest}.json"
+
+
+def _what(args) -> tuple[str, list[str], Pod]:
+    """The config, its overrides and the pod: from the command line, or from a spec."""
+    if args.spec:
+        for name in ("config", "topology", "slices"):
+            if getattr(args, name) is not None:
+                raise InputError("the spec says it already", file="preflight", field=f"--{name}")
+        spec = read_spec(args.spec)
+        return spec.config, [*spec.override_flags, *args.config_flags], spec.pod
+    for name in ("config", "topology"):
+        if getattr(args, name) is None:
+            raise InputError("is needed, or --spec", file="preflight", field=f"--{name}")
+    slices = 1 if args.slices is None else args.slices
+    if slices < 1:
+        raise InputError(f"must be at least 1, got {slices}", file="preflight", field="--slices")
+    return args.config, args.config_flags, Pod(find_topology(args.topology), slices)
+
+
+def _programs(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in PROGRAMS:
+            known = f"known: {', '.join(PROGRAMS)}{nearest(name, PROGRAMS)}"
+            raise InputError(f"unknown program {name!r}; {known}", file="preflight", field="--programs")
+    return names
+
+
+def _rows(config) -> int:
+    """Rows of a microbatch; whether the numbers can be is `RunConfig`'s to say."""
+    from a3_jax.training.config import RunConfig
+
+    run = RunConfig.from_config(config)
+    return run.batch_size // run.microbatches
+
+
+def _preflight(config, path, flags, pod: Pod, programs: list[str], again: bool) -> dict[str, Any]:
+    """The report of a config as it is, from the cache if it is there."""
+    from a3_jax.pods.inputs import check_inputs
+    from a3_jax.training.config import RunConfig
+
+    run = RunConfig.from_config(config)
+    inputs = check_inputs(run)
+    digest = config_hash(config, pod)
+    known = None if again else _known(digest, inputs.model, programs)
+    if known:
+        return known | {"notes": inputs.notes, "cached": True}
+    report = _compiled(run, inputs, pod, programs)
+    report |= {"config": path, "overrides": flags, "notes": inputs.notes, "hash": digest}
+    _keep(digest, report)
+    return report | {"cached": False}
+
+
+def _compiled(run, inputs, pod: Pod, programs: list[str]) -> dict[str, Any]:
+    """The report of what the compiler says now."""
+    from a3_jax.pods.compiler import check_flags, compile_program
+    from a3_jax.pods.preflight_report import make_report
+    from a3_jax.pods.programs import other_programs, train_programs
+    from a3_jax.training.ahead import topology_devices
+    from a3_jax.training.run import open_mesh
+
+    check_flags(pod.slice.name)
+    mesh = open_mesh(run, topology_devices(pod.slice.name, pod.slices))
+    makers = train_programs(run, inputs.model, mesh) | other_programs(run, inputs.model, mesh, programs)
+    compiled = []
+    for name, make in makers.items():
+        print(f"compiling {name} for {pod}: minutes", file=sys.stderr, flush=True)
+        compiled.append(compile_program(name, make))
+    return make_report(run, inputs.model, pod, compiled, programs)
+
+
+def _search(config, path, flags, pod: Pod) -> dict[str, Any]:
+    """The report of the best layout that the compiler accepts, with the table of candidates."""
+    from a3_jax.pods.inputs import check_inputs
+    from a3_jax.pods.preflight_report import describe_candidates
+    from a3_jax.pods.search import search
+    from a3_jax.training.command import read_config
+    from a3_jax.training.config import RunConfig
+
+    run = RunConfig.from_config(config)
+    model = check_inputs(run).model
+    candidates = search(run, model, pod, run.stages[-1].objective)
+    if not candidates:
+        raise InputError(f"no mesh of {pod} suits {run.batch_size} rows and this model", field="batch_size")
+    tried, report = [], {"fits": False}
+    for candidate in [candidate for candidate in candidates if candidate.fits][:COMPILED_BY_SEARCH]:
+        chosen = [*flags, *candidate.layout.flags]
+        report = _preflight(read_config(path, chosen), path, chosen, pod, [], again=False)
+        tried.append({"flags": candidate.layout.flags, "fits": report["fits"]})
+        if report["fits"]:
+            break
+    return report | {"search": {"candidates": describe_candidates(candidates), "compiled": tried}}
+
+
+def _known(digest: str, model, programs: list[str]) -> dict[str, Any] | None:
+    """A report from before, of the same model and with all the programs that are asked for."""
+    try:
+        report = json.loads(cache_file(digest).read_text())["report"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_same = report.get("model") == json.loads(json.dumps(model.to_dict()))  # lists for tuples
+    same = is_same and set(programs) <= set(report.get("asked", ()))
+    return report if same else None
+
+
+def _keep(digest: str, report: dict[str, Any]) -> None:
+    """Keeps a report; without a place to keep it, it is only told."""
+    try:
+        write_json(cache_file(digest), {"passed": report["fits"], "report": report})
+    except InputError as error:
+        print(f"warning: this is not kept: {error}", file=sys.stderr)

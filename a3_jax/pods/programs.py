@@ -1,0 +1,69 @@
+"""The programs of a run, each a function that compiles it for the chips of a mesh that need not be there."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from a3_jax.model.config import ModelConfig
+from a3_jax.model.sharding import axis_parts, batch_sharding
+from a3_jax.model.two_stream import abstract_params, param_shardings
+from a3_jax.training.ahead import compile_step, placed, placed_state
+from a3_jax.training.config import RunConfig
+from a3_jax.training.loop import step_kind
+from a3_jax.training.parts import network_of, optimizer_of
+from a3_jax.training.step import make_reset
+
+Makers = dict[str, Callable[[], Any]]  # name -> a function that gives a `jax.stages.Compiled`
+
+
+def train_programs(run: RunConfig, model: ModelConfig, mesh) -> Makers:
+    """Each kind of step that the stages have: "train OBJECTIVE", with its content loss if it has one."""
+
+    def maker(objective, weight):
+        return lambda: compile_step(run, model, mesh, objective, weight)
+
+    return {
+        f"train {objective}" + (f" + {weight:g} content" if weight else ""): maker(objective, weight)
+        for objective, weight in sorted({step_kind(stage) for stage in run.stages})
+    }
+
+
+def other_programs(run: RunConfig, model: ModelConfig, mesh, names: Sequence[str]) -> Makers:
+    """Those of "decode", "fingerprint" and "restore" that are named."""
+    makers = {"decode": _decode, "fingerprint": _fingerprint, "restore": _restore}
+    return {name: lambda name=name: makers[name](run, model, mesh) for name in names}
+
+
+def _fingerprint(run, model, mesh):
+    """The checksums of a checkpoint's arrays, over the whole state at once."""
+    from a3_jax.checkpoints import fingerprint
+
+    return fingerprint._sums.lower(jax.tree.leaves(placed_state(run, model, mesh))).compile()
+
+
+def _restore(run, model, mesh):
+    """What may follow a restored state: a fresh optimiser beside its parameters, at a stage's beginning.
+
+    Reading itself is no program: arrays go to the chips as they are.
+    """
+    reset = make_reset(optimizer_of(run), network_of(run, model), mesh)
+    with jax.set_mesh(mesh):
+        return reset.lower(placed_state(run, model, mesh)).compile()
+
+
+def _decode(run, model, mesh):
+    """`a3 generate` in bfloat16 with its defaults: a text a part of the batch axis, half of it blank."""
+    from a3_jax.decoding.filling import first_state, make_program
+    from a3_jax.decoding.loop import decode
+    from a3_jax.decoding.options import GenerateOptions
+
+    options, columns = GenerateOptions(dtype="bfloat16"), run.seq_len
+    group = min(options.group_size, columns)
+    program = make_program(model, options, None, (columns, max(1, columns // 2), group, group))
+    params = placed(abstract_params(model, jnp.bfloat16), param_shardings(mesh, model))
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda: first_state([], columns, axis_parts("batch"), 0))
+        state = placed(state, jax.tree.map(lambda _: batch_sharding(mesh), state))
+        return decode.lower(params, state, program=program).compile()
