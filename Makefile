@@ -29,9 +29,9 @@ setup-torch: setup
 # xpk, which sends pod jobs, has an environment of its own: `make xpk`, then `a3 launch xpk --xpk=.xpk/bin/xpk`.
 xpk: .xpk/.ready
 
-.xpk/.ready: setup
+.xpk/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv .xpk
-	$(BIN)/uv pip install --quiet --python .xpk/bin/python xpk==1.16.0
+	$(BIN)/uv pip install --quiet --compile-bytecode --python .xpk/bin/python xpk==1.16.0
 	touch $@
 
 quickstart: setup
@@ -66,11 +66,11 @@ bench: setup
 soak: setup
 	$(BIN)/python -m tests.drills.soak $(FLAGS)
 
-# The wheel by itself, away from the source tree, with no extra but plotting.
+# The wheel by itself, away from the source tree, installed as the image and TPU VMs install it; plotting besides.
 wheel-test: setup
 	rm -rf build/wheel && $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(PYTHON) -m venv build/wheel/venv
-	$(UV) build/wheel/venv/bin/python "$$(ls build/wheel/*.whl)[plot]"
+	cp launch/install.sh constraints.txt build/wheel
+	build/wheel/install.sh $(PYTHON) build/wheel/venv plot
 	cd build/wheel && venv/bin/a3 quickstart --smoke --workdir=smoke
 
 ci: setup-torch xpk

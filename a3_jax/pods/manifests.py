@@ -11,6 +11,7 @@ from a3_jax.errors import EXIT_HUNG, EXIT_PREEMPTED, EXIT_STORAGE, InputError
 from a3_jax.pods.spec import Spec
 
 RESTART_CODES = (EXIT_PREEMPTED, EXIT_HUNG, EXIT_STORAGE)
+_LABELS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}  # of nodes
 _SCHEMA = pathlib.Path(__file__).parent / "jobset.schema.json"
 
 
@@ -38,13 +39,14 @@ def check_manifest(manifest: dict, spec: Spec, path=None) -> None:
     """Refuses a JobSet that isn't what the spec says.
 
     Raises:
-      InputError: hosts, slices, image, grace period, restarts, exit codes or command differ.
+      InputError: hosts, chips, slices, image, grace period, restarts, exit codes or command differ.
     """
     job = manifest["spec"]["replicatedJobs"][0]
     pods = job["template"]["spec"]
     pod = pods["template"]["spec"]
     rule = pods["podFailurePolicy"]["rules"][0]["onExitCodes"]
     container = pod["containers"][0]
+    kind, shape = spec.slice.name.split(":")
     wanted = {
         "metadata.name": (manifest["metadata"]["name"], spec.name),
         "replicas": (job["replicas"], spec.slices),
@@ -53,7 +55,10 @@ def check_manifest(manifest: dict, spec: Spec, path=None) -> None:
         "maxRestarts": (manifest["spec"]["failurePolicy"]["maxRestarts"], spec.max_restarts),
         "terminationGracePeriodSeconds": (pod["terminationGracePeriodSeconds"], spec.grace_seconds),
         "image": (container["image"], spec.image),
-        "topology": (pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"], spec.slice.name.split(":")[1]),
+        "containerName": (rule["containerName"], container["name"]),
+        "accelerator": (pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"], _LABELS[kind]),
+        "topology": (pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"], shape),
+        "tpu": (container["resources"]["limits"]["google.com/tpu"], spec.slice.chips // spec.slice.hosts),
     }
     for field, (found, expected) in wanted.items():
         if found != expected:

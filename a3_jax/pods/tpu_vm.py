@@ -1,4 +1,7 @@
-"""`a3 launch tpu-vm`: the commands of a run on TPU VMs by queued resources, printed, never run."""
+"""`a3 launch tpu-vm`: the commands of a run on TPU VMs by queued resources, printed, never run.
+
+Every host runs the same unit of systemd; they find each other by themselves (`training.pod_environment`).
+"""
 
 import shlex
 
@@ -8,17 +11,28 @@ from a3_jax.pods.manifests import RESTART_CODES
 from a3_jax.pods.spec import Spec, check_config, read_spec
 
 _TPUS = ["gcloud", "compute", "tpus"]
+_KILLED = ("SIGKILL", "SIGABRT", "SIGSEGV", "SIGBUS")  # as xpk restarts on 134 to 139
+_RESTART_SECONDS = 15  # in which the other hosts notice, and leave too
 
 
 def tpu_vm_commands(spec: Spec) -> dict[str, list[str]]:
     """Argument lists by stage: create, wait, copy, install, run, logs, stop, delete."""
     where = [f"--project={spec.project}", f"--zone={spec.zone}"]
     queued, vm = [*_TPUS, "queued-resources"], [*_TPUS, "tpu-vm"]
-    codes = " ".join(map(str, RESTART_CODES))
+    # Restarts are for these statuses alone, and are over after max_restarts: the interval never ends. SIGTERM
+    # goes to the one process that knows what to do with it. libtpu locks more memory than a service may.
+    properties = {
+        "RestartForceExitStatus": " ".join([*map(str, RESTART_CODES), *_KILLED]),
+        "RestartSec": _RESTART_SECONDS,
+        "StartLimitIntervalSec": "infinity", "StartLimitBurst": spec.max_restarts + 1,
+        "KillMode": "mixed", "TimeoutStopSec": spec.grace_seconds, "LimitMEMLOCK": "infinity",
+    }  # fmt: skip
     unit = [
-        "sudo", "systemd-run", f"--unit={spec.name}", "--uid=a3", "--setenv=PATH=/opt/a3/bin:/usr/bin:/bin",
-        "--working-directory=/opt/a3", f"--property=RestartForceExitStatus={codes}",
-        f"--property=TimeoutStopSec={spec.grace_seconds}", "/opt/a3/bin/a3", *spec.command[1:],
+        "sudo", "systemd-run", f"--unit={spec.name}", "--collect", "--uid=a3",
+        "--setenv=PATH=/opt/a3/bin:/usr/bin:/bin", "--working-directory=/opt/a3",
+        *(f"--property={name}={value}" for name, value in properties.items()),
+        # systemd reads $NAME in a command, and $$ as $
+        *(argument.replace("$", "$$") for argument in ["/opt/a3/bin/a3", *spec.command[1:]]),
     ]  # fmt: skip
 
     def on_all(command):
@@ -26,6 +40,7 @@ def tpu_vm_commands(spec: Spec) -> dict[str, list[str]]:
 
     files = [
         "launch/setup_tpu_vm.sh",
+        "launch/install.sh",
         "constraints.txt",
         f"dist/a3_jax-{__version__}-py3-none-any.whl",
         "configs",

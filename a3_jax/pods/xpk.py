@@ -4,6 +4,7 @@ xpk has an environment of its own; it is started, never imported.
 """
 
 import json
+import os
 import pathlib
 import shlex
 import shutil
@@ -29,7 +30,7 @@ def xpk_arguments(spec: Spec) -> list[str]:
 
 
 def preflight_passed(config_hash: str, directory=PREFLIGHT_CACHE) -> bool:
-    """Whether `DIRECTORY/HASH.json` says `{"passed": true}` of this config, topology and number of slices."""
+    """Whether `DIRECTORY/HASH.json` says `{"passed": true}` of a `spec.config_hash`."""
     try:
         return (
             json.loads((pathlib.Path(directory).expanduser() / f"{config_hash}.json").read_text())["passed"]
@@ -55,8 +56,10 @@ def run_xpk(args) -> int:
         print(f"no manifest was written: there is no {args.xpk} (--xpk=PATH)", file=sys.stderr)
         return EXIT_OK
     manifest = args.manifest or f"{spec.name}.jobset.yaml"
+    pathlib.Path(manifest).unlink(missing_ok=True)  # what is checked is what xpk writes now
     dry = [xpk, *xpk_arguments(spec), "--dry-run", "--skip-validation", f"--output-manifest-file={manifest}"]
-    done = subprocess.run(dry, capture_output=True, text=True, check=False)
+    quiet = {**os.environ, "TELEMETRY_ENABLED": "false"}  # a dry run tells nobody
+    done = subprocess.run(dry, capture_output=True, text=True, check=False, env=quiet)
     if done.returncode:
         print(f"{done.stdout[-2000:]}{done.stderr[-2000:]}", file=sys.stderr)
         return EXIT_FAILED
