@@ -200,11 +200,7 @@ def test_batches_follow_the_rule_of_training():
         (["scaling", "--lengths", "64"], "at least two lengths"),
         (["memory", "--lengths", "48", "64"], "48 does not divide the longest, 64"),
         (["release"], "--release: give a directory"),
-        (["compile", "--topology=v5e:4x4"], "--config: is needed"),
-        (["compile", "--config=configs/tiny.py"], "--topology: is needed"),
-        (["compile", "--config=none.py", "--topology=v5e:4x4"], "none.py"),
-        (["compile", "--config=configs/tiny.py", "--topology=v5e:4x4", "--config.remta=dots"], "'remat'?"),
-        (["compile", "--config=configs/tiny.py", "--topology=v9:1x1"], "v9:1x1"),
+        (["launch"], "--config: is needed"),
         (["train", "--config.remat=dots"], "bench: unknown argument '--config.remat=dots'"),
     ],
 )

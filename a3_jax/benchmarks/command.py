@@ -13,7 +13,7 @@ EPILOG = """examples:
   a3 bench attention --lengths 512 1024 2048 --json > attention.json
   a3 bench memory --lengths 1024 2048 4096 --remat=block
   a3 bench decode --release=Any-order-Any-subset-AR --lengths 256 --threads=2
-  a3 bench compile --config=configs/a3_llama32_1b.py --topology=v5e:4x4 --config.remat=block
+  a3 bench launch --config=configs/tiny.py
   a3 bench release --release=Any-order-Any-subset-AR --lengths 512 2048 --threads=2
 
 A ratio's name says which way is better: ..._speedup, or ours_over_theirs.
@@ -99,10 +99,6 @@ BENCHMARKS = {
         {"config", "repeats"},
         {"repeats": 3},
     ),
-    "compile": Benchmark(
-        "a config's train step compiled for a TPU topology: memory a chip",
-        {"config", "topology"},
-    ),
 }  # fmt: skip
 
 _HELP = {
@@ -118,10 +114,9 @@ _HELP = {
     "steps": "of training the model that is measured",
     "threads": "CPU cores to use",
     "config": "file of a run, such as configs/a3_llama32_1b.py; --config.FIELD=VALUE sets a field of it",
-    "topology": "TPU chips that need not be there, such as v5e:4x4",
     "release": "clone of the authors' repository, with llama_xlnet.py",
 }
-_TEXTS = {"dtype", "remat", "attention", "order", "release", "config", "topology"}
+_TEXTS = {"dtype", "remat", "attention", "order", "release", "config"}
 
 
 def add_bench(subparsers) -> None:

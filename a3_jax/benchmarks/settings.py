@@ -34,7 +34,6 @@ class Settings:
       release: directory with the authors' `llama_xlnet.py`.
       config: file of a run.
       overrides: `--config.FIELD=VALUE` for some of its fields.
-      topology: of TPU chips, such as "v5e:4x4".
     """
 
     d_model: int = 512
@@ -57,7 +56,6 @@ class Settings:
     release: str | None = None
     config: str | None = None
     overrides: tuple[str, ...] = ()
-    topology: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "lengths", tuple(self.lengths))  # a list, where it comes from JSON
