@@ -15,6 +15,7 @@ import sys
 
 import pytest
 
+from a3_jax.cli import _parse as parse
 from a3_jax.pods.tpu_vm import tpu_vm_commands
 from tests.test_launch_pods import ROOT, SPECS, spec_of
 
@@ -160,19 +161,30 @@ def test_constraints_pin_every_version():
     assert {"uv", "jax", "libtpu", "requests"} <= set(names)
 
 
+def readme(program):
+    """The command lines of launch/README.md that start a program."""
+    lines = (ROOT / "launch/README.md").read_text().splitlines()
+    return [line.strip() for line in lines if line.startswith(f"    {program} ")]
+
+
+@pytest.mark.parametrize("line", readme("a3"))
+def test_readme_commands_parse(line):
+    assert parse(shlex.split(line)[1:]).run
+
+
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="there is no Google Cloud SDK")
 def test_gcloud_knows_these_commands(tmp_path, monkeypatch):
     """Offline, by its own linter, which does complain of a flag that it doesn't know."""
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
     specs = [spec for spec in map(spec_of, SPECS) if spec.tpu]
     commands = [command for spec in specs for command in tpu_vm_commands(spec).values()]
-    commands.append([*commands[0], "--misspelt"])
+    lines = [*map(shlex.join, commands), *readme("gcloud"), f"{shlex.join(commands[0])} --misspelt"]
     path = tmp_path / "commands.json"
-    path.write_text(json.dumps([{"command_string": shlex.join(command)} for command in commands]))
+    path.write_text(json.dumps([{"command_string": line} for line in lines]))
     lint = ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={path}"]
     done = subprocess.run(lint, capture_output=True, text=True, check=True)
     *good, bad = json.loads(done.stdout)
-    assert "--misspelt" in bad["error_message"] and len(good) == len(commands) - 1
+    assert "--misspelt" in bad["error_message"] and len(good) == len(lines) - 1
     assert [each["error_message"] for each in good if not each["success"]] == []
 
 

@@ -4,8 +4,6 @@ import dataclasses
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -57,9 +55,22 @@ def test_spec_round_trip(name, tmp_path):
         ("maxRestarts:", "maxRestart:", "maxRestart"),
         ("parallelism: 4", "parallelism: '4'", "parallelism"),
         ("parallelism: 4", "parallelism: 5", "parallelism"),
+        ("completions: 4", "completions: 5", "completions"),
         ("replicas: 1", "replicas: 2", "replicas"),
         ("[42,75,", "[42,", "75"),
         ("[42,75,", "[1,42,75,", "restart"),
+        ("maxRestarts: 50", "maxRestarts: 5", "maxRestarts"),
+        ("backoffLimit: 0", "backoffLimit: 1", "backoffLimit"),
+        ("restartPolicy: Never", "restartPolicy: OnFailure", "restartPolicy"),
+        ("- PodFailurePolicy", "- BackoffLimitExceeded", "rules"),
+        ("containerName: jax-tpu", "containerName: other", "containerName"),
+        ("PeriodSeconds: 600", "PeriodSeconds: 30", "terminationGracePeriodSeconds"),
+        ("a3@sha256:00", "a3@sha256:11", "image"),
+        ("tpu-v5-lite-podslice", "tpu-v5p-slice", "accelerator"),
+        ("tpu-topology: 4x4", "tpu-topology: 4x8", "topology"),
+        ("google.com/tpu: 4", "google.com/tpu: 8", "tpu"),
+        ("mountPath: /dev/shm", "mountPath: /shm", "volumeMounts"),
+        ("exit $EXIT_CODE", "exit 0", "exit status"),
         ("(a3 train", "(bash -c a3 train", "SIGTERM"),
         ("trap _sigterm", "trap - _sigterm", "SIGTERM"),
         ("a3-v5e-16) &", "a3-v5e-16 | tee log) &", "SIGTERM"),
@@ -84,6 +95,15 @@ def test_wrong_manifests(old, new, complaint, tmp_path):
         ("slices: 1", "slices: '1'", "slices: expected a positive"),
         ("zone: us-west4-a\n", "", "zone: is missing"),
         ("v5e:4x4", "v5e:16x16", "topology: .* can't be split"),
+        ("v5e:4x4", "v5litepod-17", "topology: unknown topology 'v5litepod-17'; did you mean 'v5litepod-1"),
+        ("slices: 1", "overrides: {mesh.data: 3}", "topology: .* 16 chips"),
+        ("slices: 1", 'overrides: {data: "a\\nb"}', "overrides: 'data'"),
+        ("slices: 1", "overrides: {'data; reboot': x}", "overrides: 'data; reboot'"),
+        ("gs://my-bucket", "gs://`reboot`", "workdir: "),
+        ("configs/a3_llama32_1b.py", "configs/none.py", "config: there is no configs/none.py"),
+        ("configs/a3_llama32_1b.py", "configs/a b.py", "config: "),
+        ("max_restarts: 50", "max_restarts: 0", "max_restarts: expected a positive"),
+        ("name: a3-v5e-16\n", f"name: {'a' * 41}\n", "name: "),
     ],
 )
 @pytest.mark.parametrize("command", ["xpk", "tpu-vm"])
@@ -97,9 +117,20 @@ def test_bad_specs_are_one_line(command, old, new, complaint, tmp_path, capsys, 
     assert re.search(complaint, output.err)
 
 
+def test_unknown_override(tmp_path, capsys, monkeypatch):
+    """Named as the flag that it becomes."""
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "s.yaml"
+    path.write_text(BASE.read_text() + "overrides: {mesh.date: 3}\n")
+    assert main(["launch", "xpk", f"--spec={path}"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1
+    assert "--config.mesh.date: no such field" in output.err and "did you mean 'data'" in output.err
+
+
 def test_mesh_that_contradicts_the_topology():
     with pytest.raises(InputError, match="16 chips"):
-        check_mesh({"data": 3, "fsdp": -1}, 32, spec_of("v5e-16"))
+        check_mesh({"data": 3, "fsdp": -1}, 32, spec_of("v5e-16").pod)
 
 
 def test_nothing_is_sent_without_preflight(tmp_path, monkeypatch, capsys):
@@ -110,9 +141,3 @@ def test_nothing_is_sent_without_preflight(tmp_path, monkeypatch, capsys):
     assert not preflight_passed("a", tmp_path)
     (tmp_path / "a.json").write_text('{"passed": true}')
     assert preflight_passed("a", tmp_path)
-
-
-def test_scripts_pass_shellcheck():
-    subprocess.run(
-        [pathlib.Path(sys.executable).parent / "shellcheck", *map(str, ROOT.glob("launch/*.sh"))], check=True
-    )

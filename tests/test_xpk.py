@@ -3,6 +3,7 @@
 Renews the golden files, those of `test_launch_pods.py` too: python -m tests.test_xpk
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -101,12 +102,18 @@ def run_script(directory, manifest, a3, signalled=False):
         "PATH": f"{directory / 'bin'}:/usr/bin:/bin",
         "SEEN": str(directory / "seen"),
     }
-    process = subprocess.Popen(pod["containers"][0]["command"], env=environment, stdout=subprocess.DEVNULL)
-    if signalled:
-        while not (directory / "seen").exists():
+    command = pod["containers"][0]["command"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 20
+        while signalled and not (directory / "seen").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-    return process.wait(timeout=20)
+        if signalled:
+            process.send_signal(signal.SIGTERM)
+        return process.wait(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @needs_xpk
