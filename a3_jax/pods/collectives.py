@@ -151,13 +151,40 @@ def _called(line: str) -> Iterator[str]:
 
 
 def _trip_count(line: str, computations) -> int:
-    """Turns of a `while`: what the compiler says, or the bound of `index < constant` (from 0, by 1)."""
+    """Turns of a `while`: what the compiler says, or those of an index from 0 to a constant; else 1.
+
+    condition   ROOT compare(index = element k of the state, bound), direction=LT
+    body        ROOT tuple(...), whose element k is add(index, step)
+    """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    lines = computations.get(condition[1], ()) if condition else ()
-    bounds = [int(n[1]) for *_, text in lines if (n := re.search(r" = s\d+\[\]\S* constant\((\d+)\)", text))]
-    return max(bounds, default=1)
+    condition, body = (
+        {name: (operation, text) for name, _, operation, text in computations.get(called[1], ())}
+        if (called := re.search(rf"{part}=%?([\w.\-]+)", line))
+        else {}
+        for part in ("condition", "body")
+    )
+    compared = next((text for kind, text in condition.values() if kind == "compare"), "")
+    bound = max((_constant(name, condition) for name in _operands(compared)), default=0)
+    element = next((re.search(r"index=(\d+)", condition[name][1]) for name in _operands(compared)
+                    if condition.get(name, ("",))[0] == "get-tuple-element"), None)  # fmt: skip
+    state = next((text for kind, text in body.values() if kind == "tuple" and "ROOT" in text), "")
+    next_index = _operands(state)[int(element[1])] if element and state else ""
+    kind, text = body.get(next_index, ("", ""))
+    step = max((_constant(name, body) for name in _operands(text)), default=0) if kind == "add" else 1
+    return max(1, -(-bound // max(1, step)))
+
+
+def _operands(line: str) -> list[str]:
+    """The names that an instruction is given."""
+    inside = re.search(r" [a-z][a-z0-9\-]*\(([^()]*(?:\([^()]*\)[^()]*)*)\)", line)
+    return re.findall(r"%([\w.\-]+)", inside[1]) if inside else []
+
+
+def _constant(name: str, lines) -> int:
+    """A whole number that is a constant of a computation; 0 for anything else."""
+    value = re.search(r" = [su]\d+\[\]\S* constant\((\d+)\)", lines.get(name, ("", ""))[1])
+    return int(value[1]) if value else 0
 
 
 def _shapes(shape: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -16,6 +16,8 @@ from a3_jax.training.step import make_train_step
 
 # What libtpu needs to compile where there is no TPU, and where others compile at the same time.
 _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+# Where there is none it would ask for its host in vain, and complain.
+_NO_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
 
 
 def topology_devices(topology: str, slices: int = 1) -> list:
@@ -28,7 +30,8 @@ def topology_devices(topology: str, slices: int = 1) -> list:
     Raises:
       InputError: libtpu is not installed or knows no such topology.
     """
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    wanted = _ENVIRONMENT | (_NO_HOST if os.environ.get("JAX_PLATFORMS") == "cpu" else {})
+    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
     from jax.experimental import topologies
 
     more = {"num_slices": slices} if slices > 1 else {}
