@@ -117,6 +117,23 @@ def test_bad_specs_are_one_line(command, old, new, complaint, tmp_path, capsys, 
     assert re.search(complaint, output.err)
 
 
+@pytest.mark.parametrize(
+    ("command", "old", "new", "complaint"),
+    [
+        ("tpu-vm", "slices: 1", "slices: 2", "slices: several slices are launched by xpk"),
+        ("tpu-vm", "tpu: a3-v5e-16\n", "", "tpu: is missing"),
+        ("xpk", "cluster: my-cluster\n", "", "cluster: is missing"),
+    ],
+)
+def test_what_one_way_of_launching_needs(command, old, new, complaint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "s.yaml"
+    path.write_text(BASE.read_text().replace(old, new))
+    assert main(["launch", command, f"--spec={path}"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err == f"a3: {path}: {complaint}\n"
+
+
 def test_unknown_override(tmp_path, capsys, monkeypatch):
     """Named as the flag that it becomes."""
     monkeypatch.chdir(ROOT)
