@@ -3,7 +3,10 @@
 import contextlib
 import json
 import os
+import pathlib
+import tempfile
 import uuid
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -24,6 +27,44 @@ def as_path(path) -> epath.Path:
         raise InputError(f"no kind of path that can be opened: {error.args[0]}", file=path) from error
 
 
+def is_remote(path) -> bool:
+    """Whether a path is a bucket's."""
+    return "://" in str(as_path(path))
+
+
+def local_path(path, reader: str) -> pathlib.Path:
+    """A path for what reads or writes this machine's own file system alone.
+
+    Raises:
+      InputError: a bucket's path; says that `reader` can't use it.
+    """
+    if is_remote(path):
+        raise InputError(f"must be on this machine: {reader} opens it by itself", file=path)
+    return pathlib.Path(as_path(path))
+
+
+@contextlib.contextmanager
+def local_copy(path) -> Iterator[str]:
+    """A file on this machine: itself, or for as long as the block runs a copy of a bucket's.
+
+    Raises:
+      InputError: a bucket's file that can't be read.
+    """
+    if "://" not in str(path):
+        yield str(path)
+        return
+    text = read_text(path)
+    with tempfile.TemporaryDirectory() as directory:
+        copy = pathlib.Path(directory) / as_path(path).name
+        copy.write_text(text, encoding="utf-8")
+        yield str(copy)
+
+
+def followed(path):
+    """Where a link leads, so that writing there leaves the link; buckets have none."""
+    return as_path(path) if "://" in str(path) else as_path(os.path.realpath(path))
+
+
 def absolute(path) -> epath.Path:
     """The path from the root; a bucket's is that already."""
     return as_path(path if "://" in str(path) else os.path.abspath(path))
@@ -37,13 +78,24 @@ def read_text(path) -> str:
     """
     path = as_path(path)
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise not_utf8(error, path) from error
-    except OSError as error:
-        raise InputError(_reason(path, error), file=path) from error
     except ValueError as error:  # a zero byte in the name
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"no file can have this name: {error}", file=repr(str(path))) from error
+
+
+def read_bytes(path) -> bytes:
+    """All of a file.
+
+    Raises:
+      InputError: absent, a directory, or unreadable.
+    """
+    path = as_path(path)
+    with _storage_told(path):
+        return path.read_bytes()
 
 
 def not_utf8(error: UnicodeDecodeError, file) -> InputError:
@@ -101,12 +153,10 @@ def check_parents(path) -> None:
       InputError: as said.
     """
     path = absolute(path)
-    try:
-        existing = next(parent for parent in path.parents if parent.exists())
+    with _storage_told(path):
+        existing = next((parent for parent in path.parents if parent.exists()), None)
         path.exists()
-    except OSError as error:
-        raise InputError(_reason(path, error), file=path) from error
-    if not existing.is_dir():
+    if existing is not None and not existing.is_dir():  # none of a bucket need exist
         raise InputError(f"{existing} is no directory", file=path)
 
 
@@ -117,26 +167,85 @@ def write_text(path, text: str) -> None:
       InputError: `path` exists as a directory, or its directory can't be written.
     """
     path = as_path(path)
-    if path.is_dir():
-        raise InputError("is a directory, a file is to be written there", file=path)
-    temporary = path.parent / f".{uuid.uuid4().hex[:12]}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(text.encode("utf-8"))
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the same trouble again
-            temporary.unlink(missing_ok=True)
-        raise InputError(_reason(path, error), file=path) from error
+    with _storage_told(path):
+        if path.is_dir():
+            raise InputError("is a directory, a file is to be written there", file=path)
+        temporary = path.parent / f".{uuid.uuid4().hex[:12]}.tmp"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(text.encode("utf-8"))
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the same trouble again
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path, value) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _reason(path, error: OSError) -> str:
+class GrowingFile(contextlib.AbstractContextManager):
+    """A file that grows by whole pieces; each outlives the process and the machine once `append` returns.
+
+    Objects in buckets can't grow: there all of it is written anew with every piece, whole or not at all.
+    """
+
+    def __init__(self, path, kept: bytes = b""):
+        """Opens the file, or begins it.
+
+        Args:
+          path: of it; its directory is made.
+          kept: what the file begins with; anything behind that is cut off.
+
+        Raises:
+          InputError: it can't be written.
+        """
+        self._path, self._kept, self._file = as_path(path), kept, None
+        with _storage_told(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if not is_remote(self._path):
+                self._file = pathlib.Path(self._path).open("ab")  # noqa: SIM115  # until __exit__
+                self._file.truncate(len(kept))
+
+    def append(self, piece: bytes) -> None:
+        """Adds to the end.
+
+        Raises:
+          InputError: it can't be written any more.
+        """
+        with _storage_told(self._path):
+            if self._file is None:
+                self._path.write_bytes(self._kept + piece)
+                self._kept += piece
+            else:
+                self._file.write(piece)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def __exit__(self, *_):
+        if self._file is not None:
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _storage_told(path) -> Iterator[None]:
+    """Trouble with a file as an `InputError`; the clients of buckets raise kinds of their own."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_remote(path):
+            raise
+        raise InputError(_reason(error), file=path) from error
+
+
+def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, IsADirectoryError):
         return "is a directory, expected a file"
-    return os.strerror(error.errno) if error.errno else str(error)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

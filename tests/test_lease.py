@@ -13,6 +13,7 @@ import pytest
 from a3_jax.checkpoints.holder import process_start
 from a3_jax.errors import InputError
 from a3_jax.training.lease import Lease
+from tests.fake_bucket import make_bucket
 
 HOLD = """
 import sys, time
@@ -278,17 +279,4 @@ def test_in_a_bucket(bucket, capsys):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """`gs://` as a folder: etils through fsspec, without a network."""
-    from etils.epath import backend, gpath
-    from fsspec.implementations.local import LocalFileSystem
-
-    class Bucket(LocalFileSystem):
-        @classmethod
-        def _strip_protocol(cls, path):
-            return super()._strip_protocol(str(path).replace("gs://", f"{tmp_path}/"))
-
-    Bucket.clear_instance_cache()
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: Bucket())
-    (tmp_path / "bucket").mkdir()
-    return tmp_path / "bucket"
+    return make_bucket(tmp_path, monkeypatch)

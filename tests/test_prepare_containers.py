@@ -13,6 +13,7 @@ from a3_jax import cli
 from a3_jax.data import documents
 from a3_jax.data.sources import read_documents
 from tests.decoding_cli import assert_refused
+from tests.fake_bucket import make_bucket
 from tests.prepare_fixtures import json_lines, prepare, texts_of, write_bytes, write_fineweb
 
 TEXTS = ["one\ntwo", "🙂 naïve", "third  document", "a\u2028b", "<s> typed", "last"]
@@ -145,23 +146,7 @@ def test_files_that_are_no_python_files(tmp_path, monkeypatch, name):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """`gs://` as a folder: etils through fsspec, without a network."""
-    from etils.epath import backend, gpath
-    from fsspec.implementations.local import LocalFileSystem
-
-    class Bucket(LocalFileSystem):
-        @classmethod
-        def _strip_protocol(cls, path):
-            return super()._strip_protocol(str(path).replace("gs://", f"{tmp_path}/"))
-
-        def glob(self, path, **kwargs):
-            return [name.removeprefix(f"{tmp_path}/") for name in super().glob(path, **kwargs)]
-
-    Bucket.clear_instance_cache()
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: Bucket())
-    (tmp_path / "bucket").mkdir()
-    return tmp_path / "bucket"
+    return make_bucket(tmp_path, monkeypatch)
 
 
 def test_buckets(bucket, capsys):

@@ -270,6 +270,6 @@ def _write(path, text) -> None:
         with open(path, "w", encoding="utf-8") as stream:  # a rename would take the device's place
             stream.write(text)
     else:
-        from a3_jax.paths import write_text
+        from a3_jax.paths import followed, write_text
 
-        write_text(os.path.realpath(path), text)  # a link stays one
+        write_text(followed(path), text)

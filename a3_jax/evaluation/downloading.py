@@ -2,7 +2,7 @@
 
 from a3_jax.errors import InputError
 from a3_jax.evaluation.tasks import Task
-from a3_jax.paths import as_path
+from a3_jax.paths import local_path
 
 
 def fetch_data(task: Task, data_dir) -> None:
@@ -19,7 +19,7 @@ def fetch_data(task: Task, data_dir) -> None:
         message = "needs the package huggingface_hub: pip install huggingface_hub"
         raise InputError(message, field="download") from error
     name, patterns = task.hub
-    place = as_path(data_dir) / task.name
+    place = local_path(data_dir, "the hub's client") / task.name
     try:
         snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns), local_dir=str(place))
     except Exception as error:  # whatever the hub's client, the network or the disk raises

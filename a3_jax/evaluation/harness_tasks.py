@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from a3_jax.errors import InputError
 from a3_jax.evaluation.files import TaskFiles
 from a3_jax.evaluation.metrics import Figure
 from a3_jax.evaluation.work import Run
-from a3_jax.paths import as_path, write_text
+from a3_jax.paths import as_path, local_path, write_text
 
 HARNESS = "lm_eval:"
 _NOT_FIGURES = ("alias", "sample_len", "sample_count", "name")
@@ -37,12 +36,14 @@ def harness_files(name: str, data_dir) -> dict[str, str]:
     """SHA-256 of the local files of a task; none where it has no directory.
 
     Raises:
-      InputError: lm-evaluation-harness is not installed.
+      InputError: lm-evaluation-harness is not installed, or a directory in a bucket.
     """
     from a3_jax.evaluation.lm_eval_run import local_splits
 
-    place = None if data_dir is None else Path(data_dir) / name.removeprefix(HARNESS)
-    if place is None or not place.is_dir():
+    if data_dir is None:
+        return {}
+    place = local_path(data_dir, "lm-evaluation-harness") / name.removeprefix(HARNESS)
+    if not place.is_dir():
         return {}
     paths = [as_path(path) for files in local_splits(place).values() for path in files]
     return TaskFiles(tuple(paths)).sha256()

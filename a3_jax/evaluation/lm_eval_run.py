@@ -13,6 +13,7 @@ from typing import Any
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.lm_eval_adapter import HarnessModel
 from a3_jax.evaluation.requests import EvaluatedModel
+from a3_jax.paths import local_path
 
 # Builders of `datasets` by a file's ending.
 _BUILDERS = {
@@ -123,7 +124,7 @@ def _local_files(manager, data_dir, work: Path, num_fewshot: int | None) -> Iter
     if data_dir is None:
         yield set()
         return
-    data_dir, index = Path(data_dir), manager.task_index
+    data_dir, index = local_path(data_dir, "lm-evaluation-harness"), manager.task_index
     if not data_dir.is_dir():
         raise InputError("no such directory", file=data_dir, field="data_dir")
     replaced = {}

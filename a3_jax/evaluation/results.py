@@ -10,15 +10,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from a3_jax.errors import InputError
 from a3_jax.evaluation.metrics import Figure
-from a3_jax.paths import as_path, check_parents, read_json, write_json
+from a3_jax.paths import GrowingFile, as_path, check_parents, read_bytes, read_json, write_json
 
 SCHEMA = 1
 RECORDS_SUFFIX = ".records.jsonl"
@@ -116,36 +114,27 @@ class Records:
     """
 
     def __init__(self, path):
-        """Opens a file of a local file system, or begins it.
+        """Opens a file, or begins it.
 
         Raises:
-          InputError: a damaged line, or a file that can't be written.
+          InputError: a damaged line, or a file that can't be read or written.
         """
-        self._path = as_path(path)
-        try:
-            whole = self._path.read_bytes() if self._path.exists() else b""
-            lines = whole.split(b"\n")[:-1]
-            self.all = [_record(line, self._path, number) for number, line in enumerate(lines, start=1)]
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = pathlib.Path(self._path).open("ab")  # noqa: SIM115  # until __exit__
-            self._file.truncate(sum(len(line) + 1 for line in lines))
-        except OSError as error:
-            raise InputError(os.strerror(error.errno or 0), file=self._path) from error
+        path = as_path(path)
+        lines = read_bytes(path).split(b"\n")[:-1] if path.exists() else []
+        self.all = [_record(line, path, number) for number, line in enumerate(lines, start=1)]
+        self._file = GrowingFile(path, b"".join(line + b"\n" for line in lines))
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Adds records; once this returns they outlive the process and the machine."""
         added = list(records)
-        text = "".join(json.dumps(record) + "\n" for record in added)
-        self._file.write(text.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append("".join(json.dumps(record) + "\n" for record in added).encode())
         self.all.extend(added)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        self._file.__exit__()
 
 
 def record_key(record: dict[str, Any]) -> tuple[str, int, int]:
@@ -167,12 +156,9 @@ def check_directory(directory) -> None:
     """Refuses, before anything is run, a directory of results that can't be one.
 
     Raises:
-      InputError: a file, below a file, or not of a local file system, where lines can be appended.
+      InputError: a file, or below a file.
     """
-    place = as_path(directory)
-    if "://" in str(place):
-        raise InputError("must be a local directory: records are appended there", file=place, field="results")
-    check_parents(place / "result.json")
+    check_parents(as_path(directory) / "result.json")
 
 
 def write_result(directory, result: Result) -> None:

@@ -52,7 +52,7 @@ def read_config(path: str, overrides: list[str]):
     """The config of a file with overrides, through `ml_collections.config_flags`.
 
     Args:
-      path: Python file with `get_config()`.
+      path: Python file with `get_config()`, local or in a bucket.
       overrides: `--config.FIELD=VALUE`, or `--config.FIELD` followed by `VALUE`; fields of stages as
         `--config.stages[1].steps=9`.
 
@@ -76,11 +76,23 @@ def read_config(path: str, overrides: list[str]):
 
 
 def _read_file(path):
+    if "://" not in path:
+        return _load(path, path)
+    from a3_jax.paths import local_copy
+
+    scheme, _, rest = path.partition("://")
+    file, colon, argument = rest.partition(":")  # a string behind a colon is get_config's
+    with local_copy(f"{scheme}://{file}") as copy:
+        return _load(copy + colon + argument, path)
+
+
+def _load(file, path):
+    """The config of a file on this machine; `path` is its name for messages."""
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
     sys.modules.pop("config_config", None)  # its name there: a second file would see the first one's names
-    arguments = ["a3 train", f"--config={path}"]
+    arguments = ["a3 train", f"--config={file}"]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments, lock_config=False)
     try:
