@@ -33,7 +33,7 @@ class Compiled:
       name: of the program.
       arguments, outputs, aliases, temporaries, code: bytes; outputs that take the place
         of an argument are aliases.
-      total: bytes at the peak; of a program that was refused what the compiler says it needs at least.
+      total: bytes at the peak; of a program that was refused the temporaries alone, as far as told.
       refused: why it does not fit, in the compiler's words; empty if it does.
       seconds: of compiling.
       text: the optimised program; empty if it was refused.
@@ -99,8 +99,9 @@ def compile_program(name: str, make: Callable[[], Any]) -> Compiled:
         said = str(error)
         if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
             raise RunError(EXIT_FAILED, f"{name}: the compiler: {said.splitlines()[0]}") from error
-        why, total = _refusal(said)
-        return Compiled(name, total=total, refused=why, seconds=time.perf_counter() - start)
+        why, needed = _refusal(said)
+        seconds = time.perf_counter() - start
+        return Compiled(name, temporaries=needed, total=needed, refused=why, seconds=seconds)
     m = compiled.memory_analysis()
     arguments, outputs, aliases = m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes
     temporaries, code = m.temp_size_in_bytes, m.generated_code_size_in_bytes

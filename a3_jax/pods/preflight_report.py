@@ -66,7 +66,7 @@ def make_report(
 def _deviations(run, layout, memory, step: Compiled) -> dict[str, float]:
     """The formula over the compiler, less 1: of parameters with optimiser, and of the total."""
     if step.refused:
-        return {"total": memory.total / step.total - 1} if step.total else {}
+        return {}
     fields = 5  # of a batch, 4 bytes each (`training.step.Batch`)
     batch = fields * 4 * run.batch_size * run.seq_len / (layout.data * layout.fsdp)
     return {"state": memory.state / (step.arguments - batch) - 1, "total": memory.total / step.total - 1}
@@ -104,11 +104,15 @@ def show(report: dict[str, Any], as_json: bool) -> None:
 
 def _show_memory(report) -> None:
     chip, formula = report["per_chip"], report["formula"]
-    resident = chip["arguments"] + chip["outputs"] - chip["aliases"]
+    resident = chip["arguments"] + chip["outputs"] - chip["aliases"]  # 0: refused
     rows = [
         ("parameters", _gib(formula["parameters"]), ""),
         ("optimiser", _gib(formula["optimizer"]), ""),
-        ("parameters, optimiser, batch", _gib(formula["parameters"] + formula["optimizer"]), _gib(resident)),
+        (
+            "parameters, optimiser, batch",
+            _gib(formula["parameters"] + formula["optimizer"]),
+            _gib(resident) if resident else "",
+        ),
         ("activations kept", _gib(formula["activations"]), ""),
         ("gradients", _gib(formula["gradients"]), ""),
         ("a layer at work", _gib(formula["layer"]), ""),
