@@ -43,7 +43,7 @@ setup(
         "tokenizers>=0.21",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": ["libtpu>=0.0.42", "requests>=2.32"],  # jax[tpu] asks for one old libtpu
         "cuda": ["jax[cuda13]>=0.10"],
         "eval": ["lm-eval>=0.4.9", "rouge-score>=0.1.2"],  # lm-eval: its own tasks alone
         "plot": ["matplotlib>=3.9"],

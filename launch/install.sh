@@ -21,8 +21,6 @@ fi
 "$python" -m venv "$directory"
 "$directory/bin/python" -m pip --disable-pip-version-check install --quiet --no-cache-dir \
   --constraint "$here/constraints.txt" uv
-# Not by the extra `tpu`: jax[tpu] 0.10.2 asks for libtpu 0.0.42, and what was compiled ahead of time was by the
-# one of constraints.txt. `requests` asks a TPU VM for the other hosts.
 "$directory/bin/uv" pip install --quiet --compile-bytecode --python "$directory/bin/python" \
-  --constraint "$here/constraints.txt" "${wheels[0]}${extras:+[$extras]}" libtpu requests
+  --constraint "$here/constraints.txt" "${wheels[0]}[tpu${extras:+,$extras}]"
 "$directory/bin/a3" --help >/dev/null

@@ -131,7 +131,10 @@ def check_config(spec: Spec, path) -> str:
 
     if not pathlib.Path(spec.config).exists():
         raise InputError(f"there is no {spec.config}", file=path, field="config")
-    config = read_config(spec.config, spec.override_flags)
+    try:
+        config = read_config(spec.config, spec.override_flags)
+    except InputError as error:  # an override that the config doesn't have
+        raise InputError(str(error), file=path) from error
     check_mesh(dict(config.mesh), config.batch_size // config.microbatches, spec.pod, path)
     return config_hash(config, spec.pod)
 
