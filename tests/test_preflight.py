@@ -222,6 +222,21 @@ def test_weights_and_data_that_are_here_are_checked(config, stories, capsys, tmp
     assert "init_from: Llama-3.2-1B is not here" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_program_whose_text_can_not_be_read(config, stories, capsys, monkeypatch):
+    """Memory is known all the same, traffic by formula."""
+
+    def unreadable(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction")
+
+    monkeypatch.setattr(Story, "as_text", unreadable)
+    assert preflight(config, "--json") == EXIT_OK
+    report = json.loads(capsys.readouterr().out)
+    assert report["collectives"] == {} and report["estimate"]["traffic"] == "formula"
+    assert report["estimate"]["ici_seconds"] > 0 and report["per_chip"]["total"] == 5246
+    assert preflight(config) == EXIT_OK
+    assert "by formula" in capsys.readouterr().out
+
+
 def test_other_programs(config, stories, capsys):
     assert preflight(config, "--programs=decode,fingerprint,restore", "--json") == EXIT_OK
     compiled = json.loads(capsys.readouterr().out)["programs"]
@@ -314,7 +329,7 @@ def test_the_tpu_compiler(config, capsys):
     flags = [f"--config={config}", "--topology=v5e:2x2", "--json", "--config.microbatches=1"]
     report = json.loads(run_apart(ON_TPU, "preflight", *flags, HOME=str(config.parent)))
     assert report["fits"] and not report["cached"]
-    assert abs(report["deviation"]["state"]) < 0.01
+    assert -0.3 < report["deviation"]["state"] < 0.01  # so small shards are padded to tiles
     assert (
         report["collectives"]["all-gather"]["count"] and not report["programs"]["train any_order"]["refused"]
     )

@@ -36,7 +36,8 @@ class Compiled:
       total: bytes at the peak; of a program that was refused the temporaries alone, as far as told.
       refused: why it does not fit, in the compiler's words; empty if it does.
       seconds: of compiling.
-      text: the optimised program; empty if it was refused.
+      text: the optimised program; empty if it was refused, or can't be read: a libtpu newer than jaxlib may
+        use what this one doesn't know.
     """
 
     name: str
@@ -108,8 +109,15 @@ def compile_program(name: str, make: Callable[[], Any]) -> Compiled:
     return Compiled(
         name, arguments, outputs, aliases, temporaries, code,
         total=arguments + outputs - aliases + temporaries + code,
-        seconds=time.perf_counter() - start, text=compiled.as_text(),
+        seconds=time.perf_counter() - start, text=_text(compiled),
     )  # fmt: skip
+
+
+def _text(compiled) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return ""
 
 
 def _refusal(said: str) -> tuple[str, int]:

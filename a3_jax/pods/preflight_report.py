@@ -10,7 +10,7 @@ from a3_jax.pods.collectives import read_collectives, traffic
 from a3_jax.pods.compiler import Compiled
 from a3_jax.pods.layout import layout_of
 from a3_jax.pods.memory_estimate import estimate_memory
-from a3_jax.pods.roofline import accelerator_of, describe, estimate_times, step_flops
+from a3_jax.pods.roofline import accelerator_of, describe, estimate_times, estimate_traffic, step_flops
 from a3_jax.pods.search import Candidate, advice
 from a3_jax.pods.topologies import Pod
 from a3_jax.tables import print_table
@@ -38,6 +38,8 @@ def make_report(
     fits = not any(program.refused or program.total > capacity for program in compiled)
     collectives = traffic(read_collectives(worst.text, pod.slice.chips, pod.slices))
     sent = {network: sum(row[network] for row in collectives.values()) for network in ("ici", "dcn")}
+    if not worst.text:
+        sent = dict(zip(sent, estimate_traffic(run, model, layout, pod), strict=True))
     times = estimate_times(run, model, layout, pod, **sent, objective=objective)
     return {
         "fits": fits,
@@ -52,7 +54,9 @@ def make_report(
         "deviation": _deviations(run, layout, memory, worst),
         "flops_per_step": step_flops(run, model, objective),
         "collectives": collectives if worst.text else {},
-        "estimate": describe(times, run, model, pod, objective) if worst.text else {},
+        "estimate": {
+            **describe(times, run, model, pod, objective), "traffic": "program" if worst.text else "formula",
+        },
         "programs": {
             program.name: {**program.bytes, "refused": program.refused, "compiled_in": program.seconds}
             for program in compiled
@@ -94,9 +98,9 @@ def show(report: dict[str, Any], as_json: bool) -> None:
     if "per_chip" in report:
         _show_memory(report)
         _show_programs(report["programs"])
-        if report["estimate"]:
+        if report["collectives"]:
             _show_traffic(report["collectives"])
-            _show_estimate(report)
+        _show_estimate(report)
         for note in report["notes"]:
             print(note)
     print(_verdict(report))
@@ -164,6 +168,8 @@ def _show_estimate(report) -> None:
         ),
     ]
     caption = "bounds at the published rates, not predictions; nothing has run"
+    if estimate["traffic"] == "formula":
+        caption += "; no program to read, so ici and dcn are by formula"
     print_table("estimate of a step", rows, caption=caption)
 
 
