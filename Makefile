@@ -40,9 +40,9 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2
 
-# Faults injected into real runs: killed processes, flipped bits, full disks. Mostly they wait: two at a time.
+# Faults injected into real runs: killed processes, flipped bits, full disks. Mostly they wait: three at a time.
 drills: setup
-	$(BIN)/python -m pytest -q -m drill -n 2 --dist=worksteal --durations=10
+	$(BIN)/python -m pytest -q -m drill -n 3 --dist=worksteal --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

@@ -41,10 +41,10 @@ def test_a_request_to_stop_while_compiling(run, tmp_path):
 
 @contextlib.contextmanager
 def small_disk(directory):
-    """A file system of 700 KB, for a checkpoint of some 400 KB; where none may be mounted, small files."""
+    """A file system of 1 MB, for one checkpoint of some 700 KB; where none may be mounted, small files."""
     directory.mkdir(parents=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(directory)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(directory)], capture_output=True
     )
     try:
         yield mounted.returncode == 0
