@@ -16,7 +16,7 @@ from a3_jax.cli import main
 from a3_jax.errors import EXIT_NO_PROGRESS, EXIT_OK
 from tests.drills.harness import CONFIG, LAST_STEP, TIMEOUT, rows_beside
 
-pytestmark = pytest.mark.drill
+pytestmark = [pytest.mark.drill, pytest.mark.slow]
 
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # devices: its own
 BATCH_SIZE = 8  # of the drills' config
