@@ -20,7 +20,7 @@ PRELOAD = ["a3_jax.cli", "a3_jax.training.run", "a3_jax.data.feature_converter",
            "a3_jax.data.prepared", "a3_jax.decoding.filling", "tests.drills.harness"]  # fmt: skip
 TIMEOUT = 240  # seconds, of anything that a healthy machine does in ten
 
-TOKENS, LAST_STEP = 24, 8  # rows of an example, steps of the drills' config
+TOKENS, LAST_STEP = 24, 16  # rows of an example, steps of the drills' config
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)

@@ -48,7 +48,7 @@ def test_a_killed_process(run, undisturbed, victim):
 def test_a_request_to_stop(run, undisturbed, told):
     """SIGTERM to one process: both save the same step, exit with 75 and go on at the next one."""
     disturbed = run(processes=2)
-    disturbed.start(drill="slow_rows").wait_for_step(5)
+    disturbed.start().wait_for_step(5)
     disturbed.kill(told, signal.SIGTERM)
     assert disturbed.wait() == [EXIT_PREEMPTED] * 2, disturbed.told()
     (stopped,) = disturbed.events("preempt")
@@ -62,15 +62,16 @@ def test_a_request_to_stop(run, undisturbed, told):
 @pytest.mark.slow
 def test_a_request_to_stop_during_an_evaluation(run):
     """The evaluation is given up, the step saved; the run goes on with the evaluation that is missing."""
-    disturbed = run(processes=2, overrides=["--config.eval_every=6"])
+    disturbed = run(processes=2, overrides=["--config.eval_every=6", "--config.sample_every=8"])
     disturbed.start(drill="slow_eval").wait_for_step(6)
     disturbed.kill(1, signal.SIGTERM)
     assert disturbed.wait() == [EXIT_PREEMPTED] * 2, disturbed.told()
     (stopped,) = disturbed.events("preempt")
-    assert stopped["step"] == 6 and [row["step"] for row in disturbed.rows("eval.jsonl")] == [0, 4]
+    assert stopped["step"] == 6 and [row["step"] for row in disturbed.rows("eval.jsonl")] == [0]
     disturbed.finish()
-    assert [row["step"] for row in disturbed.rows("eval.jsonl")] == [0, 4, 6, 8]
+    assert [row["step"] for row in disturbed.rows("eval.jsonl")] == [0, 6, 8, 12, 16]
     assert [row["step"] for row in disturbed.rows()] == list(range(1, LAST_STEP + 1))
+    assert {row["step"] for row in disturbed.rows("samples.jsonl")} == {8, 16}
 
 
 def test_a_stuck_and_a_stopped_peer(run):
