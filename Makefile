@@ -4,7 +4,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 # pip brings uv, which takes a third of pip's time for all the rest, and is told where pip would look.
-PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # A program that runs once: compiling it well would take longer than running it.
 QUICK_COMPILE := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --python
@@ -20,7 +19,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) uv
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt uv
 	$(UV) $(BIN)/python --editable '.[dev,plot]' $(LIBTPU)
 	touch $@
 

@@ -32,11 +32,9 @@ def test_two_processes_see_the_same(tmp_path):
     )
     assert first == second
     full = "step 4 could not be saved: OSError: [Errno 28] No space left on device"
-    others = first[6][1]  # orbax may find first that the other process's part is not there
-    assert others == full or others.startswith("step 4 could not be saved: ValueError: ArrayMetadata")
     assert first == [
         ["saved", None], ["saved", None], ["saved", None], ["again", False], ["restored", 3],
-        ["full", full], ["full in orbax", others], ["steps", [2, 3]], ["saved", None],
+        ["full", full], ["full in orbax", full], ["steps", [2, 3]], ["saved", None],
         ["restored", 3],  # 4 is damaged
         ["saved", None],
         ["restored", 3],  # 5 is in one process's eyes

@@ -461,7 +461,7 @@ class StepWriter:
                 with contextlib.suppress(Exception):
                     write.result()
             mine = {
-                "problem": one_line(problem) if problem else None,
+                "problem": [not isinstance(problem, OSError), one_line(problem)] if problem else None,
                 "files": {name: dataclasses.astuple(file) for name, file in files.items()},
             }
             told = agree("saved", mine, lambda all_: self._commit(step, started, described, sums, all_))
@@ -472,10 +472,10 @@ class StepWriter:
             self._failure.__cause__ = problem
 
     def _commit(self, step, started, described, sums, told) -> str | None:
-        """Process 0: makes the step exist, and removes old ones; gives what went wrong."""
+        """Process 0: makes the step exist, and removes old ones; gives what went wrong, first the storage."""
         place, finished = self.directory / str(step), False
         try:
-            problem = next((one["problem"] for one in told if one["problem"]), None)
+            _, problem = min((one["problem"] for one in told if one["problem"]), default=(False, None))
             if problem is None:
                 files = {name: File(*file) for one in told for name, file in one["files"].items()}
                 files |= read_checksums(place, set(list_files(place)) - files.keys())

@@ -1,6 +1,7 @@
 """How a run is cut up: over chips, into microbatches, and by what the backward pass keeps."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from a3_jax.pods.topologies import Pod
@@ -42,7 +43,5 @@ def mesh_sizes(mesh: Mapping[str, int], pod: Pod) -> dict[str, int]:
     """Sizes of data, fsdp and tensor, with numbers for -1 (all that remain) and data 0 (the slices)."""
     sizes = {axis: int(mesh.get(axis, 1)) for axis in ("data", "fsdp", "tensor")}
     sizes["data"] = sizes["data"] or pod.slices
-    given = 1
-    for size in sizes.values():
-        given *= max(1, size)
+    given = math.prod(size for size in sizes.values() if size > 0)
     return {axis: pod.chips // given if size == -1 else size for axis, size in sizes.items()}

@@ -18,6 +18,7 @@ import yaml
 
 from a3_jax import paths
 from a3_jax.errors import InputError, nearest
+from a3_jax.pods.layout import mesh_sizes
 from a3_jax.pods.topologies import Pod, Topology, find_topology
 
 COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables
@@ -168,10 +169,7 @@ def check_mesh(mesh: Mapping[str, int], rows: int, pod: Pod, path=None) -> None:
     Raises:
       InputError: not all chips are taken, slices don't divide the data axis, or data and fsdp the rows.
     """
-    sizes = {axis: int(mesh.get(axis, 1)) for axis in ("data", "fsdp", "tensor")}
-    sizes["data"] = sizes["data"] or pod.slices
-    rest = pod.chips // max(1, math.prod(size for size in sizes.values() if size != -1))
-    sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+    sizes = mesh_sizes(mesh, pod)
     if math.prod(sizes.values()) != pod.chips:
         message = f"{pod} has {pod.chips} chips, the config's mesh is {sizes}"
         raise InputError(message, file=path, field="topology")
