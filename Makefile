@@ -42,7 +42,6 @@ test: setup
 	$(BIN)/python -m pytest -q -n 2
 
 # Faults injected into real runs: killed processes, flipped bits, full disks. Two at a time.
-# `make ci` runs those that are not marked slow.
 drills: setup
 	$(BIN)/python -m pytest -q -m drill -n 2 --dist=worksteal --durations=10
 
@@ -78,7 +77,7 @@ wheel-test: setup
 ci: setup-torch xpk
 	$(MAKE) -j2 lint wheel-test
 	CI=true $(BIN)/python -m pytest -q -n 2 --durations=15
-	CI=true $(BIN)/python -m pytest -q -m 'drill and not slow' -n 2 --dist=worksteal --durations=10
+	CI=true $(MAKE) drills
 
 clean:
 	rm -rf $(VENV) .xpk build dist *.egg-info runs

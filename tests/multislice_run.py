@@ -1,5 +1,7 @@
 """The run of `test_multislice`, in each of its processes."""
 
+import json
+
 from tests.training_fixtures import tiny_run
 
 
@@ -11,3 +13,28 @@ def config_of(data: str):
         checkpoint_every=2, model=model,
         stages=[{"name": "random", "steps": 4, "orders": [{"order": "random", "group_sizes": [2]}]}],
     )  # fmt: skip
+
+
+def train_as_slice(arguments) -> int:
+    """One of two processes that train as two slices.
+
+    Prints {data index: processes whose devices are there}, in JSON.
+
+    Args:
+      arguments: data, run directory.
+    """
+    import jax
+
+    from a3_jax.training import run
+    from a3_jax.training.config import RunConfig
+    from a3_jax.training.processes import join, part
+
+    data, workdir = arguments
+    join()
+    config = config_of(data)
+    mesh = run.open_mesh(RunConfig.from_config(config))
+    crossed = [sorted({device.process_index for device in row.flat}) for row in mesh.devices]
+    run.train(config, workdir)
+    print(json.dumps({"processes": crossed, "devices": len(jax.devices())}))
+    part()
+    return 0

@@ -1,6 +1,6 @@
 """`a3 launch local`: who is started again, who is ended, and with which status it all ends.
 
-The children are stand-ins: each attempt of each process does what a plan says, in a line of Python.
+The children are stand-ins that do what a plan says (`launch_stand_in`).
 """
 
 import json
@@ -15,46 +15,31 @@ import pytest
 
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_NO_PROGRESS, EXIT_OK, EXIT_PREEMPTED, InputError
-from a3_jax.pods import local
+from a3_jax.pods import local, prepared
 from a3_jax.pods.local import Launch, child_environment, supervise
 from a3_jax.pods.no_progress import REPORT, write_report
 from a3_jax.pods.records import newest_step, position, read_events
+from tests import launch_stand_in
+from tests.launch_stand_in import SLEEP
 
-CHILD = """
-import json, os, pathlib, signal, sys, time
-workdir = pathlib.Path(sys.argv[1])
-process = int(os.environ.get("A3_PROCESS_ID", 0))
-with open(workdir / f"pids-{process}", "a") as file:
-    file.write(f"{os.getpid()} {os.environ.get('JAX_COORDINATOR_ADDRESS')}\\n")
-
-def attempts(process):
-    file = workdir / f"pids-{process}"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-attempt = attempts(process)
-while any(attempts(other) < attempt for other in range(int(os.environ.get("A3_NUM_PROCESSES", 1)))):
-    time.sleep(0.005)  # none does anything before all are there
-
-def checkpoint(step):
-    (workdir / "checkpoints" / str(step)).mkdir(parents=True)
-    (workdir / "checkpoints" / str(step) / "manifest.json").write_text("{}")
-
-def sleep_till(number, status):
-    signal.signal(number, lambda *_: sys.exit(status))
-    (workdir / f"ready-{process}").touch()
-    time.sleep(60)
-
-plan = json.loads((workdir / "plan.json").read_text())[process]
-exec(plan[min(attempt, len(plan)) - 1])
-"""
-SLEEP = "time.sleep(60)"
 # The supervisor in a process of its own, to be signalled.
 DRIVER = """
 import sys
-from a3_jax.pods import local
+from a3_jax.pods import local, prepared
+from tests import launch_stand_in
+prepared.context.set_forkserver_preload(["tests.launch_stand_in"])
 local._POLL, local._LEAVE, local._END, local._STOP, local._FIRST_PAUSE = 0.02, 0.5, 0.3, 0.3, 30
-sys.exit(local.supervise(local.Launch(sys.argv[3:], sys.argv[1], int(sys.argv[2]))))
+launch = local.Launch(sys.argv[3:], sys.argv[1], int(sys.argv[2]), function=launch_stand_in.run)
+sys.exit(local.supervise(launch))
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_imports():
+    """Stand-ins need none of what the real children are prepared with."""
+    prepared.context.set_forkserver_preload(["tests.launch_stand_in"])
+    yield
+    prepared.context.set_forkserver_preload(prepared.PRELOAD)
 
 
 @pytest.fixture(autouse=True)
@@ -69,16 +54,9 @@ def _fast(monkeypatch):
         monkeypatch.setattr(local, name, seconds)
 
 
-def planned(workdir, *plans) -> list[str]:
-    """The command of children that follow the plans: for each process a line for each attempt."""
-    workdir.mkdir(exist_ok=True)
-    (workdir / "plan.json").write_text(json.dumps(plans))
-    (workdir / "child.py").write_text(CHILD)
-    return [sys.executable, "-S", "-E", str(workdir / "child.py"), str(workdir)]
-
-
 def run(workdir, *plans, **options) -> int:
-    return supervise(Launch(planned(workdir, *plans), str(workdir), len(plans), **options))
+    arguments = launch_stand_in.plan(workdir, *plans)
+    return supervise(Launch(arguments, str(workdir), len(plans), function=launch_stand_in.run, **options))
 
 
 def started(workdir, process=0) -> list[int]:
@@ -182,11 +160,11 @@ def test_each_attempt_has_a_coordinator_of_its_own(tmp_path):
 def test_environment(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "elsewhere:1")
-    alone = child_environment(Launch([], "", 1, devices=3), 0, 7)
+    alone = child_environment(Launch([], "", 1, devices=3), 0, 7, "/programs")
     assert alone["XLA_FLAGS"] == "--xla_dump_to=x --xla_force_host_platform_device_count=3"
-    assert alone["JAX_PLATFORMS"] == "cpu"
+    assert (alone["JAX_PLATFORMS"], alone["A3_COMPILATION_CACHE"]) == ("cpu", "/programs")
     assert not {"JAX_COORDINATOR_ADDRESS", "A3_NUM_PROCESSES", "A3_PROCESS_ID"} & set(alone)
-    second = child_environment(Launch([], "", 2), 1, 7)
+    second = child_environment(Launch([], "", 2), 1, 7, "/programs")
     assert [second[name] for name in ("JAX_COORDINATOR_ADDRESS", "A3_NUM_PROCESSES", "A3_PROCESS_ID")] == [
         "127.0.0.1:7", "2", "1"
     ]  # fmt: skip
@@ -194,7 +172,7 @@ def test_environment(monkeypatch):
 
 def test_no_progress(tmp_path, capfd):
     """A crash at the same step each time: 78 after two restarts for nothing, and what was in flight."""
-    planned(tmp_path)
+    launch_stand_in.plan(tmp_path)
     events = [
         {"time": 1.0, "event": "init", "attempt": 1, "seconds": 1, "first_step": 40},
         {"time": 2.0, "event": "step", "attempt": 1, "step": 41, "seconds": 1},
@@ -269,7 +247,14 @@ def test_newest_step_is_one_with_a_manifest(tmp_path):
 
 def start(workdir, *plans) -> subprocess.Popen:
     """A supervisor of its own, once all its children listen."""
-    command = [sys.executable, "-c", DRIVER, str(workdir), str(len(plans)), *planned(workdir, *plans)]
+    command = [
+        sys.executable,
+        "-c",
+        DRIVER,
+        str(workdir),
+        str(len(plans)),
+        *launch_stand_in.plan(workdir, *plans),
+    ]
     with open(workdir / "supervisor.err", "wb") as errors:
         supervisor = subprocess.Popen(command, stderr=errors)
     wait_for(lambda: all((workdir / f"ready-{process}").exists() for process in range(len(plans))))
@@ -376,6 +361,6 @@ sys.exit(status)
     assert ended.stderr.splitlines()[-1] == f"a3: {tmp_path}/config.py: has no function get_config()"
     heading = (tmp_path / "run" / "logs" / "process-0.log").read_text().splitlines()[0]
     assert heading.endswith(
-        f"-m a3_jax.cli train --config={tmp_path}/config.py --workdir={tmp_path}/run --config.seed=3"
+        f": a3 train --config={tmp_path}/config.py --workdir={tmp_path}/run --config.seed=3"
     )
     assert os.listdir(tmp_path / "run") == ["logs"]

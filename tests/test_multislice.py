@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import socket
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh, number_of_slices
+from a3_jax.pods.prepared import Prepared
 from a3_jax.training import run as training
 from a3_jax.training.config import RunConfig
-from tests.multislice_run import config_of
+from tests.multislice_run import config_of, train_as_slice
 from tests.prepared_fixtures import make_prepared, rows
 
 COMPILE = """
@@ -57,19 +59,20 @@ def train_as_slices(data, workdir):
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "A3_SLICES_ARE_PROCESSES": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "A3_SLICES_ARE_PROCESSES": "1"}
     environment |= {"JAX_COORDINATOR_ADDRESS": address, "A3_NUM_PROCESSES": "2"}
+    environment["A3_COMPILATION_CACHE"] = f"{workdir}-programs"
+    logs = [f"{workdir}-{number}.log" for number in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.multislice_child", data, workdir], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | environment | {"A3_PROCESS_ID": str(number)},
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1]
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+        Prepared(train_as_slice, [data, str(workdir)], environment | {"A3_PROCESS_ID": str(number)}, log)
+        for number, log in enumerate(logs)
+    ]
+    statuses, told = (
+        [process.wait(400) for process in processes],
+        [pathlib.Path(log).read_text() for log in logs],
+    )
+    assert statuses == [0, 0], told
+    return [json.loads(next(line for line in text.splitlines() if line[:1] == "{")) for text in told]
 
 
 @pytest.mark.drill

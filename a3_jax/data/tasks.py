@@ -131,7 +131,9 @@ def read_table(name: str, split: str, seq_len: int, packing: bool = True) -> Tab
 
 def _token_ids(task: seqio.Task, split: str) -> list[np.ndarray]:
     """[n] int32 for each document of a task."""
-    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
+    # Nothing of it branches on a tensor: to rewrite the functions takes longer than to run them.
+    get_dataset = tf.autograph.experimental.do_not_convert(task.get_dataset)
+    dataset = get_dataset(sequence_length=None, split=split, shuffle=False)
     documents = []
     try:
         for example in dataset.ragged_batch(_TEXTS_AT_ONCE):  # fetched one by one, each takes a millisecond

@@ -1,19 +1,20 @@
 """`a3 launch local`: several processes on this machine, started again as long as that leads anywhere.
 
 The supervisor knows its children by exit status alone (`a3_jax.errors`), and progress by the checkpoints
-in the run directory. It computes nothing itself, so that whatever ends a run leaves it standing.
+in the run directory. It computes nothing itself, so that whatever ends a run leaves it standing. What makes
+the next attempt quick outlives this one: imports in the process that all are forked from, and compiled
+programs in a directory that lasts as long as the supervisor.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -29,6 +30,7 @@ from a3_jax.errors import (
 )
 from a3_jax.paths import check_parents
 from a3_jax.pods.no_progress import clear_report, write_report
+from a3_jax.pods.prepared import Prepared, run_a3
 from a3_jax.pods.records import append_event, newest_step
 
 _RESTARTABLE = (EXIT_PREEMPTED, EXIT_HUNG, EXIT_STORAGE)
@@ -37,7 +39,6 @@ _LEAVE = 20.0  # seconds in which the others leave by themselves when one has le
 _END, _STOP = 5.0, 10.0  # seconds from SIGTERM to SIGKILL: before a restart, at the end
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled while nothing comes of it
 _TAIL = 1 << 16  # bytes of a log in which a process's last word is looked for
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,25 +46,26 @@ class Launch:
     """What to keep running.
 
     Attributes:
-      command: of each process.
+      arguments: of each process's function.
       workdir: the run's directory, local.
       processes: how many. devices: virtual CPU devices of each.
       max_restarts: restarts in a row that may bring no new checkpoint.
+      function: what each process runs: `a3`.
     """
 
-    command: Sequence[str]
+    arguments: Sequence[str]
     workdir: str
     processes: int = 1
     devices: int = 1
     max_restarts: int = 3
+    function: Callable[[Sequence[str]], int] = run_a3
 
 
 def run_local(args) -> int:
     """`a3 launch local`: the exit status."""
     _check(args)
-    command = [sys.executable, "-m", "a3_jax.cli", "train", f"--config={args.config}"]
-    command += [f"--workdir={args.workdir}", *args.config_flags]
-    return supervise(Launch(command, args.workdir, args.processes, args.devices, args.max_restarts))
+    arguments = ["train", f"--config={args.config}", f"--workdir={args.workdir}", *args.config_flags]
+    return supervise(Launch(arguments, args.workdir, args.processes, args.devices, args.max_restarts))
 
 
 def _check(args) -> None:
@@ -105,8 +107,8 @@ def supervise(launch: Launch) -> int:
     except OSError as error:
         raise InputError(f"can't be written: {error.strerror or error}", file=launch.workdir) from error
     try:
-        with _signals() as received:
-            return _Supervisor(launch, received).run()
+        with _signals() as received, _programs() as programs:
+            return _Supervisor(launch, received, programs).run()
     except OSError as error:  # no room for a log, no process to be had
         _say(f"a3 launch: {error}")
         return EXIT_STORAGE
@@ -119,15 +121,15 @@ class _Supervisor:
       received: signals so far, in the order they came; grows by itself.
     """
 
-    def __init__(self, launch: Launch, received: list[int]):
-        self._launch, self.received = launch, received
+    def __init__(self, launch: Launch, received: list[int], programs: str):
+        self._launch, self.received, self._programs = launch, received, programs
 
     def run(self) -> int:
         launch, restarts, fruitless = self._launch, 0, 0
         failures: list[list[int | None]] = []
         while True:
             newest = self._newest()
-            group = _Group(launch, restarts + 1)
+            group = _Group(launch, restarts + 1, self._programs)
             try:
                 left, fatal = self._watch(group)
             finally:
@@ -213,23 +215,24 @@ class _Supervisor:
 class _Group:
     """The processes of one attempt, each with a log."""
 
-    def __init__(self, launch: Launch, attempt: int):
+    def __init__(self, launch: Launch, attempt: int, programs: str):
         directory = os.path.join(launch.workdir, "logs")
         self._logs = [os.path.join(directory, f"process-{n}.log") for n in range(launch.processes)]
-        self._children: list[subprocess.Popen] = []
+        self._children: list[Prepared] = []
         self._begins: list[int] = []  # byte of each log where this attempt's lines begin
         self._relayed = 0  # bytes of process 0's
         what = f"attempt {attempt}: {launch.processes} x {launch.devices} CPU devices"
         _say(f"a3 launch: {what}, logs in {directory}, process 0 also here:")
         began, port = time.strftime("%Y-%m-%d %H:%M:%S %z"), _free_port()
+        command = shlex.join(["a3", *launch.arguments])
         try:
             for process, log in enumerate(self._logs):
-                heading = f"=== attempt {attempt}, process {process}, {began}: {shlex.join(launch.command)}\n"
+                heading = f"=== attempt {attempt}, process {process}, {began}: {command}\n"
                 with open(log, "ab") as file:
                     file.write(heading.encode())
-                    file.flush()
                     self._begins.append(file.tell())
-                    self._children.append(_start(launch, process, port, file))
+                environment = child_environment(launch, process, port, programs)
+                self._children.append(Prepared(launch.function, launch.arguments, environment, log))
         except BaseException:
             self.end(0)
             raise
@@ -277,33 +280,15 @@ class _Group:
         return status
 
 
-def _start(launch: Launch, process: int, port: int, log) -> subprocess.Popen:
-    return subprocess.Popen(
-        list(launch.command),
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=child_environment(launch, process, port),
-        preexec_fn=_bound_to_this_process() if sys.platform == "linux" else None,
-        start_new_session=True,  # Ctrl-C in a terminal is for the supervisor, which passes it on once
-    )
+def child_environment(launch: Launch, process: int, port: int, programs: str) -> dict[str, str]:
+    """The variables that tell a process its place.
 
-
-def _bound_to_this_process() -> Callable[[], None]:
-    """What a child does before it becomes its command: it asks for a SIGTERM when its parent has died."""
-    parent, libc = os.getpid(), ctypes.CDLL(None)
-
-    def bind():
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died in between
-            os._exit(EXIT_PREEMPTED)
-
-    return bind
-
-
-def child_environment(launch: Launch, process: int, port: int) -> dict[str, str]:
-    """The variables that tell a process its place; `port` is the coordinator's."""
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
+    Args:
+      port: the coordinator's.
+      programs: directory for compiled programs, unless the config or the user names one.
+    """
+    environment = dict(os.environ, JAX_PLATFORMS="cpu")
+    environment.setdefault("A3_COMPILATION_CACHE", programs)
     for name in ("JAX_COORDINATOR_ADDRESS", "A3_NUM_PROCESSES", "A3_PROCESS_ID"):
         environment.pop(name, None)
     flag = f"--xla_force_host_platform_device_count={launch.devices}"
@@ -313,6 +298,10 @@ def child_environment(launch: Launch, process: int, port: int) -> dict[str, str]
         environment["A3_NUM_PROCESSES"] = str(launch.processes)
         environment["A3_PROCESS_ID"] = str(process)
     return environment
+
+
+def _programs() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="a3-programs-", ignore_cleanup_errors=True)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,10 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from a3_jax.paths import as_path
 
+DIRECTORY = "A3_COMPILATION_CACHE"  # an environment variable: of one run on one machine
+_COMPILED_ONCE = (
+    "jax_share_binary_between_hosts"  # process 0 compiles for all; hangs if two runs share a cache
+)
 _EVERY_PROGRAM = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -26,14 +30,20 @@ def compilation_cache(directory: str, platform: str) -> Iterator[None]:
 
     Args:
       directory: local or in a bucket; "off" for none; empty for `a3_jax/xla` in the user's cache
-        directory, but on a CPU for none: a program compiled for one CPU may crash on another that
-        shares the home directory.
+        directory, but on a CPU for what A3_COMPILATION_CACHE names, or none: a program compiled for one
+        CPU may crash on another that shares the home directory.
       platform: of the devices.
     """
-    names = [*_EVERY_PROGRAM, "jax_compilation_cache_dir"]
+    settings: dict[str, object] = dict(_EVERY_PROGRAM)
+    if platform == "cpu":
+        if jax.process_count() > 1:
+            _name_programs_alike()
+        if not directory:
+            directory = os.environ.get(DIRECTORY, "off")
+            settings[_COMPILED_ONCE] = True
+    names = [*settings, "jax_compilation_cache_dir"]
     before = {name: getattr(jax.config, name) for name in names}
-    taken = before["jax_compilation_cache_dir"]
-    if taken or directory == "off" or (not directory and platform == "cpu"):
+    if before["jax_compilation_cache_dir"] or directory == "off":
         yield
         return
     path = as_path(directory or default_directory())
@@ -43,7 +53,7 @@ def compilation_cache(directory: str, platform: str) -> Iterator[None]:
         yield
         return
     try:
-        _set(_EVERY_PROGRAM | {"jax_compilation_cache_dir": str(path)})
+        _set(settings | {"jax_compilation_cache_dir": str(path)})
         yield
     finally:
         _set(before)
@@ -53,6 +63,17 @@ def default_directory() -> str:
     """`$XDG_CACHE_HOME/a3_jax/xla`, under `~/.cache` where that isn't set."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(home, "a3_jax", "xla")
+
+
+def _name_programs_alike() -> None:
+    """Lets the CPU processes of a run find what process 0 has kept.
+
+    JAX names a program by the topology that a process sees, among other things, and the CPU's says which
+    process that is. All others then find nothing, and, as only process 0 writes, compile at every start.
+    """
+    from jax._src import cache_key  # nothing public names a program
+
+    cache_key._hash_accelerator_config = cache_key._hash_devices
 
 
 def _unwritable(path) -> str:

@@ -1,29 +1,26 @@
 """Starts runs of one or several processes, watches what they write, and hurts them.
 
-Processes are forked from one that has imported everything and touched no device: a start costs no
-imports. Compiled programs are shared through a cache, and so are prepared rows: to open text takes longer
-than all steps.
+Processes start without imports, as under `a3 launch local`. Compiled programs are shared through a cache, and
+so are prepared rows: to open text takes longer than all steps.
 """
 
 import json
-import multiprocessing
 import os
 import pathlib
+import signal
 import socket
-import sys
 import time
 
+from a3_jax.pods import prepared
+from a3_jax.pods.prepared import Prepared, run_a3
 from tests import prepared_fixtures
 
 CONFIG = str(pathlib.Path(__file__).parent / "config.py")
-PRELOAD = ["a3_jax.cli", "a3_jax.training.run", "a3_jax.data.feature_converter", "a3_jax.data.tasks",
-           "a3_jax.data.prepared", "a3_jax.decoding.filling", "tests.drills.harness"]  # fmt: skip
 TIMEOUT = 240  # seconds, of anything that a healthy machine does in ten
 
 TOKENS, LAST_STEP = 24, 16  # rows of an example, steps of the drills' config
 
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(PRELOAD)
+prepared.context.set_forkserver_preload([*prepared.PRELOAD, "a3_jax.decoding.filling", __name__])
 
 
 def rows_beside(cache) -> str:
@@ -56,11 +53,11 @@ class Run:
         self.children = []
         for process in range(self.processes):
             env = {
+                **os.environ,
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices}"
                 " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-                "JAX_COMPILATION_CACHE_DIR": self._cache,
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "A3_COMPILATION_CACHE": self._cache,
                 "A3_DRILL": (drills or {}).get(process, drill),
             }
             if self.processes > 1:
@@ -68,9 +65,7 @@ class Run:
                         "A3_NUM_PROCESSES": str(self.processes), "A3_PROCESS_ID": str(process)}  # fmt: skip
             arguments = ["train", f"--config={CONFIG}", f"--workdir={self.workdir}", *self._overrides,
                          *overrides, *(overrides_of or {}).get(process, ())]  # fmt: skip
-            child = context.Process(target=_child, args=(arguments, env, str(self.log(process))))
-            child.start()
-            self.children.append(child)
+            self.children.append(Prepared(run_a3, arguments, env, str(self.log(process))))
         return self
 
     def log(self, process=0):
@@ -80,10 +75,10 @@ class Run:
         """The exit statuses, negative for signals; a process that is still there fails the drill."""
         end = time.monotonic() + timeout
         for child in self.children:
-            child.join(max(0.0, end - time.monotonic()))
-        alive = [process for process, child in enumerate(self.children) if child.exitcode is None]
+            child.wait(max(0.0, end - time.monotonic()))
+        alive = [process for process, child in enumerate(self.children) if child.poll() is None]
         assert not alive, f"processes {alive} didn't end in {timeout} s\n{self.told()}"
-        return [child.exitcode for child in self.children]
+        return [child.poll() for child in self.children]
 
     def finish(self):
         """Starts, waits, and expects success."""
@@ -91,14 +86,13 @@ class Run:
         assert self.wait() == [0] * self.processes, self.told()
         return self
 
-    def kill(self, process, signal):
-        os.kill(self.children[process].pid, signal)
+    def kill(self, process, number):
+        self.children[process].send_signal(number)
 
     def end(self):
         for child in self.children:
-            if child.exitcode is None:
-                child.kill()
-                child.join()
+            child.send_signal(signal.SIGKILL)
+            child.wait()
 
     def rows(self, name="metrics.jsonl"):
         file = self.workdir / name
@@ -113,7 +107,7 @@ class Run:
         end = time.monotonic() + timeout
         while not what():
             assert time.monotonic() < end, f"waited in vain\n{self.told()}"
-            assert not alive or any(child.exitcode is None for child in self.children), self.told()
+            assert not alive or any(child.poll() is None for child in self.children), self.told()
             time.sleep(0.02)
         return self
 
@@ -124,28 +118,6 @@ class Run:
         """What all processes have printed."""
         logs = sorted((self.workdir / "logs").glob("*"))
         return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs)
-
-
-def _child(arguments, env, log):
-    os.setsid()
-    os.environ.update(env)
-    import jax
-
-    jax.config.update("jax_platforms", env["JAX_PLATFORMS"])  # read when jax was imported
-    jax.config.update("jax_compilation_cache_dir", env["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.argv = ["a3", *arguments]
-    from a3_jax.cli import console
-
-    status = console()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    from a3_jax.training.processes import leave
-
-    leave(status)
 
 
 def _free_port():

@@ -117,12 +117,12 @@ class Disturbed:
         run.start(drill=self._draw.choice(["", "", "slow_save:0.4"]))
         while not peaceful and self._strike() == "pause":  # which ends nothing
             pass
-        self._wait_for(lambda: any(child.exitcode is not None for child in run.children), TIMEOUT)
+        self._wait_for(lambda: any(child.poll() is not None for child in run.children), TIMEOUT)
         if not self._wait_for(self._all_left, LEAVE):
-            self._tally.ended += sum(child.exitcode is None for child in run.children)
+            self._tally.ended += sum(child.poll() is None for child in run.children)
             self._say("one doesn't leave by itself and is ended")
             for process, child in enumerate(run.children):
-                if child.exitcode is None:
+                if child.poll() is None:
                     self._touched.add(process)
                     child.terminate()
             self._wait_for(self._all_left, 5.0)
@@ -187,17 +187,17 @@ class Disturbed:
 
     def _stop(self, victim) -> None:
         self._send(victim, signal.SIGSTOP)
-        self._wait_for(lambda: self._run.children[1 - victim].exitcode is not None, TIMEOUT)
+        self._wait_for(lambda: self._run.children[1 - victim].poll() is not None, TIMEOUT)
         self._send(victim, signal.SIGKILL)
 
     def _stop_continue(self, victim) -> None:
         """It goes on when the other has given up: it must not do harm."""
         self._send(victim, signal.SIGSTOP)
-        self._wait_for(lambda: self._run.children[1 - victim].exitcode is not None, TIMEOUT)
+        self._wait_for(lambda: self._run.children[1 - victim].poll() is not None, TIMEOUT)
         self._send(victim, signal.SIGCONT)
 
     def _send(self, process, number) -> None:
-        if self._run.children[process].exitcode is None:
+        if self._run.children[process].poll() is None:
             self._touched.add(process)
             self._run.kill(process, number)
 
@@ -292,10 +292,10 @@ class Disturbed:
         return max((event["step"] for event in self._news() if event["event"] == "step"), default=0)
 
     def _any_left(self) -> bool:
-        return any(child.exitcode is not None for child in self._run.children)
+        return any(child.poll() is not None for child in self._run.children)
 
     def _all_left(self) -> bool:
-        return all(child.exitcode is not None for child in self._run.children)
+        return all(child.poll() is not None for child in self._run.children)
 
     def _wait_for(self, what, seconds) -> bool:
         end = time.monotonic() + seconds

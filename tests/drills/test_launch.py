@@ -16,7 +16,7 @@ from a3_jax.cli import main
 from a3_jax.errors import EXIT_NO_PROGRESS, EXIT_OK
 from tests.drills.harness import CONFIG, LAST_STEP, TIMEOUT, rows_beside
 
-pytestmark = [pytest.mark.drill, pytest.mark.slow]
+pytestmark = pytest.mark.drill
 
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # devices: its own
 BATCH_SIZE = 8  # of the drills' config
@@ -28,8 +28,7 @@ def launched(workdir, cache, drill, *flags):
     env = {
         **os.environ,
         "XLA_FLAGS": XLA_FLAGS,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "A3_COMPILATION_CACHE": str(cache),
         "A3_DRILL": drill,
     }
     command = [sys.executable, "-m", "a3_jax.cli", "launch", "local", f"--config={CONFIG}"]

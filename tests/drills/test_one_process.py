@@ -1,14 +1,15 @@
 """One process: told to stop, out of disk, two on one directory."""
 
 import contextlib
+import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_STORAGE
+from a3_jax.pods.prepared import Prepared, run_a3
 from tests.drills import harness
 
 pytestmark = pytest.mark.drill
@@ -69,24 +70,21 @@ def test_a_full_disk(run):
     assert [row["step"] for row in full.rows()] == list(range(1, harness.LAST_STEP + 1))
 
 
-def _convert_slowly(source, target):
+def _convert_slowly(arguments):
     """`a3 convert` in this process, which takes a minute between its arrays and its manifest."""
     from a3_jax.checkpoints import streaming
-    from a3_jax.cli import console
 
     streaming.write_manifest = lambda *_: time.sleep(60)
-    sys.argv = ["a3", "convert", str(source), str(target)]
-    sys.exit(console())
+    return run_a3(["convert", *arguments])
 
 
 def test_a_request_to_stop_a_conversion(run, tmp_path):
     """Exit status 75, and nothing half-written."""
     short = run(processes=1).finish()
-    child = harness.context.Process(target=_convert_slowly, args=(short.workdir, tmp_path / "converted"))
-    child.start()
+    paths = str(short.workdir), str(tmp_path / "converted")
+    child = Prepared(_convert_slowly, paths, {**os.environ, "JAX_PLATFORMS": "cpu"}, str(short.log()))
     short.wait_for(lambda: list(tmp_path.glob(".*.tmp*/params")), alive=False)
     time.sleep(0.5)
-    child.terminate()
-    child.join(harness.TIMEOUT)
-    assert child.exitcode == EXIT_PREEMPTED
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(harness.TIMEOUT) == EXIT_PREEMPTED
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
