@@ -213,3 +213,8 @@ def test_a_process_ends_with_an_unfinished_stream():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "read\n")
     assert not done.stderr
+
+
+def test_nothing_is_out_of_sight_once_tensorflow_is_there():
+    """What Keras does without can be imported by others."""
+    assert all(sys.modules.get(name, True) is not None for name in ("matplotlib", "pandas", "sklearn"))

@@ -111,6 +111,19 @@ def test_where_programs_are_kept(tmp_path, monkeypatch, directory, platform, exp
     assert cache_directory() is None
 
 
+@pytest.mark.parametrize(
+    ("directory", "platform", "expected"),
+    [("", "cpu", "launch"), ("{home}/own", "cpu", "own"), ("off", "cpu", None), ("{home}/own", "tpu", "own")],
+)
+def test_where_a_launch_keeps_programs_of_cpus(tmp_path, monkeypatch, directory, platform, expected):
+    """For as long as it lasts, unless the config says otherwise; there one process compiles for all."""
+    monkeypatch.setenv("A3_COMPILATION_CACHE", str(tmp_path / "launch"))
+    with compilation_cache(directory.format(home=tmp_path), platform):
+        assert cache_directory() == (expected and str(tmp_path / expected))
+        assert jax.config.values["jax_share_binary_between_hosts"] == (expected == "launch")
+    assert not jax.config.values["jax_share_binary_between_hosts"]
+
+
 def test_the_default_place_is_the_users_cache_directory(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/ada")

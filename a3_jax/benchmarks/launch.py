@@ -50,7 +50,7 @@ def _measure_once(settings) -> tuple[float, float]:
         workdir = pathlib.Path(directory) / "run"
         command = [sys.executable, "-m", "a3_jax.cli", "launch", "local", "--processes=2", "--devices=2"]
         command += [f"--config={settings.config}", f"--workdir={workdir}", *settings.overrides]
-        command += [f"--config.checkpoint_every={_SAVE_EVERY}", f"--config.compilation_cache={directory}/xla"]
+        command += [f"--config.checkpoint_every={_SAVE_EVERY}"]
         began = time.time()
         with _supervisor(command, f"{directory}/told") as ended:
             step = _wait(workdir, ended, lambda events: _first(events, "step"))

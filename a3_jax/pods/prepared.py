@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib
 import multiprocessing
 import os
 import signal
@@ -21,9 +22,7 @@ context.set_forkserver_preload(PRELOAD)
 def run_a3(arguments: Sequence[str]) -> int:
     """`a3 ARGUMENTS`, as its console script runs it."""
     sys.argv = ["a3", *arguments]
-    from a3_jax.cli import console
-
-    return console()
+    return importlib.import_module("a3_jax.cli").console()  # a program to us: it imports us, not we it
 
 
 class Prepared:

@@ -1,6 +1,9 @@
-"""The step of a run compiled before it, for chips that need not be there."""
+"""The step of a run compiled before it: for chips that need not be there, or while the run is opened."""
 
+import contextlib
 import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,14 +68,47 @@ def compile_step(
         network, optimizer, mesh,
         objective=objective, microbatches=run.microbatches, content_loss_weight=content_loss_weight,
     )  # fmt: skip
-    state = placed_state(run, model, mesh)
+    arguments = step_arguments(run, model, mesh)
+    with jax.set_mesh(mesh):  # for lowering alone: no array can be made on chips that are not there
+        return step.lower(*arguments).compile()
+
+
+def compiled_meanwhile(
+    step: Any, run: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh, stack: contextlib.ExitStack
+) -> Callable:
+    """A step that a thread compiles from now on; its first call waits for that.
+
+    JAX keeps what it has compiled for shapes, and takes it for arrays like them.
+
+    Args:
+      step: of `make_train_step`.
+      stack: waits in the end too: a process that compiles can't end well.
+    """
+    arguments = step_arguments(run, model, mesh)
+
+    def compile_it():
+        with contextlib.suppress(Exception), jax.set_mesh(mesh):  # the call fails of the same, and is heard
+            step.lower(*arguments).compile()
+
+    thread = threading.Thread(target=compile_it, name="a3 compile", daemon=True)
+    thread.start()
+    stack.callback(thread.join)
+
+    def call(*values):
+        thread.join()
+        return step(*values)
+
+    return call
+
+
+def step_arguments(run: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+    """State, batch and learning rate of a run's step as shapes with their places on the mesh."""
     rows = dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), jnp.int32)
     batch = {
         name: jax.ShapeDtypeStruct((run.batch_size, run.seq_len), dtype, sharding=batch_sharding(mesh))
         for name, dtype in {**rows, "weights": jnp.float32}.items()
     }
-    with jax.set_mesh(mesh):  # for lowering alone: no array can be made on chips that are not there
-        return step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+    return placed_state(run, model, mesh), batch, jax.ShapeDtypeStruct((), jnp.float32)
 
 
 def placed_state(run: RunConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:

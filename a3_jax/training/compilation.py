@@ -36,11 +36,10 @@ def compilation_cache(directory: str, platform: str) -> Iterator[None]:
     """
     settings: dict[str, object] = dict(_EVERY_PROGRAM)
     if platform == "cpu":
-        if jax.process_count() > 1:
-            _name_programs_alike()
+        are_alike = _name_programs_alike()
         if not directory:
             directory = os.environ.get(DIRECTORY, "off")
-            settings[_COMPILED_ONCE] = True
+            settings[_COMPILED_ONCE] = are_alike
     names = [*settings, "jax_compilation_cache_dir"]
     before = {name: getattr(jax.config, name) for name in names}
     if before["jax_compilation_cache_dir"] or directory == "off":
@@ -65,15 +64,19 @@ def default_directory() -> str:
     return os.path.join(home, "a3_jax", "xla")
 
 
-def _name_programs_alike() -> None:
-    """Lets the CPU processes of a run find what process 0 has kept.
+def _name_programs_alike() -> bool:
+    """Lets the CPU processes of a run find what process 0 has kept; whether that can be.
 
     JAX names a program by the topology that a process sees, among other things, and the CPU's says which
     process that is. All others then find nothing, and, as only process 0 writes, compile at every start.
     """
     from jax._src import cache_key  # nothing public names a program
 
-    cache_key._hash_accelerator_config = cache_key._hash_devices
+    if not hasattr(cache_key, "_hash_accelerator_config") or not hasattr(cache_key, "_hash_devices"):
+        return False
+    if jax.process_count() > 1:
+        cache_key._hash_accelerator_config = cache_key._hash_devices
+    return True
 
 
 def _unwritable(path) -> str:

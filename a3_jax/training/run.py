@@ -27,6 +27,7 @@ from a3_jax.model.sharding import batch_sharding, make_mesh, number_of_slices, r
 from a3_jax.ordering.curriculum import stage_at, trained_context
 from a3_jax.paths import as_path, check_parents, read_json, write_json
 from a3_jax.training import loop, processes
+from a3_jax.training.ahead import compiled_meanwhile
 from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.config import RunConfig, check_unchanged, model_config
 from a3_jax.training.evaluate import held_out_losses
@@ -131,6 +132,10 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
         Watchdog(workdir, jax.process_index(), limits, functools.partial(_write_hang, events))
     )
     watchdog.enter("restore")
+    steps = _steps(run, start.model, mesh, optimizer)
+    begin = run.first_step if newest is None else min(newest, run.total_steps - 1)
+    first_kind = loop.step_kind(stage_at(run.stages, begin)[1])
+    steps[first_kind] = compiled_meanwhile(steps[first_kind], run, start.model, mesh, stack)
     writer = stack.enter_context(StepWriter(checkpoints, run.keep, events.write, lease.check))
     began = time.monotonic()
     abstract = abstract_state(start.model, optimizer)
@@ -159,7 +164,7 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
         events.write("rollback", from_step=last, to_step=step, skipped_steps=last - first + 1)
         return state, step, rows_ahead
 
-    functions = _functions(run, start, data, mesh, optimizer, samples, logs.progress.note, roll_back)
+    functions = _functions(run, start, data, mesh, optimizer, steps, samples, logs.progress.note, roll_back)
     loop.train(
         state,
         functions,
@@ -355,14 +360,24 @@ def _evaluation_due(run, first_step, restored, evaluations) -> str:
     return stage_at(run.stages, first_step - 1)[1].name if due else ""
 
 
-def _functions(run, start, data, mesh, optimizer, samples, note, roll_back) -> loop.Functions:
+def _steps(run, model, mesh, optimizer) -> dict[tuple[str, float], Callable]:
+    """The compiled step of each kind that the curriculum has."""
+    make = functools.partial(make_train_step, network_of(run, model), optimizer, mesh)
+    return {
+        (objective, weight): make(
+            objective=objective, content_loss_weight=weight, microbatches=run.microbatches
+        )
+        for objective, weight in sorted({loop.step_kind(stage) for stage in run.stages})
+    }
+
+
+def _functions(run, start, data, mesh, optimizer, steps, samples, note, roll_back) -> loop.Functions:
     """The compiled functions of a run, and those that write."""
     model = network_of(run, start.model)
     sharding, bos_id = batch_sharding(mesh), start.tokenizer.bos_id
     host, num_hosts = processes.rows_of_process(sharding, run.batch_size)
     place = functools.partial(_place, sharding, num_hosts)
     table = data.heldout if data.heldout is not None else data.train
-    make_step = functools.partial(make_train_step, model, optimizer, mesh, microbatches=run.microbatches)
 
     def batches(step, rows_ahead):
         from a3_jax.data.batches import stream
@@ -374,10 +389,7 @@ def _functions(run, start, data, mesh, optimizer, samples, note, roll_back) -> l
 
     return loop.Functions(
         batches=batches,
-        step={
-            (objective, weight): make_step(objective=objective, content_loss_weight=weight)
-            for objective, weight in sorted({loop.step_kind(stage) for stage in run.stages})
-        },
+        step=steps,
         reset_optimizer=make_reset(optimizer, model, mesh),
         learning_rate=lambda step: learning_rate(
             run.stages, step,

@@ -88,6 +88,15 @@ def test_a_stuck_and_a_stopped_peer(run):
         disturbed.end()
 
 
+def test_no_process_compiles_what_was_kept(run, undisturbed):
+    """JAX alone keeps programs of CPUs under names that process 0 finds and no other."""
+    again = run(processes=2).finish()
+    for process in (0, 1):
+        told = again.log(process).read_text()
+        assert told.count("compile_requests_use_cache") == told.count("cache_hits") > 5
+    assert_same_run(again, undisturbed)
+
+
 def test_a_flag_that_differs(run):
     """Both refuse before the first step, and say what differs; nothing is written."""
     differing = run(processes=2)
