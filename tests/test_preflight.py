@@ -324,16 +324,18 @@ def test_the_bound_is_the_slowest_part():
 
 @pytest.mark.slow
 def test_the_tpu_compiler(config, capsys):
-    """The real thing: a tiny run fits, in a process of its own."""
+    """The real thing: a tiny run fits, with all its programs, in a process of its own."""
     pytest.importorskip("libtpu")
     flags = [f"--config={config}", "--topology=v5e:2x2", "--json", "--config.microbatches=1"]
     flags += ["--config.model.d_model=512"]  # whole tiles a chip: nothing is padded
+    flags += ["--programs=decode,fingerprint,restore"]
     report = json.loads(run_apart(ON_TPU, "preflight", *flags, HOME=str(config.parent)))
     assert report["fits"] and not report["cached"]
     assert abs(report["deviation"]["state"]) < 0.01
-    assert (
-        report["collectives"]["all-gather"]["count"] and not report["programs"]["train any_order"]["refused"]
-    )
+    assert report["collectives"]["all-gather"]["count"]
+    programs = report["programs"]
+    assert programs.keys() == {"train any_order", "decode", "fingerprint", "restore"}
+    assert all(program["total"] and not program["refused"] for program in programs.values())
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ from a3_jax.pods.manifests import read_manifest
 from a3_jax.pods.spec import check_config, read_spec
 from a3_jax.pods.xpk import xpk_arguments
 from tests.test_launch_pods import GOLDEN, ROOT, SPECS, commands, spec_of
+from tests.test_preflight import ON_TPU, TINY
+from tests.tpu_programs import run_apart
 
 XPK = ROOT / ".xpk/bin/xpk"
 BASE = ROOT / "launch/v5e-16.yaml"
@@ -151,6 +153,34 @@ def test_submit_sends_what_was_checked(tmp_path, capsys):
 def test_without_submit_nothing_is_sent(tmp_path):
     assert launch(tmp_path, BASE, fake_xpk(tmp_path)) == 0
     assert len(calls(tmp_path)) == 1
+
+
+@pytest.mark.slow
+@needs_xpk
+def test_from_preflight_to_submission(tmp_path, capsys, monkeypatch):
+    """A tiny run's step compiled for its chips, xpk's own manifest; the sending alone stays here."""
+    pytest.importorskip("libtpu")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # what was compiled with others doesn't count
+    path, sent = tmp_path / "spec.yaml", tmp_path / "calls"
+    (tmp_path / "tiny.py").write_text(TINY)
+    changed = {"config": "tiny.py", "topology": "v5e:2x4", "overrides": {"microbatches": 1}}
+    path.write_text(yaml.safe_dump(yaml.safe_load(BASE.read_text()) | changed))
+    xpk = executable(
+        tmp_path / "bin/xpk",
+        f"""#!/bin/sh
+case "$*" in *--dry-run*) exec {XPK} "$@";; esac
+printf '%s\\n' "$@" > {sent}
+""",
+    )
+    assert launch(tmp_path, path, xpk, "--submit") == 2
+    assert "no preflight has passed" in capsys.readouterr().err and not sent.exists()
+    report = run_apart(ON_TPU, "preflight", f"--spec={path}", "--json", HOME=os.environ["HOME"])
+    assert json.loads(report)["fits"]
+    assert launch(tmp_path, path, xpk, "--submit") == 0
+    assert sent.read_text().splitlines() == xpk_arguments(read_spec(path))
+    path.write_text(path.read_text().replace("microbatches: 1", "microbatches: 2"))
+    assert launch(tmp_path, path, xpk, "--submit") == 2
 
 
 @pytest.mark.parametrize("passed", [False, None, "yes"])

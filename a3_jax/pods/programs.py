@@ -49,8 +49,9 @@ def _restore(run, model, mesh):
     Reading itself is no program: arrays go to the chips as they are.
     """
     reset = make_reset(optimizer_of(run), network_of(run, model), mesh)
+    state = placed_state(run, model, mesh)
     with jax.set_mesh(mesh):
-        return reset.lower(placed_state(run, model, mesh)).compile()
+        return reset.lower(state).compile()
 
 
 def _decode(run, model, mesh):
