@@ -1,22 +1,23 @@
 """A run of seconds, for drills: two stages, both objectives' streams, checkpoints and evaluations often."""
 
-import sys
+import logging
 
-import jax
 import ml_collections
 
 from tests.drills import harness, sabotage
 
 
-def tell_of_programs(event, **_):
-    """A line in the log for each program that is asked of the cache, and each that is found."""
-    if event in ("/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"):
-        print(event, file=sys.stderr)
+def tell_of_programs():
+    """A line in the log for each program that was kept and found, or wasn't."""
+    logger, handler = logging.getLogger("jax._src.compiler"), logging.StreamHandler()
+    handler.addFilter(lambda record: "compilation cache" in record.getMessage().lower())
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
 
 
 def get_config():
     sabotage.put_in_place()
-    jax.monitoring.register_event_listener(tell_of_programs)
+    tell_of_programs()
     return ml_collections.ConfigDict({
         "seed": 3,
         "model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_size": 16,
