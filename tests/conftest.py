@@ -4,6 +4,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # tests count compilations, and keep caches of their own
+os.environ.pop("A3_COMPILATION_CACHE", None)
 # Tiny programs run for milliseconds and compile for seconds: without optimisation it is ten times less.
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""),

@@ -245,7 +245,7 @@ def test_newest_step_is_one_with_a_manifest(tmp_path):
     assert newest_step(tmp_path) == 10
 
 
-def start(workdir, *plans) -> subprocess.Popen:
+def start(workdir, *plans, **options) -> subprocess.Popen:
     """A supervisor of its own, once all its children listen."""
     command = [
         sys.executable,
@@ -256,7 +256,7 @@ def start(workdir, *plans) -> subprocess.Popen:
         *launch_stand_in.plan(workdir, *plans),
     ]
     with open(workdir / "supervisor.err", "wb") as errors:
-        supervisor = subprocess.Popen(command, stderr=errors)
+        supervisor = subprocess.Popen(command, stderr=errors, **options)
     wait_for(lambda: all((workdir / f"ready-{process}").exists() for process in range(len(plans))))
     return supervisor
 
@@ -297,7 +297,15 @@ def test_a_second_signal_is_passed_on_and_ends_the_deaf(tmp_path):
     assert not is_alive(started(tmp_path)[0])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise")
+def test_a_signal_to_the_whole_group_is_the_supervisors_to_pass_on(tmp_path):
+    """As `timeout` sends it: what all are forked from stays, and the children save and say so."""
+    slow = "signal.signal(15, lambda *_: (time.sleep(1), sys.exit(75))); (workdir / 'ready-0').touch()"
+    supervisor = start(tmp_path, [f"{slow}; {SLEEP}"], start_new_session=True)
+    os.killpg(supervisor.pid, signal.SIGTERM)
+    assert supervisor.wait(20) == EXIT_PREEMPTED
+    assert "255" not in (tmp_path / "supervisor.err").read_text()
+
+
 def test_children_do_not_outlive_a_killed_supervisor(tmp_path):
     supervisor = start(tmp_path, ["sleep_till(15, 75)"], ["sleep_till(15, 75)"])
     supervisor.kill()

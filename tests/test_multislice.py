@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ COMPILE = """
 import dataclasses, json
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh
-from a3_jax.training.ahead import compile_step, topology_devices
+from a3_jax.pods.chips import compile_step, topology_devices
 from a3_jax.training.config import RunConfig
 from a3_jax.training.run import open_mesh
 from tests.multislice_run import config_of
@@ -67,10 +68,13 @@ def train_as_slices(data, workdir):
         Prepared(train_as_slice, [data, str(workdir)], environment | {"A3_PROCESS_ID": str(number)}, log)
         for number, log in enumerate(logs)
     ]
-    statuses, told = (
-        [process.wait(400) for process in processes],
-        [pathlib.Path(log).read_text() for log in logs],
-    )
+    try:
+        statuses = [process.wait(400) for process in processes]
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    told = [pathlib.Path(log).read_text() for log in logs]
     assert statuses == [0, 0], told
     return [json.loads(next(line for line in text.splitlines() if line[:1] == "{")) for text in told]
 

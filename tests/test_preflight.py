@@ -14,7 +14,7 @@ import pytest
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_OK, InputError
 from a3_jax.model import accelerators
-from a3_jax.pods import compiler, memory_estimate, programs, roofline
+from a3_jax.pods import chips, compiler, memory_estimate, programs, roofline
 from a3_jax.pods.compiler import check_flags
 from a3_jax.pods.layout import Layout, layout_of
 from a3_jax.pods.memory_estimate import estimate_memory
@@ -88,7 +88,7 @@ def stories(monkeypatch):
         compiled.append((run.remat, dict(mesh.shape), objective))
         return Story()
 
-    monkeypatch.setattr(ahead, "topology_devices", lambda topology, slices=1: devices[: 4 * slices])
+    monkeypatch.setattr(chips, "topology_devices", lambda topology, slices=1: devices[: 4 * slices])
     monkeypatch.setattr(programs, "compile_step", compile_step)
     for name in compiler.COMPILER_FLAGS:
         monkeypatch.delenv(name, raising=False)

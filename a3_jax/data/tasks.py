@@ -118,7 +118,8 @@ def register(splits: Mapping[str, Mapping[str, Sequence[str]]], vocabulary: Text
 def read_table(name: str, split: str, seq_len: int, packing: bool = True) -> Table | None:
     """The packed rows of a registered task or mixture with a feature "targets"; None if it has none.
 
-    Of a mixture, each document of each task is read once: rates only matter where one samples.
+    Of a mixture, each document of each task is read once: rates only matter where one samples. Python's `if`
+    on a tensor is not for the functions of its preprocessors.
 
     Raises:
       InputError: text that the tokenizer can't encode.
@@ -131,9 +132,8 @@ def read_table(name: str, split: str, seq_len: int, packing: bool = True) -> Tab
 
 def _token_ids(task: seqio.Task, split: str) -> list[np.ndarray]:
     """[n] int32 for each document of a task."""
-    # Nothing of it branches on a tensor: to rewrite the functions takes longer than to run them.
-    get_dataset = tf.autograph.experimental.do_not_convert(task.get_dataset)
-    dataset = get_dataset(sequence_length=None, split=split, shuffle=False)
+    # To rewrite the functions for TensorFlow takes longer than to run them.
+    dataset = tf.autograph.experimental.do_not_convert(task.get_dataset)(None, split, shuffle=False)
     documents = []
     try:
         for example in dataset.ragged_batch(_TEXTS_AT_ONCE):  # fetched one by one, each takes a millisecond

@@ -34,23 +34,15 @@ def _out_of_sight(names):
             del sys.modules[name]
 
 
-@contextlib.contextmanager
-def _no_garbage_looked_for():
-    """Modules stay: to look through them again and again while more come takes a fifth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-with _silent_standard_error(), _out_of_sight(_OF_KERAS_ALONE), _no_garbage_looked_for():
+_looked_for_garbage = gc.isenabled()
+gc.disable()  # modules stay: to look through them again and again while more come takes a fifth of the time
+with _silent_standard_error(), _out_of_sight(_OF_KERAS_ALONE):
     import tensorflow as tf
 
     for _kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], _kind)
     import seqio
+if _looked_for_garbage:
+    gc.enable()
 
 __all__ = ["seqio", "tf"]

@@ -38,6 +38,7 @@ _POLL = 0.1  # seconds between two looks at the children
 _LEAVE = 20.0  # seconds in which the others leave by themselves when one has left to be started again
 _END, _STOP = 5.0, 10.0  # seconds from SIGTERM to SIGKILL: before a restart, at the end
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled while nothing comes of it
+PROGRAMS = "A3_COMPILATION_CACHE"  # an environment variable, of `training.compilation`
 _TAIL = 1 << 16  # bytes of a log in which a process's last word is looked for
 
 
@@ -91,7 +92,7 @@ def supervise(launch: Launch) -> int:
     """Runs the processes to their end; to be called in the main thread.
 
     SIGTERM and SIGINT are passed on, and then nothing is started any more. If the supervisor is killed,
-    its children get a SIGTERM from the kernel (on Linux).
+    its children send themselves a SIGTERM.
 
     Returns:
       0 when all have ended well; the status of the one that must not be started again; 75 or the worst
@@ -285,10 +286,10 @@ def child_environment(launch: Launch, process: int, port: int, programs: str) ->
 
     Args:
       port: the coordinator's.
-      programs: directory for compiled programs, unless the config or the user names one.
+      programs: directory for compiled programs, unless the config names one.
     """
     environment = dict(os.environ, JAX_PLATFORMS="cpu")
-    environment.setdefault("A3_COMPILATION_CACHE", programs)
+    environment[PROGRAMS] = programs
     for name in ("JAX_COORDINATOR_ADDRESS", "A3_NUM_PROCESSES", "A3_PROCESS_ID"):
         environment.pop(name, None)
     flag = f"--xla_force_host_platform_device_count={launch.devices}"
@@ -300,8 +301,18 @@ def child_environment(launch: Launch, process: int, port: int, programs: str) ->
     return environment
 
 
-def _programs() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="a3-programs-", ignore_cleanup_errors=True)
+@contextlib.contextmanager
+def _programs() -> Iterator[str]:
+    """A directory for compiled programs, unless the user has named one; "off" where there is no room."""
+    if os.environ.get(PROGRAMS):
+        yield os.environ[PROGRAMS]
+        return
+    try:
+        own = tempfile.TemporaryDirectory(prefix="a3-programs-", ignore_cleanup_errors=True)
+    except OSError:
+        own = contextlib.nullcontext("off")
+    with own as directory:
+        yield directory
 
 
 @contextlib.contextmanager

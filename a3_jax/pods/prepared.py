@@ -9,10 +9,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 
-PRELOAD = ["a3_jax.cli", "a3_jax.training.run", "a3_jax.data.tasks", "a3_jax.data.prepared",
-           "a3_jax.data.feature_converter"]  # fmt: skip
+_ROOMS = "training.run", "data.feature_converter", "data.prepared", "data.tasks"
+PRELOAD = [f"a3_jax.{room}" for room in _ROOMS]
 _PR_SET_NAME = 15
+_OURS = {signal.SIGINT, signal.SIGTERM}  # not for the process that all are forked from
 
 # Elsewhere than on Linux system libraries don't survive a fork: there each process imports for itself.
 context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -45,10 +47,16 @@ class Prepared:
           function: of a module, such as `run_a3`; returns the exit status.
           environment: instead of this process's. What a library reads when it is imported, such as
             JAX_PLATFORMS, has to be the same for all.
+
+        Raises:
+          OSError: what all are forked from has ended.
         """
         self._process = context.Process(target=_run, args=(function, list(arguments), dict(environment), log))
-        with _as_parent(environment):
-            self._process.start()
+        try:
+            with _as_parent(environment):
+                self._process.start()
+        except EOFError as error:
+            raise OSError("the imports of `a3 train` ended, see above") from error
 
     @property
     def pid(self) -> int:
@@ -72,10 +80,11 @@ class Prepared:
 
 @contextlib.contextmanager
 def _as_parent(environment) -> Iterator[None]:
-    """The first start makes what all are forked from: in this environment, and deaf to Ctrl-C as they are."""
+    """The first start makes what all are forked from: in this environment, deaf to signals of its group."""
+    resource_tracker.ensure_running()  # at its own start it would unblock them
     before = dict(os.environ)
     os.environ.update(environment)
-    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
     try:
         yield
     finally:
@@ -86,8 +95,8 @@ def _as_parent(environment) -> Iterator[None]:
 
 def _run(function, arguments, environment, log) -> None:
     """What a process does once it has been forked."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     if sys.platform == "linux":  # the name in `ps`
         ctypes.CDLL(None).prctl(_PR_SET_NAME, " ".join(["a3", *arguments[:1]]).encode())
@@ -99,7 +108,8 @@ def _run(function, arguments, environment, log) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     status = function(arguments)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):  # a full disk doesn't change the status
+            stream.flush()
     os._exit(status)  # an orderly end waits for threads of libraries
 
 

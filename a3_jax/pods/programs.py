@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, batch_sharding
 from a3_jax.model.two_stream import abstract_params, param_shardings
-from a3_jax.training.ahead import compile_step, placed, placed_state
+from a3_jax.pods.chips import compile_step
+from a3_jax.training.ahead import placed, placed_state
 from a3_jax.training.config import RunConfig
 from a3_jax.training.loop import step_kind
 from a3_jax.training.parts import network_of, optimizer_of

@@ -10,10 +10,9 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from a3_jax.paths import as_path
 
-DIRECTORY = "A3_COMPILATION_CACHE"  # an environment variable: of one run on one machine
-_COMPILED_ONCE = (
-    "jax_share_binary_between_hosts"  # process 0 compiles for all; hangs if two runs share a cache
-)
+DIRECTORY = "A3_COMPILATION_CACHE"  # an environment variable: of one launch at a time, on one machine
+# One process that finds a program waits in vain for another that doesn't, as two launches may bring about.
+_ONCE = {"jax_share_binary_between_hosts": True, "jax_share_binary_between_hosts_timeout_ms": 600_000}
 _EVERY_PROGRAM = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -35,11 +34,10 @@ def compilation_cache(directory: str, platform: str) -> Iterator[None]:
       platform: of the devices.
     """
     settings: dict[str, object] = dict(_EVERY_PROGRAM)
-    if platform == "cpu":
-        are_alike = _name_programs_alike()
-        if not directory:
-            directory = os.environ.get(DIRECTORY, "off")
-            settings[_COMPILED_ONCE] = are_alike
+    if platform == "cpu" and not directory:
+        directory = os.environ.get(DIRECTORY, "off")
+        if directory != "off" and _name_programs_alike():
+            settings |= _ONCE
     names = [*settings, "jax_compilation_cache_dir"]
     before = {name: getattr(jax.config, name) for name in names}
     if before["jax_compilation_cache_dir"] or directory == "off":
@@ -74,8 +72,7 @@ def _name_programs_alike() -> bool:
 
     if not hasattr(cache_key, "_hash_accelerator_config") or not hasattr(cache_key, "_hash_devices"):
         return False
-    if jax.process_count() > 1:
-        cache_key._hash_accelerator_config = cache_key._hash_devices
+    cache_key._hash_accelerator_config = cache_key._hash_devices
     return True
 
 

@@ -55,7 +55,7 @@ class RunConfig:
       attention: how attention is computed, see `model.attention`; "auto" is the best that there is.
       mesh: devices along data, fsdp and tensor; -1 = all that remain, data 0 = the number of slices.
       compilation_cache: directory of compiled programs, which spare a run that goes on its minutes of
-        compiling; empty for one in the user's cache directory (on CPU none), "off" for none.
+        compiling; empty for one in the user's cache directory (on CPU a launch's own or none), "off": none.
       checkpoint_every, eval_every, sample_every: steps; 0 = at the end of each stage for the first,
         never for the others.
       keep: checkpoints kept. eval_batches: held-out batches an evaluation.

@@ -12,11 +12,7 @@ from typing import Any
 
 import jax
 
-from a3_jax.checkpoints.a3_format import (
-    Meta,
-    StepWriter,
-    with_manifest,
-)
+from a3_jax.checkpoints.a3_format import Meta, StepWriter, with_manifest
 from a3_jax.checkpoints.agreement import agree, by_first, together
 from a3_jax.checkpoints.manifest import DamagedCheckpoint, raise_damage, read_manifest
 from a3_jax.errors import EXIT_NUMERICS, EXIT_PREEMPTED, InputError, RunError
@@ -27,7 +23,7 @@ from a3_jax.model.sharding import batch_sharding, make_mesh, number_of_slices, r
 from a3_jax.ordering.curriculum import stage_at, trained_context
 from a3_jax.paths import as_path, check_parents, read_json, write_json
 from a3_jax.training import loop, processes
-from a3_jax.training.ahead import compiled_meanwhile
+from a3_jax.training.ahead import compiled_meanwhile, placed
 from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.config import RunConfig, check_unchanged, model_config
 from a3_jax.training.evaluate import held_out_losses
@@ -132,10 +128,7 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
         Watchdog(workdir, jax.process_index(), limits, functools.partial(_write_hang, events))
     )
     watchdog.enter("restore")
-    steps = _steps(run, start.model, mesh, optimizer)
-    begin = run.first_step if newest is None else min(newest, run.total_steps - 1)
-    first_kind = loop.step_kind(stage_at(run.stages, begin)[1])
-    steps[first_kind] = compiled_meanwhile(steps[first_kind], run, start.model, mesh, stack)
+    steps = _steps(run, start.model, mesh, optimizer, newest, stack)
     writer = stack.enter_context(StepWriter(checkpoints, run.keep, events.write, lease.check))
     began = time.monotonic()
     abstract = abstract_state(start.model, optimizer)
@@ -264,11 +257,7 @@ def _warn(run, start, data) -> None:
 
 def _restore(writer, abstract, shardings, at_most: int | None = None) -> TrainState | None:
     """The state of the newest intact step, not after `at_most`; None where there is none."""
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
+    target = placed(abstract, shardings)
     rest = {"step": target.step, "opt_state": target.opt_state, "numerics": target.numerics}
     found = writer.restore_newest(target.params, rest, at_most=at_most)
     if found is None:
@@ -360,15 +349,16 @@ def _evaluation_due(run, first_step, restored, evaluations) -> str:
     return stage_at(run.stages, first_step - 1)[1].name if due else ""
 
 
-def _steps(run, model, mesh, optimizer) -> dict[tuple[str, float], Callable]:
-    """The compiled step of each kind that the curriculum has."""
-    make = functools.partial(make_train_step, network_of(run, model), optimizer, mesh)
-    return {
-        (objective, weight): make(
-            objective=objective, content_loss_weight=weight, microbatches=run.microbatches
-        )
-        for objective, weight in sorted({loop.step_kind(stage) for stage in run.stages})
-    }
+def _steps(run, model, mesh, optimizer, newest, stack) -> dict[tuple[str, float], Callable]:
+    """The compiled step of each kind that the curriculum has; the first one's compilation has begun."""
+    network, microbatches = network_of(run, model), run.microbatches
+    make = functools.partial(make_train_step, network, optimizer, mesh, microbatches=microbatches)
+    kinds = sorted({loop.step_kind(stage) for stage in run.stages})
+    steps: dict = {kind: make(objective=kind[0], content_loss_weight=kind[1]) for kind in kinds}
+    begin = run.first_step if newest is None else min(newest, run.total_steps - 1)
+    first = loop.step_kind(stage_at(run.stages, begin)[1])
+    steps[first] = compiled_meanwhile(steps[first], run, model, mesh, stack)
+    return steps
 
 
 def _functions(run, start, data, mesh, optimizer, steps, samples, note, roll_back) -> loop.Functions:

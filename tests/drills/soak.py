@@ -124,7 +124,7 @@ class Disturbed:
             for process, child in enumerate(run.children):
                 if child.poll() is None:
                     self._touched.add(process)
-                    child.terminate()
+                    child.send_signal(signal.SIGTERM)
             self._wait_for(self._all_left, 5.0)
             run.end()
         statuses = run.wait()
