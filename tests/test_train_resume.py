@@ -13,6 +13,7 @@ from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import init_params
 from a3_jax.training import loop
+from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.run import train
 from tests.training_fixtures import LINES, tiny_run
 
@@ -39,11 +40,8 @@ def data(tmp_path_factory):
     """Text, and a compilation cache: every run here compiles the same step."""
     directory = tmp_path_factory.mktemp("data")
     (directory / "text.txt").write_text("\n\n".join(LINES))
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield str(directory / "text.txt")
-    jax.config.update("jax_compilation_cache_dir", before)
+    with compilation_cache(str(directory / "compiled"), "cpu"):
+        yield str(directory / "text.txt")
 
 
 @pytest.fixture(scope="module")
