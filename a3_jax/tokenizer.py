@@ -1,4 +1,4 @@
-"""Text to token ids and back: any Hugging Face `tokenizer.json`, plain bytes, and `[[n]]` blanks.
+"""Text to token ids and back: any Hugging Face `tokenizer.json`, or plain bytes.
 
 Text is only ever text here: a special token typed in it (`<s>`, `<|end_of_text|>`) is encoded like
 any other characters, never as the special id. Of what a tokenizer's post-processor would add, only
@@ -18,16 +18,18 @@ from a3_jax.paths import as_path, parse_json, read_text
 
 BOS_POLICIES = ("auto", "yes", "no")
 MAX_VOCAB_SIZE = 1 << 24  # far above any vocabulary: a model has a row for each id
-MAX_BLANK = 1 << 20  # tokens in one blank: far above any context, far below what fills the memory
 
 _MAIN_FILE = "tokenizer.json"
 _SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _COMPANION_FILES = (*_SPECIAL_TOKEN_FILES, "added_tokens.json", "chat_template.jinja")
 _BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 _EOS_NAMES = ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
-_BLANK = re.compile(r"\[\[([0-9]+)\]\]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SPACE_MARKS = (" ", "▁", "Ġ")  # how vocabularies write a space at the front of a word
+_BEFORE = ("a", ".", "\n", "0", "\ue000")  # what text may follow; the last is in no vocabulary
+
+_SPACE_MARKS = ("▁", "Ġ", " ")  # how vocabularies write a space at the front of a word
+
+Offsets = tuple[list[int], list[tuple[int, int]]]
 
 
 class Tokenizer:
@@ -54,6 +56,8 @@ class Tokenizer:
         if self.bos_id is None and first != [self.eos_id]:  # some add EOS alone
             self.bos_id = next(iter(first), None)
         self.adds_bos = bool(first) and first[0] == self.bos_id
+        # Nothing else of the post-processor is wanted, least of all offsets that leave out spaces.
+        self._tokenizer.post_processor = None
 
     def _special_id(self, *names) -> int | None:
         """The id of the first of these names that is in the vocabulary."""
@@ -80,19 +84,48 @@ class Tokenizer:
             raise
         return [front + encoding.ids for encoding in encodings]
 
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a text without BOS, and behind which of its characters each token ends.
+    def encode_with_offsets(self, texts: list[str], goes_on: bool = False) -> list[Offsets]:
+        """Token ids of texts without BOS, and the characters that each token covers.
+
+        Args:
+          texts: encoded each by itself.
+          goes_on: encodes each as what follows other text, so that nothing is put in front of it.
+
+        Returns:
+          (ids, [(start, end) of each token in its text]) per text. The tokens of one character written
+          in several bytes all cover it.
 
         Raises:
           InputError: text that can't be encoded.
         """
+        if goes_on:
+            return [self._continued(text) for text in texts]
         with _refusing("the tokenizer can't encode the text"):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [end for _, end in encoding.offsets]
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that follows other text: nothing is put in front of it."""
+        return self._continued(text)[0]
+
+    def _continued(self, text: str) -> Offsets:
+        # Encoded behind a stand-in for what precedes it, one that shares no token with it.
+        for before in _BEFORE if text else ():
+            try:
+                ((ids, offsets),) = self.encode_with_offsets([before + text])
+            except InputError:  # a vocabulary without it
+                continue
+            size = len(before)
+            first = sum(end <= size for _, end in offsets)
+            rest = offsets[first:]
+            if rest and all(start >= size for start, _ in rest):
+                return ids[first:], [(start - size, end - size) for start, end in rest]
+        return self.encode_with_offsets([text])[0]
 
     def decode(self, ids) -> str:
         """The text of token ids; special tokens are left out."""
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        text = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        return text.removeprefix(" ") if self._decodes_a_space_more else text
 
     def files(self) -> dict[str, str]:
         """The texts of its files by name, as read: `tokenizer.json` and what came with it."""
@@ -120,20 +153,31 @@ class Tokenizer:
 
     @functools.cached_property
     def space_starts_word(self) -> bool:
-        """Whether a space is part of the word after it: " a" has as many tokens as "a"."""
-        return self.prepends_space or len(self._probe(" a")) == len(self._probe("a"))
+        """Whether a space is part of the word after it, or of no token at all."""
+        names = self._tokenizer.get_vocab()
+        has_such = any(name[:1] in _SPACE_MARKS and name[1:2].isalpha() for name in names)
+        return has_such or not self.encode(" ", "no")
 
     @functools.cached_property
-    def prepends_space(self) -> bool:
-        """Whether a text's first word gets a space that was not typed (SentencePiece's habit)."""
-        return "".join(self._probe("a")).startswith(_SPACE_MARKS)
-
-    def _probe(self, text: str) -> list[str]:
-        """The tokens of a text as the vocabulary writes them; none where it can't be encoded."""
+    def _decodes_a_space_more(self) -> bool:
+        """Whether a text comes back with a space in front, as the one that RoBERTa's tokenizer adds."""
         try:
-            return [self._tokenizer.id_to_token(token) or "" for token in self.encode(text, "no")]
+            return self._tokenizer.decode(self.encode("a", "no")) == " a"
         except InputError:
-            return []
+            return False
+
+    @functools.cached_property
+    def restarts_after_special(self) -> bool:
+        """Whether text after a special token is encoded as if it were the beginning of a text."""
+        special = next((token.content for token in self.special_tokens().values()), None)
+        if special is None:
+            return True
+        self._tokenizer.encode_special_tokens = False
+        try:
+            ids = self._tokenizer.encode(f"{special}a", add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return ids[1:] == self.encode("a", "no")
 
     def _front(self, bos: str) -> list[int]:
         if bos not in BOS_POLICIES:
@@ -199,49 +243,6 @@ def bytes_tokenizer() -> Tokenizer:
     )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
     return Tokenizer({_MAIN_FILE: tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)})
-
-
-def encode_blanks(tokenizer: Tokenizer, text: str, bos: str = "auto") -> list[int | None]:
-    """Tokens of a text with blanks: `[[n]]` becomes n times None.
-
-    Each piece of text between blanks is encoded by itself. Where a tokenizer makes a space part of
-    the word after it, one space before a blank belongs to the blank's first token and is dropped:
-
-        "The [[2]] sat."  ->  The  None  None  Ġsat  .
-
-    Raises:
-      InputError: a malformed blank (`[[x]]`, `[[0]]`, `[[` alone), or as `Tokenizer.encode`.
-    """
-    tokens: list[int | None] = list(tokenizer.encode("", bos))
-    pieces = _BLANK.split(text)  # text, blank's number, text, ..., text
-    for index, piece in enumerate(pieces):
-        if index % 2:
-            tokens += [None] * _blank_length(piece)
-        else:
-            piece = _between_blanks(tokenizer, piece, first=index == 0, last=index == len(pieces) - 1)
-            tokens += tokenizer.encode(piece, "no")
-    return tokens
-
-
-def _between_blanks(tokenizer: Tokenizer, piece: str, first: bool, last: bool) -> str:
-    """A piece of text without the spaces that the tokenizer counts to the tokens around it."""
-    if "[[" in piece:
-        malformed = piece[piece.index("[[") :][:12]
-        raise InputError(f"malformed blank {malformed!r}: write [[n]] with n a number of tokens")
-    if not first and tokenizer.prepends_space:
-        piece = piece.removeprefix(" ")
-    if not last and tokenizer.space_starts_word:
-        piece = piece.removesuffix(" ")
-    return piece
-
-
-def _blank_length(digits: str) -> int:
-    digits = digits.lstrip("0")
-    if not digits:
-        raise InputError("malformed blank '[[0]]': a blank has at least one token")
-    if len(digits) > len(str(MAX_BLANK)) or int(digits) > MAX_BLANK:
-        raise InputError(f"a blank has at most {MAX_BLANK} tokens, got [[{digits[:12]}]]")
-    return int(digits)
 
 
 def _parse(text: str, place) -> tokenizers.Tokenizer:

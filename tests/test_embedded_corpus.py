@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from a3_jax.borders import encode_blanks
 from a3_jax.data import embedded
-from a3_jax.tokenizer import encode_blanks, from_files
+from a3_jax.tokenizer import from_files
 
 COUNT = 252
 ALL_VALUES = {slot: set(words) for slot, words in embedded.VALUES.items()}
@@ -135,7 +136,9 @@ def test_tokenizer_gives_every_story_back(tokenizer):
 def test_a_blank_stands_for_one_token(tokenizer, kind):
     for blank in embedded.blanks(kind, COUNT):
         answer = tokenizer.encode(blank.answer, "no")
-        filled = [answer[0] if token is None else token for token in encode_blanks(tokenizer, blank.text)]
+        filled = [
+            answer[0] if token is None else token for token in encode_blanks(tokenizer, blank.text).tokens
+        ]
         assert len(answer) == 1
         assert filled == tokenizer.encode(blank.text.replace("[[1]]", blank.answer))
 

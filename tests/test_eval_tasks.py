@@ -10,7 +10,7 @@ import pytest
 from a3_jax.errors import InputError
 from a3_jax.evaluation.examples import ChoiceExample, derived_seed, is_too_long, make_examples
 from a3_jax.evaluation.files import Row, find_data, read_rows
-from a3_jax.evaluation.judging import completion_text, judge, summarise
+from a3_jax.evaluation.judging import cut_at_stops, judge, summarise
 from a3_jax.evaluation.profiles import MODELS, PROFILES, PileSettings, changed, profile_named
 from a3_jax.evaluation.prompts import pile_prompts, unconditional_blanks
 from a3_jax.evaluation.tasks import TASKS, task_named
@@ -245,11 +245,10 @@ def test_gsm8k_shots_stand_before_the_prompt(hub):
 
 
 def test_answers_are_cut_at_the_stops():
-    profile, tokenizer = profile_named("lm_eval"), fixtures.bytes_tokenizer()
-    answer = tokenizer.encode(" Paris, France.\nQuestion: x")
-    assert completion_text(task_named("triviaqa"), profile, answer, tokenizer) == " Paris"
-    assert completion_text(task_named("gsm8k"), profile, answer, tokenizer) == " Paris, France.\n"
-    assert completion_text(task_named("lambada"), profile, answer, tokenizer).endswith("x")
+    profile, answer = profile_named("lm_eval"), " Paris, France.\nQuestion: x"
+    assert cut_at_stops(task_named("triviaqa"), profile, answer) == " Paris"
+    assert cut_at_stops(task_named("gsm8k"), profile, answer) == " Paris, France.\n"
+    assert cut_at_stops(task_named("lambada"), profile, answer).endswith("x")
 
 
 def test_code_is_taken_as_it_stands(hub):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from a3_jax.borders import encode_blanks
 from a3_jax.quickstart.questions import (
     all_but_last_mentions,
     blank_out,
@@ -12,7 +13,7 @@ from a3_jax.quickstart.questions import (
     story_questions,
     text_questions,
 )
-from a3_jax.tokenizer import bytes_tokenizer, encode_blanks
+from a3_jax.tokenizer import bytes_tokenizer
 
 STORY = (
     "Long ago Ben lost a kite by the mill. The kite made Ben very happy. "
@@ -68,4 +69,4 @@ def test_blanks_in_text_count_bytes():
     (question,) = text_questions(documents)
     tokenizer = bytes_tokenizer()
     assert "[[" in question.text
-    assert len(encode_blanks(tokenizer, question.text)) == len(tokenizer.encode(question.truth))
+    assert len(encode_blanks(tokenizer, question.text).tokens) == len(tokenizer.encode(question.truth))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from a3_jax.errors import InputError
-from a3_jax.tokenizer import bytes_tokenizer, encode_blanks, from_files, has_tokenizer, load_tokenizer
+from a3_jax.tokenizer import bytes_tokenizer, from_files, has_tokenizer, load_tokenizer
 
 AWKWARD_TEXTS = ["", " ", "a", "naïve café", "🙂👩‍🚀", "tabs\tand\r\nlines\x00", "<s> typed </s> <bos>"]
 
@@ -171,32 +171,3 @@ def test_unencodable_text_and_policy():
         word_tokenizer().encode("three")
     with pytest.raises(InputError, match="bos"):
         bytes_tokenizer().encode("a", bos="maybe")
-
-
-def test_blanks_in_bytes():
-    tokens = encode_blanks(bytes_tokenizer(), "a [[2]] b[[1]]", bos="yes")
-    assert tokens == [256, 97, 32, None, None, 32, 98, None]
-
-
-def test_blanks_take_the_space_before_them():
-    """A space that starts a word belongs to the blank; a space typed twice keeps the other one."""
-    tokenizer = from_files(byte_fallback_tokenizer())
-    the, cat = tokenizer.encode("the", "no") + tokenizer.encode("cat", "no")
-    assert encode_blanks(tokenizer, "the [[3]] cat", bos="no") == [the, None, None, None, cat]
-    assert encode_blanks(tokenizer, "[[1]] cat", bos="auto") == [tokenizer.bos_id, None, cat]
-    assert encode_blanks(word_tokenizer(), "zero [[2]] two") == [0, None, None, 2]
-
-
-def test_text_without_blanks_is_encoded_as_ever():
-    tokenizer = from_files(byte_fallback_tokenizer())
-    for text in AWKWARD_TEXTS:
-        assert encode_blanks(tokenizer, text) == tokenizer.encode(text)
-
-
-MALFORMED = ["[[x]]", "[[0]]", "[[000]]", "a [[", "[[]]", "[[-1]]", "[[1]", "[[3]] [[1.5]]", "[[9999999999]]"]
-
-
-@pytest.mark.parametrize("text", MALFORMED)
-def test_malformed_blanks(text):
-    with pytest.raises(InputError, match=r"\[\["):
-        encode_blanks(bytes_tokenizer(), text)

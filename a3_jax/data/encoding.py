@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from a3_jax.borders import predicted_tokens
 from a3_jax.data.dialogs import Part
 from a3_jax.data.documents import BadRecord
 from a3_jax.data.table import FILLER, GIVEN, PREDICTED
@@ -69,9 +70,10 @@ class Encoder:
 
     def encode(self, items: Sequence[Document | BadRecord]) -> list[Encoded | BadRecord]:
         """Documents in tokens, in their order; a `BadRecord` in place of each that can't be encoded."""
-        texts = [text for item in items if isinstance(item, Document) for text in _texts(item)]
+        documents = [item for item in items if isinstance(item, Document)]
+        texts = [document.content for document in documents if isinstance(document.content, str)]
         ids = iter(self._ids(texts))
-        return [item if isinstance(item, BadRecord) else self._encoded(item, ids) for item in items]
+        return [self._encoded(item, ids) if isinstance(item, Document) else item for item in items]
 
     def _ids(self, texts: list[str]) -> list[list[int] | InputError]:
         try:
@@ -86,36 +88,61 @@ class Encoder:
             return error
 
     def _encoded(self, document: Document, ids) -> Encoded | BadRecord:
-        taken = [next(ids) for _ in _texts(document)]
-        failure = next((one for one in taken if isinstance(one, InputError)), None)
-        if failure is not None:
-            return _bad(document, "not_encodable", failure.message)
-        if isinstance(document.content, str):
-            if not taken[0]:
-                return _bad(document, "empty", "the tokenizer makes nothing of its text")
-            return Encoded(document, np.array(self.bos + taken[0] + self.eos, np.int32))
-        return self._dialog(document, taken)
+        try:
+            if not isinstance(document.content, str):
+                return self._dialog(document, document.content)
+            taken = next(ids)
+            if isinstance(taken, InputError):
+                raise taken
+        except InputError as error:
+            return _bad(document, "not_encodable", error.message)
+        if not taken:
+            return _bad(document, "empty", "the tokenizer makes nothing of its text")
+        return Encoded(document, np.array(self.bos + taken + self.eos, np.int32))
 
-    def _dialog(self, document: Document, taken) -> Encoded | BadRecord:
-        """The parts one after the other; nothing behind the first EOS of a response is predicted."""
-        tokens, roles = [], []
-        texts, eos_id = iter(taken), self.tokenizer.eos_id
-        response = 0  # tokens of the last one that are predicted
-        for role, pieces in document.content:
-            part = []
-            for piece in pieces:
-                part += [piece] if isinstance(piece, int) else next(texts)
-            tokens += part
-            if role == PREDICTED:
-                response = part.index(eos_id) + 1 if eos_id in part else len(part)
-                roles += [PREDICTED] * response + [GIVEN] * (len(part) - response)
-            else:
-                roles += [GIVEN] * len(part)
-        behind = len(part) - response
-        tokens, roles = tokens[: len(tokens) - behind], roles[: len(roles) - behind]
+    def _dialog(self, document: Document, parts: list[Part]) -> Encoded | BadRecord:
+        """Encodes the parts of a dialog as one text; nothing after a response's first EOS is predicted."""
+        tokens, predicted = self._tokens_and_predicted(parts)
+        stops = np.flatnonzero(np.diff(np.append(predicted, False).astype(np.int8)) < 0) + 1
+        response = 0  # predicted tokens of the last response
+        for stop in stops.tolist():
+            start = stop - int(np.argmin(np.append(predicted[:stop][::-1], False)))
+            ends = np.flatnonzero(tokens[start:stop] == self.tokenizer.eos_id)
+            response = int(ends[0]) + 1 if ends.size else stop - start
+            predicted[start + response : stop] = False
+        length = int(np.flatnonzero(predicted)[-1]) + 1 if predicted.any() else len(tokens)
+        tokens = tokens[:length].tolist()
+        roles = np.where(predicted[:length], PREDICTED, GIVEN).tolist()
         if tokens[: len(self.bos)] != self.bos:
             tokens, roles = self.bos + tokens, [GIVEN] * len(self.bos) + roles
         return self._framed(document, tokens, roles, response)
+
+    def _tokens_and_predicted(self, parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
+        """[T] int32 tokens and [T] bool, which of them are predicted.
+
+        Text between special tokens is encoded as a whole, as a chat template's text is by `transformers`.
+        """
+        tokens, predicted, goes_on = [], [], False
+        texts: list[tuple[str, bool]] = []  # since the last special token
+
+        def encode_texts():
+            if texts:
+                ((ids, offsets),) = self.tokenizer.encode_with_offsets(["".join(next(zip(*texts)))], goes_on)
+                tokens.extend(ids)
+                predicted.extend(predicted_tokens(offsets, texts))
+                texts.clear()
+
+        for role, pieces in parts:
+            for piece in pieces:
+                if isinstance(piece, str):
+                    texts.append((piece, role == PREDICTED))
+                    continue
+                encode_texts()
+                tokens.append(piece)
+                predicted.append(role == PREDICTED)
+                goes_on = not self.tokenizer.restarts_after_special
+        encode_texts()
+        return np.array(tokens, np.int32), np.array(predicted, bool)
 
     def _framed(self, document, tokens, roles, response) -> Encoded | BadRecord:
         """A dialog with one EOS behind its last response, filler, and its end cut off if need be."""
@@ -135,13 +162,6 @@ class Encoder:
             np.array(roles[: self.seq_len], np.uint8),
             is_cut,
         )
-
-
-def _texts(document: Document) -> list[str]:
-    """The texts of a document that are encoded, in their order."""
-    if isinstance(document.content, str):
-        return [document.content]
-    return [piece for _, pieces in document.content for piece in pieces if isinstance(piece, str)]
 
 
 def _bad(document: Document, reason: str, message: str) -> BadRecord:

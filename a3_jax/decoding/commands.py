@@ -24,7 +24,7 @@ from a3_jax.errors import EXIT_FAILED, EXIT_OK, InputError
 
 _GENERATE_EPILOG = """\
 input, one JSON object a line:
-  {"text": "The [[3]] sat on [[8]]."}        [[n]] is a blank of n tokens
+  {"text": "The [[3]] sat on [[8]]."}        [[n]] is a blank of n tokens; \\[[ (in JSON \\\\[[) is a typed [[
   {"tokens": [5, null, null, 2]}             null is a blank of one token
   optionally "ranks": one integer a token, read at the blanks (lower = earlier, equal = together);
   in groupwise and speculative decoding they take the place of --order and --group_size
@@ -103,6 +103,9 @@ def add_generate(subparsers) -> None:
         help="end at an EOS that has every blank before it filled and no given token behind it; "
              "what was generated behind it is dropped",
     )  # fmt: skip
+    parser.add_argument(
+        "--no_blanks", action="store_true", help="[[ in a text is text like any other, never a blank"
+    )
     parser.set_defaults(run=run_generate)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3_jax.decoding.filling import (
+    BlankRequest,
     Task,
     decoding_params,
     fill,
@@ -34,8 +35,8 @@ def generate(checkpoint, items, **options) -> list[dict[str, Any]]:
 
     Args:
       checkpoint: of `a3_jax.open_checkpoint`.
-      items: dicts with "text" (`[[n]]` is a blank of n tokens) or "tokens" (None at blanks), and
-        perhaps "ranks", read at the blanks.
+      items: dicts with "text" (`[[n]]` is a blank of n tokens, `\\[[` the characters) or "tokens" (None at
+        blanks), and perhaps "ranks", read at the blanks.
       options: fields of `GenerateOptions`.
 
     Returns:
@@ -193,7 +194,7 @@ def _result(task: Task, arrays, tokenizer, options: GenerateOptions) -> dict[str
         float(value) if is_blank else None for value, is_blank in zip(arrays["logprob"], blank[:length])
     ]
     result = {
-        "text": None if tokenizer is None else tokenizer.decode(tokens),
+        "text": _text(task.request, tokens, tokenizer),
         "tokens": tokens,
         "logprob": float(sum(value for value in logprobs if value is not None)),
         "logprobs": logprobs,
@@ -205,6 +206,13 @@ def _result(task: Task, arrays, tokenizer, options: GenerateOptions) -> dict[str
         proposed = int(arrays["proposed"])
         result["acceptance"] = int(arrays["accepted"]) / proposed if proposed else None
     return result | ({"sample": task.sample} if options.num_samples > 1 else {})
+
+
+def _text(request: BlankRequest, tokens: list[int], tokenizer) -> str | None:
+    """The text of a result; what was given as text is in it letter for letter."""
+    if tokenizer is None:
+        return None
+    return tokenizer.decode(tokens) if request.text is None else request.text.filled(tokenizer, tokens)
 
 
 def _stands_alone(arrays, blank, length, options) -> bool:

@@ -104,6 +104,7 @@ class GenerateOptions(SharedOptions):
       stop_at_eos: an EOS placed behind all other given tokens, with every blank before it filled, ends
         the text; what was generated behind it is dropped. Implied by order "block", where the tokenizer
         has an EOS.
+      no_blanks: `[[` in a text is text like any other, never a blank.
     """
 
     strategy: str = "groupwise"
@@ -127,6 +128,7 @@ class GenerateOptions(SharedOptions):
     num_samples: int = 1
     rerank: bool = False
     stop_at_eos: bool = False
+    no_blanks: bool = False
 
     def __post_init__(self):
         from a3_jax.ordering.ranks import INNER_ORDERS, ORDERS

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from a3_jax.borders import BlankText, encode_blanks
 from a3_jax.decoding.filling import BlankRequest
 from a3_jax.decoding.options import GenerateOptions, ScoreOptions, whole_number
 from a3_jax.errors import InputError, nearest
 from a3_jax.ordering.ranks import context_first, order_ranks
 from a3_jax.paths import not_utf8, read_text
-from a3_jax.tokenizer import Tokenizer, encode_blanks
 
 SCORE_FIELDS = (
     "text", "tokens", "ranks", "order", "group_size", "seed", "context", "scored", "absent", "positions"
@@ -136,7 +136,7 @@ def _located(line: Line, make, *arguments):
 
 def _score_request(line, checkpoint, options, context) -> ScoreRequest:
     item = _object(line.item, SCORE_FIELDS)
-    tokens, source = _tokens(item, checkpoint, Tokenizer.encode, options)
+    tokens, source, _ = _tokens(item, checkpoint, options, are_blanks_read=False)
     tokens, length = _token_ids(tokens, source, checkpoint.config.vocab_size), len(tokens)
     positions = _positions(item, length, checkpoint.config, options.model == "ar")
     front = 1 if source == "text" and _has_bos(checkpoint.tokenizer, options.bos) else 0
@@ -158,15 +158,15 @@ def _score_request(line, checkpoint, options, context) -> ScoreRequest:
 
 def _blank_request(line, checkpoint, options) -> BlankRequest:
     item = _object(line.item, GENERATE_FIELDS)
-    tokens, source = _tokens(item, checkpoint, encode_blanks, options)
+    tokens, source, text = _tokens(item, checkpoint, options, are_blanks_read=not options.no_blanks)
     blank = np.array([token is None for token in tokens])
     if options.model == "ar" and blank[0]:
         raise InputError(
             "starts with a blank: model 'ar' needs a token to its left, such as BOS", field=source
         )
     filled_up = [0 if token is None else token for token in tokens]
-    ids = _token_ids(filled_up, source, checkpoint.config.vocab_size)
-    return BlankRequest(line.number, np.asarray(ids, np.int32), blank, _ranks(item, len(ids), blank))
+    ids = np.asarray(_token_ids(filled_up, source, checkpoint.config.vocab_size), np.int32)
+    return BlankRequest(line.number, ids, blank, _ranks(item, len(ids), blank), text)
 
 
 def _object(item, fields) -> dict:
@@ -182,9 +182,13 @@ def _object(item, fields) -> dict:
     return item
 
 
-def _tokens(item, checkpoint, encode, options) -> tuple[list, str]:
-    """The item's tokens, as many as the model's context holds, and the field they come from."""
-    field = "text" if "text" in item else "tokens"
+def _tokens(item, checkpoint, options, are_blanks_read: bool) -> tuple[list, str, BlankText | None]:
+    """Returns the item's tokens, the field they come from, and that field's text if it is one.
+
+    Raises:
+      InputError: no tokens, or more than the model's context holds.
+    """
+    field, text = "text" if "text" in item else "tokens", None
     if field == "tokens":
         tokens = _list(item, "tokens")
     elif not isinstance(item["text"], str):
@@ -193,13 +197,14 @@ def _tokens(item, checkpoint, encode, options) -> tuple[list, str]:
         raise InputError("the checkpoint has no tokenizer: give 'tokens' instead", field="text")
     else:
         try:
-            tokens = encode(checkpoint.tokenizer, item["text"], options.bos)
+            text = encode_blanks(checkpoint.tokenizer, item["text"], options.bos, are_blanks_read)
         except InputError as error:
             raise InputError(error.message, field=error.field or "text") from error
+        tokens = text.tokens
     if not tokens:
         raise InputError("is empty", field=field)
     checkpoint.config.check_length(len(tokens), field, options.model == "ar")
-    return tokens, field
+    return tokens, field, text
 
 
 def _has_bos(tokenizer, bos) -> bool:

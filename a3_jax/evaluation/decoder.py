@@ -21,7 +21,7 @@ from a3_jax.tokenizer import Tokenizer
 
 MODELS = ("a3", "ar")
 _FEWEST_QUERIES = 8  # of a bucket of scored tokens
-_NOT_FOR_TASKS = ("model", "dtype", "bos", "num_samples", "rerank", "stop_at_eos")
+_NOT_FOR_TASKS = ("model", "dtype", "bos", "num_samples", "rerank", "stop_at_eos", "no_blanks")
 _ALL_OPTIONS = tuple(field.name for field in dataclasses.fields(GenerateOptions))
 DECODING_OPTIONS = tuple(name for name in _ALL_OPTIONS if name not in _NOT_FOR_TASKS)
 

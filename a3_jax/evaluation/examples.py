@@ -3,16 +3,19 @@
     context            choice                      prefix          blank        suffix
     Question: .. Answer:| by train                 s1 s2 |  _  _  _  _  _ | s4 s5
 
-Pieces are encoded each by itself, so that a token boundary lies between them, unless the profile says
-"joint". Longer examples than the model takes are made all the same: the caller counts them.
+A text is encoded as a whole and cut as `borders.cut` says, unless the profile follows a script that
+encodes pieces by themselves. Longer examples than the model takes are made all the same: the caller counts
+them.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from a3_jax.borders import Cut, cut
 from a3_jax.errors import InputError
 from a3_jax.evaluation.cleaning import clean
 from a3_jax.evaluation.files import Row
@@ -61,6 +64,7 @@ class FillExample:
       gold: [n] int32, tokens of a right answer.
       references: texts of right answers.
       values: the row, for the judge.
+      before, after: given text that the blank holds at its ends, as of a `borders.Cut`.
     """
 
     id: str
@@ -70,6 +74,8 @@ class FillExample:
     gold: np.ndarray
     references: tuple[str, ...]
     values: dict[str, Any]
+    before: str = ""
+    after: str = ""
 
     @property
     def length(self) -> int:
@@ -152,11 +158,14 @@ class _Maker:
 
     def fills(self, row: Row, number: int, name: str, seed: int, samples: int) -> Iterator[FillExample]:
         gap = (_code_gap if self.task.kind == CODE else _GAPS[self.task.name])(self, row)
-        prefix = np.asarray(self._with_front(gap.prefix), np.int32)
-        suffix, gold = np.asarray(gap.suffix, np.int32), np.asarray(gap.gold, np.int32)
+        text, length = gap.text, max(gap.length, 1)
+        prefix = np.asarray(self._with_front(text.prefix), np.int32)
+        suffix, gold = np.asarray(text.suffix, np.int32), np.asarray(text.middle[:length], np.int32)
         for sample in range(samples):
-            blank = Blank(prefix, suffix, gap.length, derived_seed(seed, number, sample))
-            yield FillExample(name, number, sample, blank, gold, gap.references, row.values)
+            blank = Blank(prefix, suffix, length, derived_seed(seed, number, sample))
+            yield FillExample(
+                name, number, sample, blank, gold, gap.references, row.values, text.before, text.after
+            )
 
     def context(self, row: Row) -> str:
         """What stands before the choices or the blank."""
@@ -171,21 +180,34 @@ class _Maker:
         before, after = before.rstrip(" "), after.lstrip(" ")
         return before, f" {after}" if before and not before[-1].isspace() else after
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a piece within a text. A space that the tokenizer puts in front is not typed too."""
-        if self.profile.join_space != "script" and self.tokenizer.prepends_space:
-            text = text.removeprefix(" ")
-        return self.tokenizer.encode(text, "no")
+    def tidy(self, text: str) -> str:
+        """Takes outer and doubled white space from a choice or an answer, where texts are natural."""
+        return re.sub(" {2,}", " ", text.strip()) if self.profile.join_space == "natural" else text
+
+    def cut(self, prefix: str, middle: str, suffix: str = "") -> Cut:
+        """The tokens of a text and of its predicted middle."""
+        if self.profile.tokenising != "separate":
+            return cut(self.tokenizer, prefix, middle, suffix)
+        prefix_ids, middle_ids, suffix_ids = self.tokenizer.encode_batch([prefix, middle, suffix], "no")
+        return Cut(prefix_ids if prefix else [], middle_ids, suffix_ids if suffix else [])
 
     def _target(self, row: Row, context: str, pieces: Sequence[str], seed: int) -> Target:
-        if self.profile.tokenising == "joint":
+        if self.profile.tokenising == "whole":
+            text = cut(self.tokenizer, context, "".join(pieces))
+            before, scored = text.prefix, text.middle
+        elif (
+            self.profile.tokenising == "joint"
+        ):  # as the harness counts, spaces before a choice being the choice's
+            given = context.rstrip()
             whole = self.tokenizer.encode(context + "".join(pieces), "no")
-            start = min(len(self.tokenizer.encode(context, "no")), len(whole) - 1)
-            before, scored = whole[: max(start, 0)], whole[max(start, 0) :]
+            start = max(min(len(self.tokenizer.encode(given, "no")) if given else 0, len(whole) - 1), 0)
+            before, scored = whole[:start], whole[start:]
         else:
-            before = self.encode(context) if context else []
+            before = self.tokenizer.encode(context, "no") if context else []
             again = self._front if self._bos == "each" else []
-            scored = [token for piece in pieces if piece for token in (*again, *self.encode(piece))]
+            scored = [
+                token for piece in pieces if piece for token in (*again, *self.tokenizer.encode(piece, "no"))
+            ]
         if not scored:
             raise row.error("leaves no token to score")
         before = self._with_front(before)
@@ -210,6 +232,7 @@ def _plain_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], 
     texts = row.values[fields[0]] if len(fields) == 1 else [row.values[field] for field in fields]
     if maker.task.is_cleaned:
         texts = [clean(text) for text in texts]
+    texts = [maker.tidy(text) for text in texts]
     if "" in texts:  # of nothing but marks
         raise row.error("is empty once cleaned", fields[0])
     context, found = maker.context(row), []
@@ -226,9 +249,9 @@ def _gap_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], st
     if not found:
         raise row.error("has no gap '_'", field)
     is_natural = maker.profile.join_space == "natural"
-    rest = behind.rstrip() if is_natural else behind.strip()
+    rest = re.sub(" {2,}", " ", behind).rstrip() if is_natural else behind.strip()
     parts = []
-    for option in (row.values[field] for field in maker.task.choices):
+    for option in (maker.tidy(row.values[field]) for field in maker.task.choices):
         context, choice = maker.joined(before, option) if is_natural else (before, option)
         if maker.profile.winogrande_pieces == "suffix":
             context, rest_scored = context + choice, rest if is_natural else maker.joined("", rest)[1]
@@ -243,11 +266,9 @@ def _gap_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], st
 
 @dataclasses.dataclass(frozen=True)
 class _Gap:
-    """A blank's surroundings in tokens, without BOS, and what may stand in it."""
+    """A text with its gap, how many blank tokens stand for it, and what may stand in it."""
 
-    prefix: list[int]
-    suffix: list[int]
-    gold: list[int]
+    text: Cut
     length: int
     references: tuple[str, ...]
 
@@ -255,55 +276,49 @@ class _Gap:
 def _triviaqa_gap(maker: _Maker, row: Row) -> _Gap:
     """A prompt; the blank is as long as the longest alias, and whatever the profile adds."""
     prompt, aliases = maker.context(row), row.values["answer"]["aliases"]
-    coded = [maker.encode(maker.joined(prompt, alias)[1]) for alias in aliases if alias.strip()]
-    prefix = maker.encode(maker.joined(prompt, "")[0])
-    gold, length = max(coded, key=len), maker.profile.length.get(maker.task.name)
+    cuts = [maker.cut(*maker.joined(prompt, maker.tidy(alias))) for alias in aliases if alias.strip()]
+    text, length = max(cuts, key=lambda one: len(one.middle)), maker.profile.length.get(maker.task.name)
     if length is None:
-        length = len(gold) + maker.profile.triviaqa_extra
-    else:
-        gold = max((tokens for tokens in coded if len(tokens) <= length), key=len, default=gold)
-    return _Gap(prefix, [], gold, length, tuple(aliases))
+        return _Gap(text, len(text.middle) + maker.profile.triviaqa_extra, tuple(aliases))
+    short = [one for one in cuts if len(one.middle) <= length]
+    return _Gap(max(short, key=lambda one: len(one.middle), default=text), length, tuple(aliases))
 
 
 def _rocstories_gap(maker: _Maker, row: Row) -> _Gap:
     """Sentences 1 and 2, a blank for the third, then 4 and the right ending."""
-    first, second, third, fourth = (row.values[f"InputSentence{number}"] for number in (1, 2, 3, 4))
-    ending = row.values[maker.task.choices[row.values["AnswerRightEnding"]]]
+    first, second, third, fourth = (
+        maker.tidy(row.values[f"InputSentence{number}"]) for number in (1, 2, 3, 4)
+    )
+    ending = maker.tidy(row.values[maker.task.choices[row.values["AnswerRightEnding"]]])
     before, middle = maker.joined(f"{first} {second}", third)
     _, behind = maker.joined(third, f"{fourth} {ending}")
-    gold = maker.encode(middle)
+    text = maker.cut(before, middle, behind)
     is_by_slip = maker.profile.model == AR and maker.profile.ar_cap == "characters"
-    length = len(third) if is_by_slip else len(gold)
-    return _Gap(maker.encode(before), maker.encode(behind), gold, length, (third,))
+    return _Gap(text, len(third) if is_by_slip else len(text.middle), (third,))
 
 
 def _lambada_gap(maker: _Maker, row: Row) -> _Gap:
-    """All words but the last. The blank has the tokens by which the whole passage is longer."""
+    """All of a passage but its last word; the spaces before that word belong to the blank."""
     text = row.values["text"].strip()
-    words = text.split()
-    if len(words) < 2:
+    start = len(text) - len(re.split(r"\s", text)[-1])
+    if not start:
         raise row.error("holds one word: no context for the last one", "text")
-    prefix = maker.tokenizer.encode(" ".join(words[:-1]), "no")
-    gold = maker.tokenizer.encode(text, "no")[len(prefix) :]
-    return _Gap(prefix, [], gold, max(len(gold), 1), (words[-1],))
+    context = text[:start].rstrip(" ")
+    passage = cut(maker.tokenizer, context, text[len(context) :])
+    return _Gap(passage, len(passage.middle), (text[start:],))
 
 
 def _gsm8k_gap(maker: _Maker, row: Row) -> _Gap:
-    prompt, answer = maker.shots + maker.context(row), row.values["answer"]
-    before, after = maker.joined(prompt, answer)
-    gold = maker.encode(after)
-    length = maker.profile.length.get(maker.task.name, len(gold))
-    return _Gap(maker.encode(before), [], gold[:length], length, (answer,))
+    prompt, answer = maker.shots + maker.context(row), maker.tidy(row.values["answer"])
+    text = maker.cut(*maker.joined(prompt, answer))
+    return _Gap(text, maker.profile.length.get(maker.task.name, len(text.middle)), (answer,))
 
 
 def _code_gap(maker: _Maker, row: Row) -> _Gap:
-    """A program with a hole, as it stands: spaces mean something there, so none is added or moved."""
-    encode = maker.tokenizer.encode
+    """A program with a hole, as it is, under every profile: spaces mean something there."""
     middle = row.values["canonical_solution"]
-    gold = encode(middle, "no")
-    return _Gap(
-        encode(row.values["prompt"], "no"), encode(row.values["suffix"], "no"), gold, len(gold), (middle,)
-    )
+    text = cut(maker.tokenizer, row.values["prompt"], middle, row.values["suffix"])
+    return _Gap(text, len(text.middle), (middle,))
 
 
 _GAPS = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from a3_jax.borders import completion
 from a3_jax.evaluation import metrics
 from a3_jax.evaluation.examples import ChoiceExample, Example, FillExample
 from a3_jax.evaluation.execution import check_program
@@ -43,7 +44,10 @@ def judge(
     record = {"id": example.id, "row": example.row, "sample": example.sample}
     if isinstance(example, ChoiceExample):
         return record | _judged_choice(task, profile, example, answer)
-    text = "" if answer is None else completion_text(task, profile, answer, tokenizer)
+    text = ""
+    if answer is not None:
+        text = completion(tokenizer, example.blank.prefix, answer, example.before, example.after)
+        text = cut_at_stops(task, profile, text)
     record |= {"completion": text, "references": list(example.references)}
     if task.kind != CODE:
         return record | {"figures": _FIGURES[task.name](profile, example, text)} | _left_out(task, example)
@@ -53,9 +57,8 @@ def judge(
     return record | {"result": outcome.result, "figures": {"passed": float(outcome.passed)}}
 
 
-def completion_text(task: Task, profile: Profile, answer: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of [n] tokens, cut at the first of the profile's stops."""
-    text = tokenizer.decode(answer)
+def cut_at_stops(task: Task, profile: Profile, text: str) -> str:
+    """Returns a completion up to the first of the profile's stops."""
     found = [text.find(stop) for stop in profile.stops.get(task.name, ())]
     return text[: min((place for place in found if place >= 0), default=len(text))]
 

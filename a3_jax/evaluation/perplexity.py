@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from a3_jax.borders import completion, predicted_tokens
 from a3_jax.decoding.options import whole_number
 from a3_jax.errors import InputError
 from a3_jax.evaluation.files import TaskFiles, read_rows
@@ -283,10 +284,10 @@ class _Reading:
         specials = {own.bos_id, own.eos_id} - {None}
         given = [int(token) for token in prefix]
         prompt = own.decode(given)
-        text = own.decode([*given, *written])[len(prompt) :]
+        text = completion(own, given, written)
         if is_retokenised(model, evaluator):
-            tokens, ends = theirs.encode_with_ends(prompt + text)
-            border = sum(end <= len(prompt) for end in ends)
+            ((tokens, offsets),) = theirs.encode_with_offsets([prompt + text])
+            border = int(np.argmax([*predicted_tokens(offsets, [(prompt, False), (text, True)]), True]))
         else:
             front = given[1:] if given and given[0] in specials else given
             tokens, border = [*front, *(int(token) for token in written)], len(front)

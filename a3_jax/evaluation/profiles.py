@@ -20,7 +20,7 @@ from a3_jax.evaluation.tasks import CHOICE, CODE, GENERATE, INFILL, PERPLEXITY, 
 A3, AR, DIFFUSION = MODELS = ("a3", "ar", "masked_diffusion")
 BOS_POLICIES = ("first", "each", "none")
 JOINS = ("script", "natural", "delimiter")
-TOKENISINGS = ("separate", "joint")
+TOKENISINGS = ("whole", "separate", "joint")
 PIECES = ("three", "two", "suffix")
 RULES = ("sum", "per_token", "per_character", "per_byte")
 NORMS = ("squad", "triviaqa", "lm_eval")
@@ -72,9 +72,10 @@ class Profile:
         one space between words that belongs to the piece after it, as in ordinary text; or "delimiter",
         a space in front of the piece, come what may (harness). The scripts' pieces start without one,
         which SentencePiece hides and byte-pair tokenisers do not.
-      tokenising: "separate": pieces are encoded each by itself, so that there is a token boundary
-        between them (DiffuLLaMA); "joint": context and choice in one, cut at the context's length
-        (harness).
+      tokenising: "whole": the text's own tokens, cut at the token that holds the first predicted character
+        (`borders.cut`); "separate": pieces are encoded each by itself, so that there is a token boundary
+        between them (DiffuLLaMA); "joint": as "whole", but choices are cut by the number of tokens of the
+        context alone (harness). LAMBADA and code are "whole" under every profile.
       bos: per task: "first": the tokenizer's habit once, so one BOS at position 0 where it adds one (harness
         0.4.13); "each": its habit at each piece, so a second BOS inside the scored part (DiffuLLaMA's
         diffusion script on HellaSwag and PIQA); "none".
@@ -118,7 +119,7 @@ class Profile:
     generate: Mapping[str, Mapping[str, Any]]
     context: Mapping[str, str] = dataclasses.field(default_factory=dict)
     before_choice: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    tokenising: str = "separate"
+    tokenising: str = "whole"
     winogrande_pieces: str = "three"
     scorer: str | None = "chain"
     levels: int = 32
@@ -228,6 +229,7 @@ def _script(model: str) -> Profile:
         model=model,
         source=_DIFFULLAMA,
         join_space="script",
+        tokenising="separate",
         bos=bos,
         before_choice={} if is_ar else {"piqa": " "},
         winogrande_pieces="two" if is_ar else "three",
@@ -257,6 +259,7 @@ def _best_guess(model: str) -> Profile:
         name="a3_best_guess",
         source=f"arXiv 2601.13228 as far as it says, else {_DIFFULLAMA}",
         join_space="natural",
+        tokenising="whole",
         bos=_for_all((*_CHOICE_TASKS, *_FILL_TASKS), "first"),
         before_choice={},
         winogrande_pieces="three",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from a3_jax.borders import whole_text
 from a3_jax.errors import InputError
 from a3_jax.evaluation.examples import derived_seed
 from a3_jax.evaluation.files import Row
@@ -22,7 +23,7 @@ class PromptExample:
 
     Attributes:
       row: the document's number in its files, from 1.
-      text: of the prompt, as the evaluator's tokens spell it.
+      text: of the prompt, without a last character that the evaluator's tokens hold only in part.
       tokens: [P] int32 of the evaluated model, BOS first where its tokenizer adds one.
       seed: of what goes on from it.
     """
@@ -63,9 +64,9 @@ def pile_prompts(
         if len(kept) == settings.samples and -draw <= kept[0][0]:
             continue
         text = row.values["text"][: settings.min_tokens * _CHARACTERS_A_TOKEN]
-        tokens = evaluator.encode(text, "no")
+        ((tokens, offsets),) = evaluator.encode_with_offsets([text])
         if len(tokens) >= settings.min_tokens:
-            entry = (-draw, -number, evaluator.decode(tokens[: settings.prompt]))
+            entry = (-draw, -number, whole_text(text, offsets, settings.prompt))
             (heapq.heappushpop if len(kept) == settings.samples else heapq.heappush)(kept, entry)
     if len(kept) < settings.samples:
         wanted = f"{settings.samples} documents of {settings.min_tokens} tokens"

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from a3_jax.borders import completion
 from a3_jax.training.metrics import JsonLines
 
 SAMPLES = 4
@@ -67,10 +68,13 @@ def _readable(document, blank, filled, tokenizer) -> dict[str, str]:
     """The text with what was filled in brackets, the filled part and the true one."""
     first, last = int(blank.argmax()), len(blank) - int(blank[::-1].argmax())
     filled = filled[: len(blank)]
-    middle = tokenizer.decode(filled[first:last])
-    before, after = tokenizer.decode(filled[:first]), tokenizer.decode(filled[last:])
+    before, middle = (
+        tokenizer.decode(filled[:first]),
+        completion(tokenizer, filled[:first], filled[first:last]),
+    )
+    after = completion(tokenizer, filled[:last], filled[last:])
     return {
-        "text": f"{before} [{middle.strip()}] {after}".strip(),
+        "text": f"{before} [{middle.strip()}] {after.lstrip(' ')}".strip(),
         "filled": middle,
-        "truth": tokenizer.decode(document[first:last]),
+        "truth": completion(tokenizer, document[:first], document[first:last]),
     }
