@@ -17,7 +17,8 @@ from typing import Any
 
 from a3_jax.data.documents import BadRecord, text_of
 from a3_jax.data.table import GIVEN, PREDICTED
-from a3_jax.data.templates import MESSAGES, ChatTemplate, chat_template
+from a3_jax.data.templates import MESSAGES, ChatTemplate
+from a3_jax.data.templates import chat_template as chat_template
 from a3_jax.tokenizer import Tokenizer
 
 PROMPT, RESPONSE = "prompt", "response"
@@ -164,9 +165,8 @@ class _Dialog:
         """Returns the spans of the text that the template wrote in `{% generation %}` blocks."""
         begin, end = self._generation
         spans, written, depth, start = [], "", 0, 0
-        for part in re.split(
-            f"([{begin}{end}])", self._template.render(self.messages, generation=(begin, end))
-        ):
+        marked = self._template.render(self.messages, generation=(begin, end))
+        for part in re.split(f"([{begin}{end}])", marked):
             if part == begin:
                 start = start if depth else len(written)
                 depth += 1
@@ -192,12 +192,16 @@ class _Dialog:
         The turn then begins where the generation prompt ends, if the text goes on from it, else at the
         content and what always precedes it. It ends with the content and what follows it in the last line.
         """
-        write, text = self._template.render, self.text
-        before, is_last = write(self.messages[:index], True), index == len(self.messages) - 1
+        write, text, is_last = self._template.render, self.text, index == len(self.messages) - 1
+        earlier = self.messages[:index]
+        try:
+            before = write(earlier, True)
+        except BadRecord:  # the template refuses to go on there, or from nothing
+            before = None
         after = text if is_last else write(self.messages[: index + 1])
-        if text.startswith(after) and after.startswith(before):
+        if before is not None and text.startswith(after) and after.startswith(before):
             return len(before), len(after)
-        exchanged = [*self.messages[:index], {"role": ASSISTANT, "content": self._stand_in}]
+        exchanged = [*earlier, {"role": ASSISTANT, "content": self._stand_in}]
         alone, among = write(exchanged), write(exchanged + self.messages[index + 1 :])
         if alone.count(self._stand_in) != 1 or among.count(self._stand_in) != 1:
             told = "the chat template leaves a message of the assistant out, or writes it twice"
@@ -207,13 +211,16 @@ class _Dialog:
             raise _rewritten()
         last = len(text) - len(rest)
         first = min(_common(text, among), last)
-        if text.startswith(before):
+        if before is not None and text.startswith(before):
             first = len(before)
-        else:
-            if not head.startswith(write(self.messages[:index])):
-                raise _rewritten()
+        elif before is not None and head.startswith(write(earlier)):
             lead = head[_common(before, alone) :]
             first -= len(lead) if text[:first].endswith(lead) else 0
+        else:  # the assistant's own last turn may change
+            while earlier and earlier[-1]["role"] == ASSISTANT:
+                earlier.pop()
+            if earlier and not head.startswith(write(earlier)):
+                raise _rewritten()
         return first, len(text) if is_last else self._turn_end(last, tail)
 
     def _turn_end(self, start: int, tail: str) -> int:
@@ -224,17 +231,16 @@ class _Dialog:
         """
         end = start + _common(self.text[start : start + len(tail)], tail)
         if end < start + len(tail):
-            end = max(
-                (last for first, last, _ in self._tokens if start <= first and last <= end), default=start
-            )
+            ends = (last for first, last, _ in self._tokens if start <= first and last <= end)
+            end = max(ends, default=start)
         return end
 
     def _found(self, opening: str, closing: str) -> list[tuple[int, int, int]]:
         """Returns the special tokens of the text: first character, the one after the last, id.
 
         Marks around a whole message would hide from a template what it looks for in it: how a message
-        begins, or the "</think>" that it is cut at. If it is, then such strings stay outside of marks. Those
-        that are special tokens do so in what the assistant says, and become such where the template keeps them.
+        begins, or the "</think>" that it is cut at. If they do, then such strings stay outside of marks.
+        Those that are special tokens do so in what the assistant says alone, and there they become such.
         """
         between = f"[^{opening}{closing}]*"
         for cuts, assistant_cuts in (((), ()), self._specials.cuts(self._template)):

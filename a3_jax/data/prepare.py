@@ -290,10 +290,10 @@ class _Collected:
             total = source["documents"] + sum(counts.values())
             reason = max(counts, key=lambda reason: counts[reason], default="")
             if reason and counts[reason] > self._options.max_passed_over * total:
+                first = source["first_passed_over"][reason]
                 message = (
-                    f"{source['path']}: {counts[reason]:,} of {total:,} records can't be used for one reason, "
-                    f"{reason}; the first is {source['first_passed_over'][reason]}; "
-                    "--strict stops at the first, --max_passed_over=1 goes on without them"
+                    f"{source['path']}: {counts[reason]:,} of {total:,} records fail for one reason, "
+                    f"{reason}; the first: {first}; mend them, or go on without with --max_passed_over=1"
                 )
                 raise RunError(EXIT_FAILED, " ".join(message.split()))
 

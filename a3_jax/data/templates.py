@@ -28,6 +28,7 @@ class ChatTemplate:
 
     def __init__(self, text: str, tokenizer: Tokenizer, place=None):
         import jinja2
+        from jinja2 import nodes
 
         self.text, self._place = text, place
         self._names = {
@@ -42,7 +43,7 @@ class ChatTemplate:
             raise InputError(f"no chat template: {error.message}", file=place, line=error.lineno) from error
         except Exception as error:  # nested too deeply, say: for Jinja, or for the Python it makes
             raise InputError(f"no chat template: {_told(error)}", file=place) from error
-        extensions = tree.find_all(jinja2.nodes.ExtensionAttribute)
+        extensions = tree.find_all(nodes.ExtensionAttribute)
         self.has_generation = any(node.name == "marked" for node in extensions)
         self.sought, self.surely_sought = _sought(tree)
 
