@@ -9,11 +9,12 @@ import tokenizers
 
 from a3_jax.data.dialogs import ChatTemplate, Specials, chat_parts
 from a3_jax.data.manifest import read_manifest
+from a3_jax.data.report import summary
 from a3_jax.data.table import FILLER, GIVEN, PREDICTED
 from a3_jax.errors import InputError
 from a3_jax.tokenizer import bytes_tokenizer, from_files
 from tests.decoding_cli import assert_refused
-from tests.prepare_fixtures import json_lines, prepare, rows_of, segments_of, write_bytes
+from tests.prepare_fixtures import files_of, json_lines, prepare, rows_of, segments_of, write_bytes
 
 EOS = 257
 CHATML = (
@@ -214,9 +215,125 @@ def test_no_join_of_template_and_message(run):
     assert [token for token in segment[0] if token > 255 and token != EOS] == [END]
 
 
+def test_messages_of_weight_0_are_given(run):
+    record = messages("Hi", "Hello", "Bye", "Ciao")
+    record["messages"][1]["weight"] = 0
+    (segment,) = run([record], "--filler=0")
+    assert shown(segment[0])[3:6] == ["\n", START, "assistant\nHello"]
+    assert predicted(segment) == ["Ciao", END, "\n", EOS]
+
+
+def weighted(weight, role=1):
+    record = messages("Hi", "Hello")
+    record["messages"][role]["weight"] = weight
+    return record
+
+
+def text_parts(*texts, **others):
+    return [{"type": "text", "text": text, **others} for text in texts]
+
+
+def test_content_in_parts_of_text(run):
+    plain = run([messages("Hi there", "Hello")], name="plain")
+    parts = messages(text_parts("Hi ", "there"), text_parts("Hel", "", "lo", image_url=None))
+    assert run([parts], name="parts") == plain
+
+
+def test_fields_that_nothing_reads(run, tmp_path, capsys):
+    """They are counted and named, but for those that hold nothing."""
+    record = weighted(1, role=0) | {"source": "web", "tools": None, "id": ""}
+    record["messages"][1] |= {"reasoning_content": "hm", "tool_calls": None, "name": None, "weight": 1}
+    other = messages("Hi", text_parts("Hello", cache_control={"type": "x"})) | {"source": "book"}
+    run([record, other, messages("Hi", "Ciao")])
+    assert read_manifest(tmp_path / "rows").counts["ignored_fields"] == {
+        "source": 2,
+        "messages[].weight (user)": 1,
+        "messages[].reasoning_content": 1,
+        "messages[].content[].cache_control": 1,
+    }
+    lines = "\n".join(summary(read_manifest(tmp_path / "rows"))).splitlines()
+    (line,) = [line for line in lines if line.startswith("ignored")]
+    assert "source (in 2), messages[].weight (user) (in 1), messages[].reasoning_content (in 1)" in line
+    run([{"prompt": "a", "response": "b", "system": "c"}], name="prompts")
+    assert read_manifest(tmp_path / "prompts").counts["ignored_fields"] == {"system": 1}
+    run([messages("Hi", "Hello")], name="none")
+    assert "ignored_fields" not in read_manifest(tmp_path / "none").counts
+
+
+def test_fields_of_any_name(run, tmp_path):
+    """Keys may be data: neither the manifest nor the report grows with them."""
+    run([messages("Hi", "Hello") | {f"\n{index}" + "x" * 999: 1} for index in range(99)])
+    manifest = read_manifest(tmp_path / "rows")
+    ignored = manifest.counts["ignored_fields"]
+    assert sum(ignored.values()) == 99 and len(ignored) == 51
+    (line,) = [line for line in summary(manifest) if line.startswith("ignored")]
+    assert len(line) < 1000 and "\n" not in line and line.endswith("and 41 more")
+
+
+def failing(total, failing):
+    return [messages("Hi", "Hello" if index >= failing else "") for index in range(total)]
+
+
+def test_a_source_that_mostly_fails_for_one_reason(run, tmp_path):
+    assert len(run(failing(6, 3), name="half")) == 3
+    status, out, err = run(failing(5, 3), name="more")
+    assert status == 1 and not out and len(err) == 1
+    assert "more.jsonl: 3 of 5 records fail for one reason, empty; the first: " in err[0]
+    assert "more.jsonl:1: messages[1].content: holds no text" in err[0]
+    assert not (tmp_path / "more").exists()
+    assert len(run(failing(5, 3), "--max_passed_over=1", name="allowed")) == 2
+    assert run(failing(6, 1), "--max_passed_over=0.1", name="strict")[0] == 1
+    status, _, err = run(failing(3, 3), name="all")
+    assert status == 1 and "3 of 3 records" in err[0]
+    outcome = run(failing(3, 0), "--max_passed_over=nan", name="nan")
+    assert_refused(outcome, "max_passed_over: must be a share from 0 to 1, got nan")
+
+
+def test_one_source_of_several_that_mostly_fails(tmp_path, capsys):
+    """Another of many good records does not hide it; finished shards stay, and can be gone on with."""
+    (tmp_path / "t.jinja").write_text(LLAMA)
+    good = write_bytes(tmp_path / "good.jsonl", json_lines(failing(50, 0)))
+    bad = write_bytes(tmp_path / "bad.jsonl", json_lines(failing(3, 2)))
+    arguments = [
+        good,
+        bad,
+        tmp_path / "rows",
+        f"--chat_template={tmp_path / 't.jinja'}",
+        "--shard_tokens=500",
+    ]
+    for _ in range(2):
+        status, out, err = prepare(capsys, *arguments)
+        assert (status, out) == (1, "") and "bad.jsonl: 2 of 3 records fail" in err[-1]
+        assert (tmp_path / "rows" / "progress.json").exists()
+        assert not (tmp_path / "rows" / "manifest.json").exists()
+    assert prepare(capsys, *arguments, "--max_passed_over=1")[0] == 0
+    whole = files_of(tmp_path / "rows")
+    assert prepare(capsys, *arguments[:2], tmp_path / "whole", *arguments[3:], "--max_passed_over=1")[0] == 0
+    assert files_of(tmp_path / "whole") == whole
+
+
 @pytest.mark.parametrize(
     ("record", "reason", "message"),
     [
+        (weighted(0), "no_response", "messages: every message of the assistant has weight 0"),
+        (weighted(0.5), "weight", "messages[1].weight: must be 0 (given) or 1 (predicted), got '0.5'"),
+        (weighted("1"), "weight", "messages[1].weight: must be 0"),
+        (weighted(-1), "weight", "messages[1].weight: must be 0"),
+        (weighted(2, role=0), "weight", "messages[0].weight: must be 0"),
+        (
+            messages("Hi", "Hello") | {"tools": [{"type": "function"}]},
+            "tools",
+            "tools: tools can't be written",
+        ),
+        (messages("Hi", "Hello") | {"functions": [{}]}, "tools", "functions: tools can't be written"),
+        (
+            messages([*text_parts("Hi"), {"type": "image_url", "image_url": {"url": "x"}}], "Hello"),
+            "not_text",
+            "messages[0].content[1]: only parts",
+        ),
+        (messages(["Hi"], "Hello"), "not_text", "messages[0].content[0]: only parts"),
+        (messages("Hi", [{"type": "text"}]), "not_text", "messages[1].content[0]: only parts"),
+        (messages("Hi", []), "empty", "messages[1].content: holds no text"),
         ({"messages": "Hi"}, "messages", "messages: must be a list"),
         (
             {"messages": [{"role": "<|im_end|>", "content": "x"}]},
@@ -311,6 +428,22 @@ def test_messages_in_a_table(tmp_path, capsys):
     )
     assert status == 0
     assert len(segments_of(tmp_path / "rows")) == 2
+
+
+def test_fields_of_a_table(tmp_path, capsys):
+    """Columns that nothing reads are named, tools are seen, and absent fields are null."""
+    rows = [messages("Hi", "Hello"), weighted(0) | {"source": "x"}, messages("Hi", "Ciao") | {"tools": ["t"]}]
+    rows[1]["messages"] += messages("Bye", "Ciao")["messages"]
+    table = pyarrow.Table.from_pylist([{"source": "", "tools": None} | row for row in rows])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "t.jinja").write_text(LLAMA)
+    template = f"--chat_template={tmp_path / 't.jinja'}"
+    status, _, _ = prepare(
+        capsys, tmp_path / "a.parquet", tmp_path / "rows", template, "--filler=0", seq_len=64
+    )
+    counts = read_manifest(tmp_path / "rows").counts
+    assert (status, counts["passed_over"], counts["ignored_fields"]) == (0, {"tools": 1}, {"source": 2})
+    assert sorted(map(predicted, segments_of(tmp_path / "rows"))) == [[" Ciao", EOS], [" Hello", EOS]]
 
 
 def test_held_out_dialogs(run, tmp_path):

@@ -104,6 +104,17 @@ def test_a_file_cut_short(tmp_path, capsys, name):
     )
 
 
+@pytest.mark.parametrize("reason", FAULTS)
+def test_a_file_of_bad_lines(tmp_path, capsys, reason):
+    """More than half of them bad for one reason: exit status 1, and nothing is left."""
+    source = write_bytes(tmp_path / "a.jsonl", GOOD + b"\n".join([FAULTS[reason][0]] * 2))
+    status, out, err = prepare(capsys, source, tmp_path / "rows")
+    assert (status, out, len(err)) == (1, "", 1)
+    assert f"{source}: 2 of 3 records fail for one reason, {reason}; the first: {source}:2: " in err[0]
+    assert not (tmp_path / "rows").exists()
+    assert prepare(capsys, source, tmp_path / "rows", "--max_passed_over=0.7")[0] == 0
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.zst"])
 def test_nothing_to_train_on(tmp_path, capsys, name):
     source = write_bytes(tmp_path / name, b"\n")

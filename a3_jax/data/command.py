@@ -81,6 +81,8 @@ def _add_prepare(commands) -> None:
            "0: none", int)  # fmt: skip
     option("chat_template", "FILE", None, "Jinja, of messages, and of prompts if given; default: the "
            "tokenizer's, of messages alone")  # fmt: skip
+    option("max_passed_over", "SHARE", 0.5, "exit status 1 if more of a source can't be used for one reason; "
+           "1: never", float)  # fmt: skip
     parser.add_argument("--strict", action="store_true", help="stop at the first record that can't be used")
     parser.add_argument(
         "--verify", action="store_true", help="then read every byte of DST; with DST alone only that"

@@ -4,96 +4,34 @@
     {"messages": [{"role": ..., "content": ...}]}      written out by a chat template; what the
                                                        assistant says is predicted, all else is given
 
-A dialog is a list of parts, each with its role and its pieces: text, or the id of a special token.
-Special tokens come from the template alone. What people wrote is wrapped in marks before the template
-sees it, and between marks nothing is ever read as a special token.
+A message of the assistant with `"weight": 0` is given, too. A dialog is a list of parts, each with its
+role and its pieces: text, or the id of a special token. Special tokens come from the template alone.
+The template is run once more with marks around what people wrote, and between marks nothing is ever
+read as a special token.
 """
 
-import json
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from a3_jax.data.documents import BadRecord, text_of
 from a3_jax.data.table import GIVEN, PREDICTED
-from a3_jax.errors import InputError
+from a3_jax.data.templates import MESSAGES, ChatTemplate
+from a3_jax.data.templates import chat_template as chat_template
 from a3_jax.tokenizer import Tokenizer
 
-PROMPT, RESPONSE, MESSAGES = "prompt", "response", "messages"
+PROMPT, RESPONSE = "prompt", "response"
+TOOL_FIELDS = ("tools", "functions")  # of a record; they change what a template writes
 ASSISTANT = "assistant"
 
 Pieces = list[str | int]
 Part = tuple[int, Pieces]  # its role: GIVEN or PREDICTED
+Span = tuple[int, int]  # first character, and the one after the last
 
 _ROLE = re.compile("[a-z_]{1,32}")  # no special token looks like that
-_PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters without a meaning
-
-
-class ChatTemplate:
-    """A chat template (Jinja), run in a sandbox that can neither reach Python nor change its input.
-
-    Raises:
-      InputError: no valid Jinja.
-    """
-
-    def __init__(self, text: str, tokenizer: Tokenizer, place=None):
-        import jinja2
-
-        self.text, self._place = text, place
-        self._names = {
-            "bos_token": tokenizer.token_text(tokenizer.bos_id),
-            "eos_token": tokenizer.token_text(tokenizer.eos_id),
-        }
-        try:
-            self._template = _sandbox().from_string(text)
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"no chat template: {error.message}", file=place, line=error.lineno) from error
-        except Exception as error:  # nested too deeply, say: for Jinja, or for the Python it makes
-            raise InputError(f"no chat template: {_told(error)}", file=place) from error
-
-    def render(self, messages: Sequence[dict], add_generation_prompt: bool) -> str:
-        """The text of messages.
-
-        Raises:
-          BadRecord: the template can't write these messages.
-          InputError: the template tries what no template may.
-        """
-        import jinja2
-
-        try:
-            values = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-            return self._template.render(**values, tools=None, **self._names)
-        except jinja2.exceptions.SecurityError as error:
-            raise InputError(f"the chat template is refused: {error}", file=self._place) from error
-        except Exception as error:  # a template is a program: it may raise anything
-            message = f"the chat template can't write it: {_told(error)}"
-            raise BadRecord("template", message, field=MESSAGES) from error
-
-
-def chat_template(tokenizer: Tokenizer, file=None) -> ChatTemplate | None:
-    """The template in a file, or else the one that came with the tokenizer; None if there is none.
-
-    Raises:
-      InputError: the file can't be read, or is no template.
-    """
-    from a3_jax.paths import read_text
-
-    if file:
-        return ChatTemplate(read_text(file), tokenizer, file)
-    files = tokenizer.files()
-    text = files.get("chat_template.jinja")
-    if text is None:
-        config = json.loads(files.get("tokenizer_config.json", "{}"))
-        text = config.get("chat_template") if isinstance(config, dict) else None
-    if isinstance(text, list):  # several by name
-        named = [entry for entry in text if isinstance(entry, dict) and entry.get("name") == "default"]
-        text = named[-1].get("template") if named else None
-    return ChatTemplate(text, tokenizer, "the tokenizer's chat_template") if isinstance(text, str) else None
-
-
-def _told(error: Exception) -> str:
-    """What an exception says, or its kind where it says nothing."""
-    return str(error) or type(error).__name__
+_PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # characters without a meaning
+_KNOWN_FIELDS = {"role", "content", "weight", "tool_calls", "function_call"}
 
 
 def prompt_parts(record: dict) -> list[Part]:
@@ -115,36 +53,211 @@ def prompt_messages(record: dict) -> dict:
 
 
 def chat_parts(record: dict, template: ChatTemplate, specials: "Specials") -> list[Part]:
-    """The parts of messages up to the last that the assistant wrote.
+    """Returns the parts of messages up to the last one that is predicted.
 
-    The text of an assistant's message is what the template writes more once it is there:
+    They make up the text that the template writes of all these messages together. Predicted in it are
+
+    - the template's `{% generation %}` blocks, if it has any;
+    - else, from the end of the generation prompt to the end of the turn, what the template writes more
+      once a message of the assistant is there:
 
         render(messages[:k], add_generation_prompt)     <user> Hi <end> <assistant>
         render(messages[:k + 1])                        <user> Hi <end> <assistant> Hello <end>
                                                                                     predicted
 
+    - where the template writes a turn differently once later ones are there (Qwen 3 leaves its thoughts
+      out), or a generation prompt that the message does not begin with (DeepSeek R1): see `_Dialog.turn`.
+
+    Messages of weight 0 are given.
+
     Raises:
-      BadRecord: no messages, none of the assistant's, or a template that writes earlier messages
-        differently once later ones are there.
+      BadRecord: no messages, none of the assistant's to predict, or a template that writes what was
+        said before the last one differently once it is there.
     """
-    messages = _checked(record)
-    marks = _marks("".join(message["content"] for message in messages))
-    marked = [message | {"content": _mark(message["content"], marks)} for message in messages]
-    parts, done = [], ""
-    for index, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
-            continue
-        before = template.render(marked[:index], add_generation_prompt=True)
-        after = template.render(marked[: index + 1], add_generation_prompt=False)
-        if not before.startswith(done) or not after.startswith(before):
-            told = "the chat template rewrites earlier messages once later ones are there"
-            raise BadRecord("template", told, field=MESSAGES)
-        parts.append((GIVEN, specials.split(before[len(done) :], marks)))
-        parts.append((PREDICTED, specials.split(after[len(before) :], marks)))
-        done = after
-    if not parts:
-        raise BadRecord("no_response", "no message is the assistant's", field=MESSAGES)
+    messages, weights = _checked(record)
+    predicted = [index for index, weight in enumerate(weights) if weight]
+    if not predicted:
+        has_some = any(message["role"] == ASSISTANT for message in messages)
+        told = "every message of the assistant has weight 0" if has_some else "no message is the assistant's"
+        raise BadRecord("no_response", told, field=MESSAGES)
+    dialog = _Dialog(messages[: predicted[-1] + 1], template, specials)
+    if template.has_generation:
+        spans = dialog.generated()
+        for index, message in enumerate(dialog.messages):
+            if message["role"] == ASSISTANT and not weights[index]:
+                first, last = dialog.turn(index)
+                spans = [(start, end) for start, end in spans if end <= first or start >= last]
+        if not spans:
+            told = "the chat template's generation blocks hold none of it"
+            raise BadRecord("no_response", told, field=MESSAGES)
+    else:
+        spans = [dialog.turn(index) for index in predicted]
+    parts, done = [], 0
+    for start, end in spans:
+        if start < done:
+            raise _rewritten()
+        parts += [(GIVEN, dialog.pieces(done, start)), (PREDICTED, dialog.pieces(start, end))]
+        done = end
     return parts
+
+
+def ignored_fields(record: dict, known: Sequence[str]) -> list[str]:
+    """Returns the names of a dialog's fields that nothing reads and that hold something.
+
+    For example "source" and "messages[].name". Weights above 0 of others than the assistant are among them.
+
+    Args:
+      record: what `chat_parts` or `prompt_parts` accepts.
+      known: the fields that one of them reads.
+    """
+    names = [
+        name
+        for name, value in record.items()
+        if name not in known and not (_is_void(value) or (MESSAGES in known and name in TOOL_FIELDS))
+    ]
+    for message in record[MESSAGES] if MESSAGES in known else ():
+        for name, value in message.items():
+            if name not in _KNOWN_FIELDS and not _is_void(value):
+                names.append(f"{MESSAGES}[].{name}")
+        if message.get("weight") and message["role"] != ASSISTANT:
+            names.append(f"{MESSAGES}[].weight ({message['role']})")
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            for name, value in part.items():
+                if name not in ("type", "text") and not _is_void(value):
+                    names.append(f"{MESSAGES}[].content[].{name}")
+    return list(dict.fromkeys(names))
+
+
+class _Dialog:
+    """What a template writes of some messages, the last of them the assistant's.
+
+    Attributes:
+      messages: a role and a content each.
+      text: all of them, as the template writes them.
+
+    Raises:
+      BadRecord: the template can't write them, or cuts what people wrote into pieces.
+    """
+
+    def __init__(self, messages: list[dict[str, str]], template: ChatTemplate, specials: "Specials"):
+        self.messages, self._template, self._specials = messages, template, specials
+        used = set(template.text).union(*(message["content"] for message in messages))
+        unused = (chr(code) for code in itertools.chain(*_PRIVATE_USE) if chr(code) not in used)
+        private = list(itertools.islice(unused, 5))
+        if len(private) < 5:
+            raise BadRecord("messages", "hold every character of private use", field=MESSAGES)
+        opening, closing, begin, end, self._stand_in = private
+        self._generation = begin, end
+        self.text = template.render(messages)
+        self._tokens = self._found(opening, closing)
+
+    def pieces(self, start: int, end: int) -> Pieces:
+        """Returns text and ids of special tokens in turn, of a span of the text."""
+        pieces: Pieces = []
+        for first, last, token in self._tokens:
+            if start <= first < end:
+                pieces += [self.text[start:first], token]
+            if first < end:
+                start = max(start, last)  # some tokens take the white space after them along
+        return [piece for piece in [*pieces, self.text[start:end]] if piece != ""]
+
+    def generated(self) -> list[Span]:
+        """Returns the spans of the text that the template wrote in `{% generation %}` blocks."""
+        begin, end = self._generation
+        spans, written, depth, start = [], "", 0, 0
+        marked = self._template.render(self.messages, generation=(begin, end))
+        for part in re.split(f"([{begin}{end}])", marked):
+            if part == begin:
+                start = start if depth else len(written)
+                depth += 1
+            elif part == end:
+                depth -= 1
+                spans += [(start, len(written))] if not depth and start < len(written) else []
+            else:
+                written += part
+        if depth or written != self.text:
+            raise BadRecord("template", "the chat template cuts a generation block to pieces", field=MESSAGES)
+        return spans
+
+    def turn(self, index: int) -> Span:
+        """Returns the span of what the assistant says in a message.
+
+        Where the template writes the message as it does when it is the last one, that is what it writes
+        more than with a generation prompt. Otherwise the message's content is found by an exchange:
+
+            text                               <user> Hi <end> <assistant> Hello <end> <user> Bye ...
+            with a stand-in for the content    <user> Hi <end> <assistant> _     <end> <user> Bye ...
+            up to the stand-in, as the last    <user> Hi <end> <assistant> <think></think> _ <end>
+
+        The turn then begins where the generation prompt ends, if the text goes on from it, else at the
+        content and what always precedes it. It ends with the content and what follows it in the last line.
+        """
+        write, text, is_last = self._template.render, self.text, index == len(self.messages) - 1
+        earlier = self.messages[:index]
+        try:
+            before = write(earlier, True)
+        except BadRecord:  # the template refuses to go on there, or from nothing
+            before = None
+        after = text if is_last else write(self.messages[: index + 1])
+        if before is not None and text.startswith(after) and after.startswith(before):
+            return len(before), len(after)
+        exchanged = [*earlier, {"role": ASSISTANT, "content": self._stand_in}]
+        alone, among = write(exchanged), write(exchanged + self.messages[index + 1 :])
+        if alone.count(self._stand_in) != 1 or among.count(self._stand_in) != 1:
+            told = "the chat template leaves a message of the assistant out, or writes it twice"
+            raise BadRecord("template", told, field=f"{MESSAGES}[{index}]")
+        (head, tail), (_, rest) = alone.split(self._stand_in), among.split(self._stand_in)
+        if not text.endswith(rest):
+            raise _rewritten()
+        last = len(text) - len(rest)
+        first = min(_common(text, among), last)
+        if before is not None and text.startswith(before):
+            first = len(before)
+        elif before is not None and head.startswith(write(earlier)):
+            lead = head[_common(before, alone) :]
+            first -= len(lead) if text[:first].endswith(lead) else 0
+        else:  # the assistant's own last turn may change
+            while earlier and earlier[-1]["role"] == ASSISTANT:
+                earlier.pop()
+            if earlier and not head.startswith(write(earlier)):
+                raise _rewritten()
+        return first, len(text) if is_last else self._turn_end(last, tail)
+
+    def _turn_end(self, start: int, tail: str) -> int:
+        """Returns where a turn ends whose content ends at `start`.
+
+        Args:
+          tail: ends it where it is the last. Later turns may follow its special tokens in other ways.
+        """
+        end = start + _common(self.text[start : start + len(tail)], tail)
+        if end < start + len(tail):
+            ends = (last for first, last, _ in self._tokens if start <= first and last <= end)
+            end = max(ends, default=start)
+        return end
+
+    def _found(self, opening: str, closing: str) -> list[tuple[int, int, int]]:
+        """Returns the special tokens of the text: first character, the one after the last, id.
+
+        Marks around a whole message would hide from a template what it looks for in it: how a message
+        begins, or the "</think>" that it is cut at. If they do, then such strings stay outside of marks.
+        Those that are special tokens do so in what the assistant says alone, and there they become such.
+        """
+        between = f"[^{opening}{closing}]*"
+        for cuts, assistant_cuts in (((), ()), self._specials.cuts(self._template)):
+            marked = []
+            for message in self.messages:
+                strings = assistant_cuts if message["role"] == ASSISTANT else cuts
+                content = _mark(message["content"], strings, opening, closing)
+                marked.append(message | {"content": content})
+            try:
+                text = self._template.render(marked)
+            except BadRecord:  # it could write them without marks
+                continue
+            if re.fullmatch(f"{between}(?:{opening}{between}{closing}{between})*", text) and (
+                re.sub(f"[{opening}{closing}]", "", text) == self.text
+            ):
+                return self._specials.find(text, opening, closing)
+        raise BadRecord("template", "the chat template cuts a message to pieces", field=MESSAGES)
 
 
 class Specials:
@@ -159,102 +272,102 @@ class Specials:
         ]
         self._pattern = re.compile("|".join(written) or "(?!)")
 
-    def split(self, text: str, marks: tuple[str, str]) -> Pieces:
-        """Text and ids of special tokens in turn; text that stood between marks is never a special token.
+    def find(self, text: str, opening: str, closing: str) -> list[tuple[int, int, int]]:
+        """Returns the special tokens outside of marks; places count the characters that are no marks.
 
-        Raises:
-          BadRecord: the template tore marked text to pieces.
+        Returns:
+          Of each the first character, the one after the last, and the id.
         """
-        opening, closing = marks
-        pieces: Pieces = []
-        held, is_marked, is_torn = [], False, False
+        found, place, is_marked = [], 0, False
         for part in re.split(f"([{opening}{closing}])", text):
-            if part in marks:
-                is_torn |= is_marked == (part == opening)
-                is_marked = not is_marked
-            elif is_marked:
-                held.append(part)
-            else:
-                place = 0
-                for match in self._pattern.finditer(part):
-                    token = self._ids[match[match.lastgroup or 0]]
-                    pieces += ["".join(held) + part[place : match.start()], token]
-                    held, place = [], match.end()
-                held.append(part[place:])
-        if is_marked or is_torn:
-            raise BadRecord("template", "the chat template cuts a message to pieces", field=MESSAGES)
-        return [piece for piece in [*pieces, "".join(held)] if piece != ""]
+            if part in (opening, closing):
+                is_marked = part == opening
+                continue
+            for match in () if is_marked else self._pattern.finditer(part):
+                token = self._ids[match[match.lastgroup or 0]]
+                found.append((place + match.start(), place + match.end(), token))
+            place += len(part)
+        return found
+
+    def cuts(self, template: ChatTemplate) -> tuple[list[str], list[str]]:
+        """Returns the strings that stay outside of marks: in messages, and in those of the assistant."""
+        plain = [text for text in template.sought if not self._pattern.search(text)]
+        return plain, [*plain, *(text for text in template.surely_sought if self._pattern.search(text))]
 
 
-def _checked(record: dict) -> list[dict[str, str]]:
-    """The messages of a record, role and content of each."""
+def _checked(record: dict) -> tuple[list[dict[str, str]], list[bool]]:
+    """Returns role and content of each message of a record, and whether it is predicted."""
     messages: Any = record.get(MESSAGES)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecord("messages", "must be a list of objects with role and content", field=MESSAGES)
-    checked = []
+    for name in TOOL_FIELDS:
+        if not _is_void(record.get(name)) and record[name] != "[]":
+            raise BadRecord("tools", "tools can't be written", field=name)
+    checked, weights = [], []
     for index, message in enumerate(messages):
         field = f"{MESSAGES}[{index}]"
-        role, content = message.get("role"), message.get("content")
+        role, weight = message.get("role"), message.get("weight")
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise BadRecord("messages", f"must be a word, got {role!r}", field=f"{field}.role")
-        if message.get("tool_calls"):
-            raise BadRecord("messages", "tool calls can't be written", field=f"{field}.tool_calls")
-        if not (content == "" and role != ASSISTANT):
-            try:
-                content = text_of({"content": content}, "content")
-            except BadRecord as error:
-                error.field = f"{field}.content"
-                raise
-        checked.append({"role": role, "content": content})
-    return checked
+        for name in ("tool_calls", "function_call"):
+            if message.get(name):
+                raise BadRecord("messages", "tool calls can't be written", field=f"{field}.{name}")
+        weight = 1 if weight is None else weight
+        if not isinstance(weight, int | float) or weight not in (0, 1):
+            told = f"must be 0 (given) or 1 (predicted), got {str(weight)[:40]!r}"
+            raise BadRecord("weight", told, field=f"{field}.weight")
+        checked.append({"role": role, "content": _content(message, role, f"{field}.content")})
+        weights.append(role == ASSISTANT and weight == 1)
+    return checked, weights
 
 
-def _marks(content: str) -> tuple[str, str]:
-    """Two characters that no message has."""
-    used = set(content)
-    unused = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-    return next(unused), next(unused)
-
-
-def _mark(content: str, marks: tuple[str, str]) -> str:
-    """A message in marks. White space around it stays outside: templates trim it."""
-    text = content.strip()
-    if not text:
+def _content(message: dict, role: str, field: str) -> str:
+    """Returns the text of a message; parts of text are joined."""
+    content = message.get("content")
+    if isinstance(content, list):
+        for index, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                told = f'only parts {{"type": "text", "text": ...}} can be written, got {str(kind)[:40]!r}'
+                raise BadRecord("not_text", told, field=f"{field}[{index}]")
+        content = "".join(part["text"] for part in content)
+    if content == "" and role != ASSISTANT:
         return content
-    before, after = content.split(text, 1)
-    return f"{before}{marks[0]}{text}{marks[1]}{after}"
+    try:
+        return text_of({"content": content}, "content")
+    except BadRecord as error:
+        error.field = field
+        raise
 
 
-def _sandbox():
-    """The environment that chat templates are written for.
+def _mark(content: str, cuts: Sequence[str], opening: str, closing: str) -> str:
+    """Returns a message in marks, but for `cuts` and the white space around them: templates trim it."""
+    if not content.strip():
+        return content
+    strings = "|".join(re.escape(text) for text in sorted(cuts, key=len, reverse=True))
+    marked = []
+    for part in re.split(f"({strings})", content) if strings else [content]:
+        text = part.strip()
+        if text and part not in cuts:
+            before, after = part.split(text, 1)
+            part = f"{before}{opening}{text}{closing}{after}"
+        marked.append(part)
+    return "".join(marked)
 
-    There is no `strftime_now`: templates then take a fixed date, and the same text is the same tomorrow.
-    """
-    from jinja2 import TemplateError, ext, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        """Refuses at once what Jinja's own would only refuse to go on with."""
+def _common(left: str, right: str) -> int:
+    """Returns the length of what two texts begin with."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
+    return low
 
-        def unsafe_undefined(self, obj, attribute):
-            raise SecurityError(f"it asks for {attribute!r} of a {type(obj).__name__}")
 
-    class Generation(ext.Extension):
-        """`{% generation %}` around what the assistant says: here it is found otherwise."""
+def _is_void(value: Any) -> bool:
+    return value is None or value == "" or value == [] or value == {}
 
-        tags: set[str] = {"generation"}  # noqa: RUF012
 
-        def parse(self, parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = raise_exception
-    return environment
+def _rewritten() -> BadRecord:
+    told = "the chat template rewrites earlier messages once later ones are there"
+    return BadRecord("template", told, field=MESSAGES)

@@ -27,12 +27,14 @@ class Document:
       source, number: where it is, see `documents.Source`.
       digest: of what it holds; equal for equal documents.
       content: its text, or the parts of a dialog.
+      ignored: names of a dialog's fields that nothing reads.
     """
 
     source: int
     number: int
     digest: int
     content: str | list[Part]
+    ignored: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import os
 import re
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from a3_jax.paths import as_path, check_parents, read_json
 
 PROGRESS_FILE, LOCK_FILE = "progress.json", ".lock"
 _PENDING = re.compile(r"pending-[0-9]+\.npz")
+_FIELD_NAME = re.compile(r"[\w.\-\[\] ()]{1,60}")
+_MOST_NAMES = 50  # fields that are named: keys may be data
 
 Waiting = dict[str, list[tuple[np.ndarray, np.ndarray | None]]]  # tokens and roles by split
 
@@ -43,6 +45,8 @@ class Progress:
       splits: finished shards by split. pending: the file with documents that are in none yet.
       counts: documents, heldout_documents, cut, rows, tokens.
       passed_over: records that gave no document, by reason. first: of each reason the first one.
+        `sources` say the same of each file, once it has any.
+      ignored: documents with a field that nothing reads, by its name.
       largest_id: the largest token id in a finished shard.
     """
 
@@ -57,6 +61,7 @@ class Progress:
     )
     passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
     first: dict[str, str] = dataclasses.field(default_factory=dict)
+    ignored: dict[str, int] = dataclasses.field(default_factory=dict)
     largest_id: int = 0
 
     @property
@@ -65,8 +70,19 @@ class Progress:
 
     def pass_over(self, record: BadRecord) -> None:
         """Counts a record that gives no document."""
-        self.passed_over[record.reason] = self.passed_over.get(record.reason, 0) + 1
-        self.first.setdefault(record.reason, str(record))
+        source = self.sources[record.source]
+        of_source = source.setdefault("passed_over", {}), source.setdefault("first_passed_over", {})
+        for counts, first in ((self.passed_over, self.first), of_source):
+            counts[record.reason] = counts.get(record.reason, 0) + 1
+            first.setdefault(record.reason, str(record))
+
+    def ignore(self, names: Sequence[str]) -> None:
+        """Counts the fields of a document that nothing reads; beyond `_MOST_NAMES` under one name."""
+        for name in names:
+            name = name if _FIELD_NAME.fullmatch(name) else ascii(name[:60])
+            if name not in self.ignored and len(self.ignored) >= _MOST_NAMES:
+                name = "others"
+            self.ignored[name] = self.ignored.get(name, 0) + 1
 
     def check_same(self, settings: Mapping[str, Any], sources: list[dict[str, Any]], directory) -> None:
         """Refuses to go on with other settings or files.

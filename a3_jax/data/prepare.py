@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from a3_jax.data.dialogs import chat_template
 from a3_jax.data.documents import TEXT_FIELD, BadRecord, Source
 from a3_jax.data.encoding import Document, Encoded, Encoder
 from a3_jax.data.ledger import (
@@ -43,7 +42,8 @@ from a3_jax.data.report import ReadingLine
 from a3_jax.data.shard_writer import segment_dtype, token_dtype, write_shard
 from a3_jax.data.sources import find_files
 from a3_jax.data.table import PACKINGS, pack
-from a3_jax.errors import InputError
+from a3_jax.data.templates import chat_template
+from a3_jax.errors import EXIT_FAILED, InputError, RunError
 from a3_jax.paths import absolute, as_path
 from a3_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -63,6 +63,7 @@ class Options:
     filler: int = 32
     chat_template: str | None = None
     strict: bool = False
+    max_passed_over: float = 0.5
 
     def __post_init__(self):
         for name in ("seq_len", "shard_tokens"):
@@ -75,6 +76,9 @@ class Options:
         if not self.holdout >= 0 or (self.holdout >= 1 and not float(self.holdout).is_integer()):
             message = f"must be a share below 1 or a number of documents, got {self.holdout}"
             raise InputError(message, field="holdout")
+        if not 0 <= self.max_passed_over <= 1:
+            message = f"must be a share from 0 to 1, got {self.max_passed_over}"
+            raise InputError(message, field="max_passed_over")
 
 
 def prepare(data: Sequence[str], directory, options: Options) -> tuple[Manifest, bool]:
@@ -91,6 +95,7 @@ def prepare(data: Sequence[str], directory, options: Options) -> tuple[Manifest,
     Raises:
       InputError: as `sources.find_files`; bad options; a directory of something else, or at which another
         process is at work; with `strict` the first bad record; no document at all.
+      RunError: a larger share of a source than `max_passed_over` fails for one reason.
       OSError: the directory can't be written. Finished shards stay, and the same call goes on there.
     """
     directory = absolute(directory)
@@ -110,7 +115,7 @@ def prepare(data: Sequence[str], directory, options: Options) -> tuple[Manifest,
         progress.check_same(job.settings, listed, directory)
         try:
             return job.run(directory, progress), False
-        except InputError:
+        except (InputError, RunError):
             if not progress.splits[TRAIN]:
                 forget(directory, everything=True)
             raise
@@ -243,6 +248,7 @@ class _Collected:
             return
         is_heldout = item.document.digest < progress.heldout_below
         split = HELDOUT if is_heldout else TRAIN
+        progress.ignore(item.document.ignored)
         tokens, roles = item.tokens, item.roles
         is_cut = item.is_cut
         if self._options.packing == "none" and len(tokens) > self._options.seq_len:
@@ -261,6 +267,7 @@ class _Collected:
     def finish(self, tokenizer: Tokenizer, has_roles: bool) -> Manifest:
         """Writes what is left, the tokenizer and, last, the manifest."""
         progress = self._progress
+        self._check_passed_over()
         for split in SPLITS:
             if self._waiting[split]:
                 self._write(split)
@@ -275,6 +282,21 @@ class _Collected:
         forget(self._directory)
         return manifest
 
+    def _check_passed_over(self) -> None:
+        """Stops where a source is not what the options take it for: most of it fails for one reason."""
+        for source in self._progress.sources:
+            counts = dict(source.get("passed_over", {}))
+            counts.pop("damaged_file", None)  # no record
+            total = source["documents"] + sum(counts.values())
+            reason = max(counts, key=lambda reason: counts[reason], default="")
+            if reason and counts[reason] > self._options.max_passed_over * total:
+                first = source["first_passed_over"][reason]
+                message = (
+                    f"{source['path']}: {counts[reason]:,} of {total:,} records fail for one reason, "
+                    f"{reason}; the first: {first}; mend them, or go on without with --max_passed_over=1"
+                )
+                raise RunError(EXIT_FAILED, " ".join(message.split()))
+
     def _manifest(self, tokenizer: Tokenizer, has_roles: bool) -> Manifest:
         progress, counts, seq_len = self._progress, self._progress.counts, self._options.seq_len
         told = {
@@ -282,6 +304,7 @@ class _Collected:
             "passed_over": progress.passed_over,
             "first_passed_over": progress.first,
         }
+        told |= {"ignored_fields": progress.ignored} if progress.ignored else {}
         return Manifest(
             seq_len=seq_len,
             vocab_size=tokenizer.vocab_size,

@@ -16,14 +16,16 @@ from a3_jax.data.dialogs import (
     MESSAGES,
     PROMPT,
     RESPONSE,
-    ChatTemplate,
+    TOOL_FIELDS,
     Specials,
     chat_parts,
+    ignored_fields,
     prompt_messages,
     prompt_parts,
 )
 from a3_jax.data.documents import TEXT_FIELD, BadRecord, Source, text_of
 from a3_jax.data.encoding import Document, Encoded, Encoder
+from a3_jax.data.templates import ChatTemplate
 from a3_jax.errors import InputError
 from a3_jax.tokenizer import Tokenizer
 
@@ -85,18 +87,29 @@ class Reading:
             source.bytes_read = source.size if source.index < start[0] else 0
         for source in self._sources[start[0] :]:
             first = start[1] if source.index == start[0] else 0
-            for number, record in source.records(self._columns, first):
+            columns, unread = self._columns_of(source)
+            for number, record in source.records(columns, first):
                 if isinstance(record, BadRecord):
                     yield record
                     continue
                 try:
-                    content, key = parse(record)
-                    yield Document(source.index, number, _digest(key), content)
+                    content, key, ignored = parse(record)
+                    yield Document(source.index, number, _digest(key), content, (*ignored, *unread))
                 except BadRecord as error:
                     yield error.at(source, number)
 
+    def _columns_of(self, source: Source) -> tuple[list[str], list[str]]:
+        """Returns the fields to read of a source, and, of a table of dialogs, those that are not read."""
+        if self.kind == TEXT or not source.name.endswith(".parquet"):
+            return self._columns, []
+        names = source.column_names()
+        tools = [name for name in names if name in TOOL_FIELDS and self.kind == CHATS]
+        columns = [*self._columns, *tools]
+        return columns, [name for name in names if name not in columns]
 
-Parse = Callable[[dict], tuple[Any, str]]  # record -> content of a document, what says that two are equal
+
+# record -> content of a document, what says that two are equal, names of fields that were ignored
+Parse = Callable[[dict], tuple[Any, str, list[str]]]
 
 
 def parser(kind: str, text_column: str | None, template: ChatTemplate | None, tokenizer: Tokenizer) -> Parse:
@@ -113,10 +126,11 @@ def parser(kind: str, text_column: str | None, template: ChatTemplate | None, to
 
         def text(record):
             content = text_of(record, column)
-            return content, content
+            return content, content, []
 
         return text
     specials = Specials(tokenizer)
+    known = [MESSAGES] if kind == CHATS else _PROMPT_COLUMNS
 
     def dialog(record):
         if template is None:
@@ -124,7 +138,7 @@ def parser(kind: str, text_column: str | None, template: ChatTemplate | None, to
         else:
             messages = record if kind == CHATS else prompt_messages(record)
             parts = chat_parts(messages, template, specials)
-        return parts, json.dumps(parts)
+        return parts, json.dumps(parts), ignored_fields(record, known)
 
     return dialog
 

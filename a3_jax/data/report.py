@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from a3_jax.data.manifest import HELDOUT, TRAIN, Manifest
 
 _SECONDS_BETWEEN_LINES = 10
+_NAMES_SHOWN = 10
 
 
 class ReadingLine:
@@ -82,6 +83,11 @@ def summary(manifest: Manifest) -> list[str]:
     ]
     for reason, count in counts["passed_over"].items():
         lines.append(f"passed over {count:,} {reason}, first {counts['first_passed_over'][reason]}")
+    if ignored := counts.get("ignored_fields"):
+        most = sorted(ignored, key=ignored.get, reverse=True)[:_NAMES_SHOWN]
+        told = ", ".join(f"{name} (in {ignored[name]:,})" for name in most)
+        more = f" and {len(ignored) - len(most)} more" if len(ignored) > len(most) else ""
+        lines.append(f"ignored    fields that nothing reads: {told}{more}")
     return lines
 
 
