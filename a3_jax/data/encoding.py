@@ -61,11 +61,11 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, *, bos: str, eos: str, seq_len: int, filler: int):
         if eos not in EOS_POLICIES:
             raise InputError(f"must be one of {', '.join(EOS_POLICIES)}, got {eos!r}", field="eos")
-        if eos == "yes" and tokenizer.eos_id is None:
+        if eos == "yes" and not tokenizer.eos_ids:
             raise InputError("the tokenizer has no EOS token", field="eos")
         self.tokenizer, self.seq_len, self.filler = tokenizer, seq_len, filler
         self.bos = tokenizer.encode("", bos)
-        self.eos = [] if eos == "no" or tokenizer.eos_id is None else [tokenizer.eos_id]
+        self.eos = [] if eos == "no" else [*tokenizer.eos_ids[:1]]
 
     def encode(self, items: Sequence[Document | BadRecord]) -> list[Encoded | BadRecord]:
         """Documents in tokens, in their order; a `BadRecord` in place of each that can't be encoded."""
@@ -99,7 +99,7 @@ class Encoder:
     def _dialog(self, document: Document, taken) -> Encoded | BadRecord:
         """The parts one after the other; nothing behind the first EOS of a response is predicted."""
         tokens, roles = [], []
-        texts, eos_id = iter(taken), self.tokenizer.eos_id
+        texts, eos_ids = iter(taken), self.tokenizer.eos_ids
         response = 0  # tokens of the last one that are predicted
         for role, pieces in document.content:
             part = []
@@ -107,7 +107,8 @@ class Encoder:
                 part += [piece] if isinstance(piece, int) else next(texts)
             tokens += part
             if role == PREDICTED:
-                response = part.index(eos_id) + 1 if eos_id in part else len(part)
+                ends = (index for index, token in enumerate(part, 1) if token in eos_ids)
+                response = next(ends, len(part))
                 roles += [PREDICTED] * response + [GIVEN] * (len(part) - response)
             else:
                 roles += [GIVEN] * len(part)
@@ -124,11 +125,11 @@ class Encoder:
         if PREDICTED not in roles[: self.seq_len]:
             message = f"its prompt alone fills the {self.seq_len} tokens of a row"
             return _bad(document, "long_prompt", message)
-        if self.eos and tokens[-1:] != self.eos:
+        if self.eos and tokens[-1] not in self.tokenizer.eos_ids:
             tokens, roles, response = tokens + self.eos, [*roles, PREDICTED], response + 1
         is_cut = len(tokens) > self.seq_len
         fill = -response % self.filler if self.filler and self.eos else 0
-        tokens, roles = tokens + self.eos * fill, roles + [FILLER] * fill
+        tokens, roles = tokens + tokens[-1:] * fill, roles + [FILLER] * fill
         return Encoded(
             document,
             np.array(tokens[: self.seq_len], np.int32),
