@@ -6,10 +6,13 @@ BOS is kept. Nothing is compared with a padding id: a tokenizer may have a real 
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import tokenizers
 
@@ -19,9 +22,10 @@ from a3_jax.paths import as_path, parse_json, read_text
 BOS_POLICIES = ("auto", "yes", "no")
 MAX_VOCAB_SIZE = 1 << 24  # far above any vocabulary: a model has a row for each id
 
-_MAIN_FILE = "tokenizer.json"
+GENERATION_FILE = "generation_config.json"
+_MAIN_FILE, _MODEL_FILE = "tokenizer.json", "config.json"
 _SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-_COMPANION_FILES = (*_SPECIAL_TOKEN_FILES, "added_tokens.json", "chat_template.jinja")
+_COMPANION_FILES = (*_SPECIAL_TOKEN_FILES, "added_tokens.json", "chat_template.jinja", GENERATION_FILE)
 _BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 _EOS_NAMES = ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -37,13 +41,13 @@ class Tokenizer:
 
     Attributes:
       vocab_size: largest id + 1, added tokens included.
-      bos_id, eos_id: int, or None where the tokenizer has none.
+      bos_id, eos_id, pad_id: int, or None where the tokenizer has none.
       adds_bos: whether its own post-processor puts BOS first; what `bos="auto"` follows.
     """
 
     def __init__(self, files: dict[str, str], place=None):
         """From the texts of its files, by name. `place` names them in errors (see `from_files`)."""
-        self._files = dict(files)
+        self._files, self._stated = dict(files), ()
         self._tokenizer = _parse(self._files[_MAIN_FILE], place)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:
@@ -53,11 +57,33 @@ class Tokenizer:
         configs = [_config(self._files, name, place) for name in _SPECIAL_TOKEN_FILES]
         self.bos_id = self._special_id(*_named(configs, "bos_token"), *_BOS_NAMES)
         self.eos_id = self._special_id(*_named(configs, "eos_token"), *_EOS_NAMES)
+        self.pad_id = self._special_id(*_named(configs, "pad_token"))
         if self.bos_id is None and first != [self.eos_id]:  # some add EOS alone
             self.bos_id = next(iter(first), None)
         self.adds_bos = bool(first) and first[0] == self.bos_id
         # Nothing else of the post-processor is wanted, least of all offsets that leave out spaces.
         self._tokenizer.post_processor = None
+        generation = _config(self._files, GENERATION_FILE, place)
+        self._state(eos_ids_in(generation, None if place is None else as_path(place) / GENERATION_FILE))
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text: `eos_id`, then those that the model's files state beside it."""
+        own = () if self.eos_id is None else (self.eos_id,)
+        return tuple(dict.fromkeys((*own, *self._stated)))
+
+    def with_eos_ids(self, ids: Iterable[int]) -> "Tokenizer":
+        """Returns the same tokenizer with more ids that end a text; its fingerprint stays."""
+        other = copy.copy(self)
+        other._state((*self._stated, *ids))
+        return other
+
+    def _state(self, ids: Iterable[int]) -> None:
+        """Keeps ids beside `eos_id`, and nothing else of `generation_config.json`, among the files."""
+        self._stated = tuple(token for token in dict.fromkeys(ids) if token != self.eos_id)
+        self._files = {name: text for name, text in self._files.items() if name != GENERATION_FILE}
+        if self._stated:
+            self._files[GENERATION_FILE] = json.dumps({"eos_token_id": list(self.eos_ids)}) + "\n"
 
     def _special_id(self, *names) -> int | None:
         """The id of the first of these names that is in the vocabulary."""
@@ -128,7 +154,10 @@ class Tokenizer:
         return text.removeprefix(" ") if self._decodes_a_space_more else text
 
     def files(self) -> dict[str, str]:
-        """The texts of its files by name, as read: `tokenizer.json` and what came with it."""
+        """The texts of its files by name, as read: `tokenizer.json` and what came with it.
+
+        `generation_config.json` is there where it states more EOS ids than `eos_id`, and states these alone.
+        """
         return dict(self._files)
 
     @functools.cached_property
@@ -194,7 +223,8 @@ def load_tokenizer(source) -> Tokenizer:
 
     Args:
       source: "bytes", a `tokenizer.json` file, or a directory that holds one (and perhaps
-        `tokenizer_config.json`, `special_tokens_map.json`).
+        `tokenizer_config.json`, `special_tokens_map.json`; of a model's `generation_config.json` and
+        `config.json` the EOS ids count).
 
     Raises:
       InputError: absent, damaged, or no tokenizer.
@@ -211,7 +241,11 @@ def load_tokenizer(source) -> Tokenizer:
     if not has_tokenizer(path):
         raise InputError(f"no {_MAIN_FILE} in this directory", file=path)
     present = (name for name in (_MAIN_FILE, *_COMPANION_FILES) if (path / name).exists())
-    return Tokenizer({name: read_text(path / name) for name in present}, path)
+    tokenizer = Tokenizer({name: read_text(path / name) for name in present}, path)
+    model_file = path / _MODEL_FILE
+    if not model_file.exists():
+        return tokenizer
+    return tokenizer.with_eos_ids(eos_ids_in(parse_json(read_text(model_file), model_file), model_file))
 
 
 def has_tokenizer(directory) -> bool:
@@ -243,6 +277,25 @@ def bytes_tokenizer() -> Tokenizer:
     )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
     return Tokenizer({_MAIN_FILE: tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)})
+
+
+def eos_ids_in(config: Any, file=None, field: str = "eos_token_id") -> tuple[int, ...]:
+    """Returns the ids that a `config.json` or `generation_config.json` says end a text: one, a list or none.
+
+    Args:
+      config: its JSON value.
+      file, field: name them in errors.
+
+    Raises:
+      InputError: something that is no token id.
+    """
+    value = config.get("eos_token_id") if isinstance(config, Mapping) else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < MAX_VOCAB_SIZE:
+            message = f"must be a token id, a list of them or null, got {value!r}"
+            raise InputError(message[:200], file=file, field=field)
+    return tuple(dict.fromkeys(ids))
 
 
 def _parse(text: str, place) -> tokenizers.Tokenizer:

@@ -1,5 +1,7 @@
 """`a3 generate` from the outside: input, output, options, bad input."""
 
+import json
+
 import pytest
 
 from a3_jax.decoding import generate
@@ -59,6 +61,8 @@ def test_without_a_tokenizer_text_is_null(tmp_path, capsys):
     _, (result,), _ = run(capsys, "generate", tmp_path / "model", source, "-", "--strategy=dynamic")
     assert result["text"] is None
     assert result["tokens"][::2] == [5, 7]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     outcome = run(capsys, "generate", tmp_path / "model", source, "-", "--stop_at_eos")
     assert_refused(outcome, "stop_at_eos", "EOS")
 

@@ -8,7 +8,15 @@ from tests import tiny
 
 def tiny_checkpoint(config=tiny.CONFIG, context=None, tokenizer=None):
     meta = types.SimpleNamespace(context=context)
-    return types.SimpleNamespace(params=tiny.params(config), config=config, tokenizer=tokenizer, meta=meta)
+    return _TinyCheckpoint(params=tiny.params(config), config=config, tokenizer=tokenizer, meta=meta)
+
+
+class _TinyCheckpoint(types.SimpleNamespace):
+    """Its fields can be changed, and a tokenizer's `eos_id` with it."""
+
+    @property
+    def eos_ids(self):
+        return () if self.tokenizer is None else self.tokenizer.eos_ids
 
 
 def with_bytes():

@@ -100,7 +100,7 @@ class HFSource(Source):
                 found.setdefault(part.leaf, []).append((stored or embedding).dtype)
         dtypes = {path: np.dtype(dtype or jnp.result_type(*each)) for path, each in found.items()}
         meta = Meta(model.config, source=model.source())
-        tokenizer = hf_tokenizer(directory)
+        tokenizer = hf_tokenizer(directory, meta)
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             message = (
                 f"its tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding has rows for fewer"
@@ -158,7 +158,7 @@ class A3Source(Source):
             tuple(name.split("/")): np.dtype(dtype or jnp.dtype(leaf.dtype))
             for name, leaf in self._params.leaves.items()
         }
-        super().__init__(directory, meta, load_checkpoint_tokenizer(directory), dtypes, allow_nonfinite)
+        super().__init__(directory, meta, load_checkpoint_tokenizer(directory, meta), dtypes, allow_nonfinite)
         order = {path: number for number, path in enumerate(self.leaves)}
         self.pieces = sorted(self.pieces, key=lambda piece: order[self._table[piece.name][0].leaf])
 

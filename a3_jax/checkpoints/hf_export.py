@@ -20,10 +20,11 @@ from a3_jax.checkpoints.hf_format import CARD_FILE, FLOATS, SOURCE_CARD_FILE, ca
 from a3_jax.checkpoints.model_card import Facts, model_card
 from a3_jax.checkpoints.pieces import cut, index_of, pieces_of
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_tensors
+from a3_jax.checkpoints.special_tokens import generation_config, with_special_ids
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig, RopeScaling
 from a3_jax.paths import as_path, write_json, write_text
-from a3_jax.tokenizer import Tokenizer
+from a3_jax.tokenizer import GENERATION_FILE, Tokenizer
 
 Read = Callable[[tuple[str, ...], tuple], np.ndarray]  # (path of a leaf, NumPy index) -> that part
 
@@ -106,7 +107,8 @@ def write_hf(
 ) -> None:
     """Fills a directory: safetensors, config, tokenizer, the source's other files, a model card.
 
-    The source's own card is written beside ours, as `README.source.md`.
+    The source's own card is written beside ours, as `README.source.md`. Ids of BOS and EOS that config and
+    `generation_config.json` lack are added: see `special_tokens`.
 
     Args:
       directory: is made; the caller makes the whole of it atomic.
@@ -120,15 +122,17 @@ def write_hf(
     write_tensors(
         directory, target.tensors, lambda name: _read_pieces(name, target, read), max_shard_bytes, on_tensor
     )
-    write_json(directory / CONFIG_FILE, target.config)
+    config = with_special_ids(target.config, meta, tokenizer)
+    write_json(directory / CONFIG_FILE, config)
     files = {} if meta.source is None else dict(meta.source["files"])
     source_card = files.pop(CARD_FILE, None)
     if source_card is not None:
         files[SOURCE_CARD_FILE] = source_card
-    _write_kept_files(directory, files)
     if tokenizer is not None:
-        _write_kept_files(directory, tokenizer.files())
-    write_text(directory / CARD_FILE, model_card(meta, target.config, target.tensors, tokenizer, facts))
+        files |= tokenizer.files()
+    files[GENERATION_FILE] = generation_config(config, meta, tokenizer)
+    _write_kept_files(directory, {name: text for name, text in files.items() if text is not None})
+    write_text(directory / CARD_FILE, model_card(meta, config, target.tensors, tokenizer, facts))
 
 
 def tree_reader(params) -> Read:

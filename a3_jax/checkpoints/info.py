@@ -13,6 +13,7 @@ from a3_jax.checkpoints.hf_format import open_hf
 from a3_jax.checkpoints.manifest import Leaf, read_manifest
 from a3_jax.checkpoints.opening import find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.orbax_items import META, META_FILE, PARAMS
+from a3_jax.checkpoints.special_tokens import one_or_all
 from a3_jax.errors import InputError
 from a3_jax.ordering.curriculum import stages_done, stages_from_config
 from a3_jax.tables import print_table
@@ -45,7 +46,8 @@ def describe(path) -> dict[str, Any]:
       dtypes: number of parameters by dtype.
       curriculum: step, stage, and stages, a list of name, steps and done (those before a run's
         `start_stage` count as done); null of a model that was not trained here.
-      tokenizer: kind ("bytes", or of `tokenizer.json`), size, bos and eos (ids); null: token input only.
+      tokenizer: kind ("bytes", or of `tokenizer.json`), size, bos and eos (ids; of several that end a text
+        a list); null: token input only.
       fingerprint: of all parameters, 16 hexadecimal digits, equal wherever equal parameters were saved;
         null in a Hugging Face directory.
       source: architecture, name and transformers_version of the `config.json` that it came from,
@@ -80,7 +82,7 @@ def _describe_a3(directory) -> dict[str, Any]:
         check_source(meta.source, directory / META / META_FILE)
     hf_config = {} if meta.source is None else meta.source["config"]
     return {
-        **_common(directory, "a3", meta.model, sizes, load_checkpoint_tokenizer(directory)),
+        **_common(directory, "a3", meta.model, sizes, load_checkpoint_tokenizer(directory, meta)),
         "curriculum": _curriculum(meta, directory),
         "fingerprint": fingerprint(leaves),
         "source": {
@@ -93,6 +95,7 @@ def _describe_a3(directory) -> dict[str, Any]:
 
 def _describe_hf(directory) -> dict[str, Any]:
     model = open_hf(directory)
+    meta = Meta(model.config, source=model.source())
     sizes = [
         (part.leaf[-1], math.prod(part.leaf_shape), model.stored[name].dtype.name)
         for name, parts in tensor_table(model.config).items()
@@ -100,7 +103,7 @@ def _describe_hf(directory) -> dict[str, Any]:
         if name in model.stored
     ]
     return {
-        **_common(directory, "hf", model.config, sizes, hf_tokenizer(directory)),
+        **_common(directory, "hf", model.config, sizes, hf_tokenizer(directory, meta)),
         "curriculum": None,
         "fingerprint": None,
         "source": _source(model.hf_config, None),
@@ -142,7 +145,8 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     kind = "bytes"
     if not tokenizer.encodes_like(bytes_tokenizer()):
         kind = json.loads(tokenizer.files()["tokenizer.json"])["model"].get("type")
-    return {"kind": kind, "size": tokenizer.vocab_size, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    bos, eos = tokenizer.bos_id, one_or_all(tokenizer.eos_ids)
+    return {"kind": kind, "size": tokenizer.vocab_size, "bos": bos, "eos": eos}
 
 
 def _curriculum(meta: Meta, directory) -> dict[str, Any] | None:
@@ -192,9 +196,8 @@ def _rows(report):
     if (tokenizer := report["tokenizer"]) is None:
         yield "tokenizer", "none: token input only"
     else:
-        ids = [
-            f", {name.upper()} {tokenizer[name]}" for name in ("bos", "eos") if tokenizer[name] is not None
-        ]
+        told = {name: str(tokenizer[name]).strip("[]") for name in ("bos", "eos")}
+        ids = [f", {name.upper()} {told[name]}" for name in told if tokenizer[name] is not None]
         yield "tokenizer", f"{tokenizer['kind'] or 'unknown'}, {tokenizer['size']:,} tokens{''.join(ids)}"
     yield "fingerprint", report["fingerprint"] or "none: Hugging Face directories have no manifest"
     told = {name.replace("_", " "): value for name, value in source.items() if name != "sha256" and value}

@@ -18,6 +18,7 @@ from a3_jax.checkpoints.a3_format import (
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
 from a3_jax.checkpoints.hf_format import FLOATS, open_hf, read_params
 from a3_jax.checkpoints.safetensors_io import has_tensors
+from a3_jax.checkpoints.special_tokens import source_eos_ids, with_all_eos
 from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import param_shardings
@@ -36,12 +37,17 @@ class Checkpoint:
       config: its model.
       tokenizer: None: token input only.
       meta: what the checkpoint says of itself.
+      eos_ids: those that end a text, the tokenizer's own first; () where none is known.
     """
 
     params: Any
     config: ModelConfig
     tokenizer: Tokenizer | None
     meta: Meta
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return source_eos_ids(self.meta.source) if self.tokenizer is None else self.tokenizer.eos_ids
 
 
 def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
@@ -62,13 +68,13 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
     if not is_hf:
         meta = load_meta(directory)
         params = load_params(directory, mesh, dtype)
-        return Checkpoint(params, meta.model, load_checkpoint_tokenizer(directory), meta)
+        return Checkpoint(params, meta.model, load_checkpoint_tokenizer(directory, meta), meta)
     model = open_hf(directory)
+    meta = Meta(model.config, source=model.source())
+    tokenizer = hf_tokenizer(directory, meta)
     shardings = None if mesh is None else param_shardings(mesh, model.config)
     params = read_params(model, dtype, seed, lambda path, leaf: _place(path, leaf, shardings))
-    return Checkpoint(
-        params, model.config, hf_tokenizer(directory), Meta(model.config, source=model.source())
-    )
+    return Checkpoint(params, model.config, tokenizer, meta)
 
 
 def check_has_orders(checkpoint: Checkpoint, path) -> None:
@@ -127,9 +133,14 @@ def parse_dtype(dtype) -> np.dtype | None:
     return jnp.dtype(name)
 
 
-def hf_tokenizer(directory) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, None where it has none."""
-    return load_tokenizer(directory) if has_tokenizer(directory) else None
+def hf_tokenizer(directory, meta: Meta) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory, None where it has none.
+
+    Raises:
+      InputError: it is damaged, or an id that ends a text is outside the vocabulary of the model of `meta`.
+    """
+    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    return with_all_eos(tokenizer, meta, directory)
 
 
 def _place(path, leaf: np.ndarray, shardings):

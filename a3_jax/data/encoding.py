@@ -64,11 +64,11 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, *, bos: str, eos: str, seq_len: int, filler: int):
         if eos not in EOS_POLICIES:
             raise InputError(f"must be one of {', '.join(EOS_POLICIES)}, got {eos!r}", field="eos")
-        if eos == "yes" and tokenizer.eos_id is None:
+        if eos == "yes" and not tokenizer.eos_ids:
             raise InputError("the tokenizer has no EOS token", field="eos")
         self.tokenizer, self.seq_len, self.filler = tokenizer, seq_len, filler
         self.bos = tokenizer.encode("", bos)
-        self.eos = [] if eos == "no" or tokenizer.eos_id is None else [tokenizer.eos_id]
+        self.eos = [] if eos == "no" else [*tokenizer.eos_ids[:1]]
 
     def encode(self, items: Sequence[Document | BadRecord]) -> list[Encoded | BadRecord]:
         """Documents in tokens, in their order; a `BadRecord` in place of each that can't be encoded."""
@@ -109,7 +109,7 @@ class Encoder:
         response = 0  # predicted tokens of the last response
         for stop in stops.tolist():
             start = stop - int(np.argmin(np.append(predicted[:stop][::-1], False)))
-            ends = np.flatnonzero(tokens[start:stop] == self.tokenizer.eos_id)
+            ends = np.flatnonzero(np.isin(tokens[start:stop], self.tokenizer.eos_ids))
             response = int(ends[0]) + 1 if ends.size else stop - start
             predicted[start + response : stop] = False
         length = int(np.flatnonzero(predicted)[-1]) + 1 if predicted.any() else len(tokens)
@@ -153,11 +153,11 @@ class Encoder:
         if PREDICTED not in roles[: self.seq_len]:
             message = f"its prompt alone fills the {self.seq_len} tokens of a row"
             return _bad(document, "long_prompt", message)
-        if self.eos and tokens[-1:] != self.eos:
+        if self.eos and tokens[-1] not in self.tokenizer.eos_ids:
             tokens, roles, response = tokens + self.eos, [*roles, PREDICTED], response + 1
         is_cut = len(tokens) > self.seq_len
         fill = -response % self.filler if self.filler and self.eos else 0
-        tokens, roles = tokens + self.eos * fill, roles + [FILLER] * fill
+        tokens, roles = tokens + tokens[-1:] * fill, roles + [FILLER] * fill
         return Encoded(
             document,
             np.array(tokens[: self.seq_len], np.int32),

@@ -171,7 +171,7 @@ class _Job:
             raise InputError("is of messages and of prompts, the sources hold text", field="chat_template")
         if self._kind != TEXT and options.packing == "concat":
             raise InputError("would cut dialogs anywhere: take first_fit or none", field="packing")
-        if self._kind != TEXT and options.eos == "auto" and self._tokenizer.eos_id is None:
+        if self._kind != TEXT and options.eos == "auto" and not self._tokenizer.eos_ids:
             raise InputError("the tokenizer has none to end a response; 'no' goes without", field="eos")
 
     def _settings(self, template) -> dict[str, Any]:
@@ -185,6 +185,8 @@ class _Job:
         if self._kind == TEXT:
             return settings | {"text_column": options.text_column or TEXT_FIELD}
         digest = template and hashlib.sha256(template.text.encode("utf-8", "surrogatepass")).hexdigest()
+        if len(self._tokenizer.eos_ids) > 1:  # each of them ends a response
+            settings |= {"eos_ids": list(self._tokenizer.eos_ids)}
         return settings | {"filler": options.filler, "chat_template": digest}
 
     def run(self, directory, progress: Progress) -> Manifest:

@@ -100,8 +100,8 @@ def add_generate(subparsers) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--stop_at_eos", action="store_true",
-        help="end at an EOS that has every blank before it filled and no given token behind it; "
-             "what was generated behind it is dropped",
+        help="end at an EOS (of the tokenizer, generation_config.json or config.json) that has every blank "
+             "before it filled and no given token behind it; what was generated behind it is dropped",
     )  # fmt: skip
     parser.add_argument(
         "--no_blanks", action="store_true", help="[[ in a text is text like any other, never a blank"

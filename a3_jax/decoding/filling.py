@@ -62,7 +62,7 @@ def fill(
     config,
     tasks: list[Task],
     options: GenerateOptions,
-    eos_id: int | None = None,
+    eos_ids: tuple[int, ...] = (),
     most: int | None = None,
 ) -> list[dict[str, Any]]:
     """Decodes tasks, those of one shape together.
@@ -71,7 +71,7 @@ def fill(
       params: of `decoding_params`. config: of the model.
       tasks: of any shapes.
       options: of all of them.
-      eos_id: the id that ends a text, or None where EOS is a token like any other.
+      eos_ids: those that end a text; (): EOS is a token like any other.
       most: tasks a batch, at most; None: as many as their rows allow.
 
     Returns:
@@ -81,11 +81,11 @@ def fill(
     limits = [limit for limit in (most, _most_examples(config, options)) if limit is not None]
     most = min(limits, default=None)
     for shape, indices, batch_size in batches(tasks, lambda task: task.shape, most):
-        program = make_program(config, options, eos_id, shape)
+        program = make_program(config, options, eos_ids, shape)
         with mesh_of(params):
             batch_size = math.lcm(batch_size, axis_parts("batch"))
             state = first_state([tasks[index] for index in indices], shape[0], batch_size, options.seed)
-            final = final_fields(decode(params, state, program=program), eos_id)
+            final = final_fields(decode(params, state, program=program), eos_ids)
         for row, index in enumerate(indices):
             filled[index] = {name: field[row] for name, field in final.items()}
     return filled
@@ -99,17 +99,17 @@ def decoding_params(params, config, options: GenerateOptions):
         return lay_out(params, config)
 
 
-def final_fields(state: State, eos_id) -> dict[str, np.ndarray]:
+def final_fields(state: State, eos_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
     """What results are made of, on the host; `length`: columns up to a final EOS."""
     names = ("tokens", "filled", "commit_rank", "logprob", "forwards")
     fields = {name: getattr(state, name) for name in names}
     if state.drafts is not None:
         fields |= {"proposed": state.drafts.proposed, "accepted": state.drafts.accepted}
     fields = {name: _on_host(field) for name, field in fields.items()}
-    fields["finished"] = _on_host(finished(state, eos_id))
+    fields["finished"] = _on_host(finished(state, eos_ids))
     fields["length"] = np.full(len(fields["tokens"]), fields["tokens"].shape[1])
-    if eos_id is not None:
-        ends = _on_host(final_eos(state, eos_id))
+    if eos_ids:
+        ends = _on_host(final_eos(state, eos_ids))
         fields["length"] = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, fields["length"])
     return fields
 
@@ -181,7 +181,7 @@ def _rule(options: GenerateOptions) -> Rule:
     return Rule(most, *bounds, min_gap=options.min_gap)
 
 
-def make_program(config, options: GenerateOptions, eos_id, shape) -> Program:
+def make_program(config, options: GenerateOptions, eos_ids: tuple[int, ...] | None, shape) -> Program:
     columns, prefill_rows, content_rows, query_rows = shape
     return Program(
         config=config,
@@ -191,7 +191,7 @@ def make_program(config, options: GenerateOptions, eos_id, shape) -> Program:
         criterion=options.criterion,
         commit=options.commit,
         sampling=Sampling(float(options.temperature), options.top_k, float(options.top_p)),
-        eos_id=eos_id,
+        eos_ids=eos_ids or (),
         prefill_rows=prefill_rows,
         content_rows=content_rows,
         query_rows=query_rows,

@@ -53,11 +53,11 @@ def generate(checkpoint, items, **options) -> list[dict[str, Any]]:
 
 def generate_lines(checkpoint, lines, options: GenerateOptions) -> list[dict[str, Any]]:
     """`generate` of lines that know where they stand."""
-    tasks, eos_id = _tasks(checkpoint, lines, options)
+    tasks, eos_ids = _tasks(checkpoint, lines, options)
     params = decoding_params(checkpoint.params, checkpoint.config, options)
     results = [
         _result(task, arrays, checkpoint.tokenizer, options)
-        for task, arrays in zip(tasks, fill(params, checkpoint.config, tasks, options, eos_id), strict=True)
+        for task, arrays in zip(tasks, fill(params, checkpoint.config, tasks, options, eos_ids), strict=True)
     ]
     if options.rerank:
         return best_of(checkpoint, results, [task.request for task in tasks], options)
@@ -82,14 +82,14 @@ def generate_stream(checkpoint, item, **options) -> Iterator[dict[str, Any]]:
 
 def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str, Any]]:
     """`generate_stream` of a line that knows where it stands."""
-    (task,), eos_id = _tasks(checkpoint, [line], options)
-    program = make_program(checkpoint.config, options, eos_id, task.shape)
+    (task,), eos_ids = _tasks(checkpoint, [line], options)
+    program = make_program(checkpoint.config, options, eos_ids, task.shape)
     params = decoding_params(checkpoint.params, checkpoint.config, options)
     told, arrays = ~task.request.blank, {}
     with mesh_of(params):
         start = first_state([task], task.shape[0], axis_parts("batch"), options.seed)
     for state in states(params, start, program):
-        arrays = {name: field[0] for name, field in final_fields(state, eos_id).items()}
+        arrays = {name: field[0] for name, field in final_fields(state, eos_ids).items()}
         new = arrays["filled"][: len(told)] & ~told
         if options.order == "block" and not arrays["finished"]:
             new &= _whole_blocks(task.request.blank, arrays["filled"], options.block_size)
@@ -105,7 +105,7 @@ def states(params, state: State, program: Program) -> Iterator[State]:
     with mesh_of(params):
         state = _open(params, state, program=program)
     yield state
-    while not bool(jnp.all(finished(state, program.eos_id))):
+    while not bool(jnp.all(finished(state, program.eos_ids))):
         with mesh_of(params):  # never across a yield: it would be the caller's too
             state = _next(params, state, program=program)
         yield state
@@ -124,9 +124,9 @@ def context_of(checkpoint, options: GenerateOptions) -> str:
     return options.context or ("flat" if options.commit == "flat" else default_context(checkpoint))
 
 
-def _tasks(checkpoint, lines, options) -> tuple[list[Task], int | None]:
-    """The completions to make, and the id that ends a text."""
-    eos_id = _eos_id(checkpoint, options)
+def _tasks(checkpoint, lines, options) -> tuple[list[Task], tuple[int, ...]]:
+    """The completions to make, and the ids that end a text."""
+    eos_ids = _eos_ids(checkpoint, options)
     context = context_of(checkpoint, options)
     requests = blank_requests(lines, checkpoint, options)
     tasks = [
@@ -134,7 +134,7 @@ def _tasks(checkpoint, lines, options) -> tuple[list[Task], int | None]:
         for request in requests
         for sample in range(options.num_samples)
     ]
-    return tasks, eos_id
+    return tasks, eos_ids
 
 
 def _whole_blocks(blank, filled, block_size) -> np.ndarray:
@@ -175,14 +175,14 @@ def best_of(checkpoint, results, requests, options: GenerateOptions) -> list[dic
     return kept
 
 
-def _eos_id(checkpoint, options) -> int | None:
-    """The id that ends a text, or None where EOS is a token like any other."""
-    eos_id = None if checkpoint.tokenizer is None else checkpoint.tokenizer.eos_id
-    if not options.stop_at_eos:
-        return eos_id if options.order == "block" else None
-    if eos_id is None:
-        raise InputError("the checkpoint's tokenizer names no EOS token", field="--stop_at_eos")
-    return eos_id
+def _eos_ids(checkpoint, options) -> tuple[int, ...]:
+    """The ids that end a text; none where EOS is a token like any other."""
+    if not options.stop_at_eos and options.order != "block":
+        return ()
+    if options.stop_at_eos and not checkpoint.eos_ids:
+        message = "neither the checkpoint's tokenizer nor its model's config names an EOS token"
+        raise InputError(message, field="--stop_at_eos")
+    return checkpoint.eos_ids
 
 
 def _result(task: Task, arrays, tokenizer, options: GenerateOptions) -> dict[str, Any]:

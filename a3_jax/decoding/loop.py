@@ -34,7 +34,7 @@ class Program:
     Attributes:
       model, strategy, criterion, commit, window: as in `GenerateOptions`.
       rule: of dynamic commits; its `entropy_bound` also bounds the windows of "speculative".
-      eos_id: ends an example when placed last, or None.
+      eos_ids: each ends an example when placed last; (): none does.
       prefill_rows: content rows of the first forward, at least the given tokens of any example; where
         they are no more than `content_rows`, the first forward is like the others.
       content_rows: content rows of later forwards, at least what one step adds.
@@ -49,7 +49,7 @@ class Program:
     criterion: str
     commit: str
     sampling: Sampling
-    eos_id: int | None
+    eos_ids: tuple[int, ...]
     prefill_rows: int
     content_rows: int
     query_rows: int
@@ -86,7 +86,7 @@ def decode(params, state: State, *, program: Program) -> State:
 def run_steps(state: State, network: Network, program: Program) -> State:
     """Steps until every example is finished."""
     return jax.lax.while_loop(
-        lambda state: ~jnp.all(finished(state, program.eos_id)),
+        lambda state: ~jnp.all(finished(state, program.eos_ids)),
         lambda state: step(state, network, program),
         state,
     )
@@ -96,7 +96,7 @@ def step(state: State, network: Network, program: Program) -> State:
     """One forward of the unfinished examples, and what it commits; the finished ones stay as they are."""
     strategy = _strategy(program)
     with jax.named_scope("step"):
-        active = ~finished(state, program.eos_id)
+        active = ~finished(state, program.eos_ids)
         offer = strategy.offer(state)
         offer = offer._replace(real=offer.real & active[:, None])
         hidden_BQD, state = network.forward(state, offer, active)

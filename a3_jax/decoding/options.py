@@ -101,9 +101,9 @@ class GenerateOptions(SharedOptions):
       num_samples: completions an input.
       rerank: of these the one with the largest exact joint log-probability, left to right given all
         given tokens, is kept.
-      stop_at_eos: an EOS placed behind all other given tokens, with every blank before it filled, ends
-        the text; what was generated behind it is dropped. Implied by order "block", where the tokenizer
-        has an EOS.
+      stop_at_eos: an EOS, any of the checkpoint's `eos_ids`, placed behind all other given tokens, with
+        every blank before it filled, ends the text; what was generated behind it is dropped. Implied by
+        order "block", where the checkpoint has an EOS.
       no_blanks: `[[` in a text is text like any other, never a blank.
     """
 

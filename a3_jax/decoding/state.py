@@ -69,20 +69,21 @@ class State(struct.PyTreeNode):
         return self.present & ~self.filled
 
 
-def finished(state: State, eos_id: int | None):
-    """[B] bool: no blank is left or, where `eos_id` is given, a final EOS has been placed."""
+def finished(state: State, eos_ids: tuple[int, ...]):
+    """[B] bool: no blank is left or, where there are `eos_ids`, a final EOS has been placed."""
     done = ~jnp.any(state.unfilled, axis=1)
-    if eos_id is not None:
-        done |= jnp.any(final_eos(state, eos_id), axis=1)
+    if eos_ids:
+        done |= jnp.any(final_eos(state, eos_ids), axis=1)
     return done
 
 
-def final_eos(state: State, eos_id: int):
+def final_eos(state: State, eos_ids: tuple[int, ...]):
     """[B, N] bool: generated EOS tokens with every column before them filled and none behind given."""
     filled_so_far = jnp.cumsum(state.unfilled, axis=1) == 0
     given_behind = jnp.flip(jnp.cumsum(jnp.flip(state.given, axis=1), axis=1), axis=1) > 0
     generated = state.present & state.filled & ~state.given
-    return generated & (state.tokens == eos_id) & filled_so_far & ~given_behind
+    is_eos = jnp.any(state.tokens[..., None] == jnp.asarray(eos_ids, jnp.int32), axis=-1)
+    return generated & is_eos & filled_so_far & ~given_behind
 
 
 def compact(mask, size: int):

@@ -96,7 +96,7 @@ class Decoder:
         context = self.options.context or "flat"
         tasks = [Task(request, 0, context, self.options) for request in requests]
         results = fill(
-            self._decoding_params, self.checkpoint.config, tasks, self.options, None, self.batch_size
+            self._decoding_params, self.checkpoint.config, tasks, self.options, (), self.batch_size
         )
         return [
             result["tokens"][: len(request.blank)][request.blank]

@@ -253,7 +253,7 @@ def _continue(model: EvaluatedModel, blanks: list[Blank], stops: list[list[str]]
 
 def _cut(model: EvaluatedModel, tokens: np.ndarray, stops: list[str]) -> tuple[str, bool]:
     """The text before EOS and before every stop string, and whether there was any of them."""
-    ends = np.flatnonzero(tokens == model.tokenizer.eos_id)
+    ends = np.flatnonzero(np.isin(tokens, model.tokenizer.eos_ids))
     text = model.tokenizer.decode(tokens[: ends[0]] if ends.size else tokens)
     places = [place for place in map(text.find, stops) if place >= 0]
     return text[: min(places, default=len(text))], bool(places or ends.size)

@@ -7,6 +7,7 @@ from typing import Any
 
 from a3_jax.checkpoints.a3_format import load_checkpoint_tokenizer, load_meta, with_manifest
 from a3_jax.checkpoints.manifest import DamagedCheckpoint
+from a3_jax.checkpoints.special_tokens import check_eos_ids
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
@@ -34,17 +35,22 @@ def open_start(run, mesh) -> Start:
     """A new run: the model of `init_from`, or one whose vocabulary is the tokenizer's."""
     if not run.init_from:
         tokenizer = _open_tokenizer(run, None)
-        return Start(with_mask(run, model_config(run, tokenizer.vocab_size)), tokenizer)
+        model = with_mask(run, model_config(run, tokenizer.vocab_size))
+        check_eos_ids(tokenizer, tokenizer.eos_ids, model.vocab_size, run.tokenizer or run.data or None)
+        return Start(model, tokenizer)
     from a3_jax.checkpoints.opening import open_checkpoint
 
     checkpoint = open_checkpoint(run.init_from, dtype="float32", seed=run.seed, mesh=mesh)
     tokenizer = _open_tokenizer(run, checkpoint.tokenizer)
+    if checkpoint.tokenizer is None or tokenizer.encodes_like(checkpoint.tokenizer):  # its ids mean the same
+        tokenizer = tokenizer.with_eos_ids(checkpoint.eos_ids)
     context = checkpoint.config.max_length
     if run.seq_len > context:
         raise InputError(
             f"{run.seq_len} is longer than the context of {run.init_from}: {context}", field="seq_len"
         )
     model = with_mask(run, checkpoint.config)
+    check_eos_ids(tokenizer, tokenizer.eos_ids, model.vocab_size, run.tokenizer or run.data or None)
     return Start(model, tokenizer, checkpoint.params, checkpoint.meta.source)
 
 
@@ -54,7 +60,8 @@ def reopen_start(checkpoints) -> Start:
     for step in with_manifest(checkpoints):
         checkpoint = checkpoints / str(step)
         try:
-            meta, tokenizer = load_meta(checkpoint), load_checkpoint_tokenizer(checkpoint)
+            meta = load_meta(checkpoint)
+            tokenizer = load_checkpoint_tokenizer(checkpoint, meta)
             break
         except DamagedCheckpoint as damage:  # the restore sets it aside; all steps have the same tokenizer
             damages.append(damage)
