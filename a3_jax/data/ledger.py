@@ -37,7 +37,8 @@ class Progress:
     """How far a preparation is.
 
     Attributes:
-      settings: what it was told. sources: path, bytes and, so far, documents of each file.
+      settings: what it was told. sources: path, bytes and, so far, documents and records passed over of
+        each file.
       heldout_below: documents of a smaller digest are held out.
       next: source and record to go on with.
       splits: finished shards by split. pending: the file with documents that are in none yet.
@@ -67,6 +68,8 @@ class Progress:
         """Counts a record that gives no document."""
         self.passed_over[record.reason] = self.passed_over.get(record.reason, 0) + 1
         self.first.setdefault(record.reason, str(record))
+        source = self.sources[record.source]
+        source["passed_over"] = source.get("passed_over", 0) + 1
 
     def check_same(self, settings: Mapping[str, Any], sources: list[dict[str, Any]], directory) -> None:
         """Refuses to go on with other settings or files.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from a3_jax.data.dialogs import chat_template
-from a3_jax.data.documents import TEXT_FIELD, BadRecord, Source
+from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, Source
 from a3_jax.data.encoding import Document, Encoded, Encoder
 from a3_jax.data.ledger import (
     LOCK_FILE,
@@ -97,7 +97,10 @@ def prepare(data: Sequence[str], directory, options: Options) -> tuple[Manifest,
     sources = [Source(name, index) for index, name in enumerate(find_files(data))]
     job = _Job(sources, options)
     with alone_in(directory):
-        listed = [{"path": str(absolute(each.name)), "bytes": each.size, "documents": 0} for each in sources]
+        listed = [
+            {"path": str(absolute(each.name)), "bytes": each.size, "documents": 0, "passed_over": 0}
+            for each in sources
+        ]
         if is_prepared(directory):
             manifest = read_manifest(directory)
             made = Progress({**manifest.settings}, manifest.sources)
@@ -196,8 +199,10 @@ class _Job:
             with contextlib.closing(encoded(batches, self._encoder)) as made:
                 for items, bytes_read in made:
                     for item in items:
-                        if isinstance(item, BadRecord) and item.file is None:
-                            item.file = self._sources[item.source].name
+                        if isinstance(item, BadRecord):
+                            item.file = item.file or self._sources[item.source].name
+                            if item.reason == DAMAGED and not self._options.strict:
+                                line.note(f"warning: {item}")
                         collected.take(item)
                     line.update(bytes_read, progress.counts["tokens"] + sum(collected.tokens.values()))
         finally:
