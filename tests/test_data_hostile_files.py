@@ -14,21 +14,15 @@ from a3_jax.data.prepared import find_prepared
 from a3_jax.data.sources import find_files, read_documents
 from a3_jax.errors import InputError
 from tests.decoding_cli import assert_refused
-from tests.prepare_fixtures import json_lines, prepare, texts_of, write_bytes
+from tests.prepare_fixtures import POINTER, json_lines, prepare, texts_of, write_bytes, zstd
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 ROWS = [f"row {index}" for index in range(3000)]
 LINES = json_lines({"text": text} for text in ROWS)
 
 
-def zstd(content, window_log=None):
-    """One frame as `zstd` writes it from a pipe, without the content's size."""
-    parameters = zstandard.ZstdCompressionParameters(window_log=window_log or 0, write_checksum=True)
-    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-    return compressor.compress(content) + compressor.flush()
-
-
-@pytest.mark.parametrize("again", ["{0}/a.jsonl", "{0}/*.jsonl", "{0}/./a.jsonl", "{0}/link.jsonl", "a.jsonl"])
+@pytest.mark.parametrize(
+    "again", ["{0}/a.jsonl", "{0}/*.jsonl", "{0}/./a.jsonl", "{0}/link.jsonl", "a.jsonl"]
+)
 def test_a_file_named_twice_is_read_once(tmp_path, capsys, monkeypatch, again):
     monkeypatch.chdir(tmp_path)
     source = write_bytes(tmp_path / "a.jsonl", b'{"text": "one"}\n')
@@ -39,7 +33,7 @@ def test_a_file_named_twice_is_read_once(tmp_path, capsys, monkeypatch, again):
     assert len(json.loads(out)["sources"]) == 1
     warnings = [line for line in told if "named more than once" in line]
     assert warnings
-    assert all(line.split(": ")[1].endswith((".jsonl")) for line in warnings)
+    assert all(line.split(": ")[1].endswith(".jsonl") for line in warnings)
 
 
 def test_different_files_of_one_content_are_both_read(tmp_path, capsys):
@@ -144,7 +138,9 @@ def test_byte_order_marks(tmp_path, capsys, suffix):
     for encoding in ("utf-16", "utf-16-be"):
         content = ("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding)
         wide = write_bytes(tmp_path / f"wide.{suffix}", content)
-        assert_refused(prepare(capsys, marked, wide, tmp_path / "rows"), f"wide.{suffix}: begins with", "UTF-16")
+        assert_refused(
+            prepare(capsys, marked, wide, tmp_path / "rows"), f"wide.{suffix}: begins with", "UTF-16"
+        )
         assert not (tmp_path / "rows").exists()
 
 

@@ -1,4 +1,4 @@
-"""Compressed files as the bytes that they hold: gzip and zstd, of one member or several, padded or damaged."""
+"""Decompression of gzip and zstd files: of one member or several, padded, or damaged at some place."""
 
 import zlib
 from collections.abc import Callable, Iterator

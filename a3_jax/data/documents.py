@@ -120,7 +120,7 @@ class Source:
         """
         if _kind(self.name) != "parquet":
             with contextlib.suppress(OSError):  # whoever reads it will say so
-                next(self._text_blocks(), None)
+                next(self.text_blocks(), None)
             return
         names = self.column_names()
         for column in columns if names else ():
@@ -201,7 +201,7 @@ class Source:
     def _lines(self) -> Iterator[bytes | None]:
         """Lines without their ends; None in place of one above `MAX_BYTES`, which is never held."""
         held, size = [], 0
-        for block in self._text_blocks():
+        for block in self.text_blocks():
             head, *others = block.split(b"\n")
             size += len(head)
             held = [*held, head] if size <= MAX_BYTES else []
@@ -214,8 +214,12 @@ class Source:
         if size:
             yield None if size > MAX_BYTES else b"".join(held).rstrip(b"\r")
 
-    def _text_blocks(self) -> Iterator[bytes]:
-        """The file's bytes, decompressed, without a byte order mark."""
+    def text_blocks(self) -> Iterator[bytes]:
+        """The file's bytes, decompressed, without a byte order mark.
+
+        Raises:
+          OSError: damaged; what lies before has been given by then.
+        """
         compression = next((kind for end, kind in COMPRESSIONS.items() if self.name.endswith(end)), None)
         with _open(self._path) as file:
             if compression:
