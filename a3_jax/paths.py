@@ -16,6 +16,7 @@ from a3_jax.errors import InputError
 POINTER_BYTES = 1024  # a Git LFS pointer is shorter
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_HUB_KINDS = ("models", "datasets")
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -215,6 +216,33 @@ def parse_json(text: str, file=None, make_object=None):
         raise InputError("not JSON: nested too deeply", file=file) from error
     except ValueError as error:  # Python converts no longer numbers
         raise InputError("not JSON: a number has too many digits", file=file) from error
+
+
+def snapshot_hint(directory) -> str:
+    """`: it is the Hub's cache, name SNAPSHOT` for a directory of the cache above a snapshot, or nothing."""
+    directory = as_path(directory)
+    if is_remote(directory) or not directory.is_dir():
+        return ""
+    if directory.name == "snapshots":
+        repositories = [directory.parent]
+    elif (directory / "snapshots").is_dir():
+        repositories = [directory]
+    else:
+        patterns = [f"{above}{kind}--*" for above in ("", "hub/") for kind in _HUB_KINDS]
+        repositories = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
+    snapshots = [snapshot for repository in repositories if (snapshot := _snapshot(repository))]
+    if not snapshots:
+        return ""
+    others = f" (or one of {len(snapshots) - 1} others)" if len(snapshots) > 1 else ""
+    return f": it is the Hub's cache, name {snapshots[0]}{others}"
+
+
+def _snapshot(repository):
+    """The snapshot that a repository's main branch is at, or any; None without one."""
+    snapshots = sorted(path for path in (repository / "snapshots").glob("*") if path.is_dir())
+    main = repository / "refs" / "main"
+    newest = main.read_bytes().decode("utf-8", "replace").strip() if main.is_file() else ""
+    return next((path for path in snapshots if path.name == newest), next(iter(snapshots), None))
 
 
 def is_file_name(name) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 
 from a3_jax.data.documents import TEXT_FIELD, BadRecord, Source, is_readable, text_of
 from a3_jax.errors import InputError
-from a3_jax.paths import as_path, is_remote
+from a3_jax.paths import as_path, is_remote, snapshot_hint
 
 _GLOB_LETTERS = set("*?[")
 
@@ -31,7 +31,7 @@ def find_files(data: str | Sequence[str]) -> list[str]:
     for name in found:
         if not is_readable(name):
             message = "not a .txt or .jsonl file, plain or as .gz or .zst, and no .parquet"
-            raise InputError(message, file=name, field="data")
+            raise InputError(message + snapshot_hint(name), file=name, field="data")
         if not as_path(name).exists():
             raise InputError("no such file", file=name, field="data")
     return _once(found)

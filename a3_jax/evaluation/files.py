@@ -15,7 +15,7 @@ from typing import Any
 from a3_jax.data.documents import BadRecord, Source, check_single
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.tasks import Field, Task
-from a3_jax.paths import as_path, parse_json, read_text
+from a3_jax.paths import as_path, parse_json, read_text, snapshot_hint
 
 _BLOCK = 1 << 20
 _STREAMED = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -80,7 +80,7 @@ def find_data(task: Task, data_dir, shots: bool = False) -> TaskFiles:
     place = as_path(data_dir)
     paths = (place,) if _is_file(place) else _first_match(task, place, task.file_names)
     if not paths:
-        reason = "no file of this task" if place.exists() else "no such directory"
+        reason = f"no file of this task{snapshot_hint(place)}" if place.exists() else "no such directory"
         raise _missing(task, task.file_names, reason, place)
     for path in paths:
         if not path.name.endswith(_READABLE):
