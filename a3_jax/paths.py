@@ -14,6 +14,7 @@ from etils import epath
 from a3_jax.errors import InputError
 
 POINTER_BYTES = 1024  # a Git LFS pointer is shorter
+POINTER_MESSAGE = "is a Git LFS pointer, not the file itself: `git lfs pull` there fetches it"
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _HUB_KINDS = ("models", "datasets")
@@ -135,9 +136,13 @@ def refuse_pointer(content: bytes, file) -> None:
     Raises:
       InputError: it is a pointer.
     """
-    if content.startswith(_POINTER) and b"\noid " in content[:POINTER_BYTES]:
-        message = "is a Git LFS pointer, not the file itself: `git lfs pull` there fetches it"
-        raise InputError(message, file=file)
+    if is_pointer(content):
+        raise InputError(POINTER_MESSAGE, file=file)
+
+
+def is_pointer(content: bytes) -> bool:
+    """Whether a file's first `POINTER_BYTES`, or more, are a Git LFS pointer."""
+    return content.startswith(_POINTER) and b"\noid " in content[:POINTER_BYTES]
 
 
 def without_mark(content: bytes, file) -> bytes:

@@ -113,6 +113,22 @@ def test_git_lfs_pointers_elsewhere(llama, tmp_path, capsys):
         assert_refused(run(capsys, *arguments), f"{pointer}: is a Git LFS pointer")
 
 
+def test_git_lfs_pointers_in_what_we_wrote(llama, tmp_path, capsys):
+    convert(llama, tmp_path / "a3")
+    largest = max((p for p in (tmp_path / "a3").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(POINTER)
+    lines = write_lines(tmp_path / "in.jsonl", LINE)
+    assert_refused(run(capsys, "score", tmp_path / "a3", lines, "-"), f"{largest}: is a Git LFS pointer")
+    text = write_lines(tmp_path / "text.jsonl", '{"text": "one"}')
+    assert cli.main(["data", "prepare", str(text), str(tmp_path / "rows"), "--tokenizer=bytes"]) == 0
+    (shard,) = (tmp_path / "rows").glob("*.array_record")
+    shard.write_bytes(POINTER)
+    arguments = ["train", "--config=configs/tiny.py", f"--workdir={tmp_path}/run", "--config.seq_len=2048"]
+    capsys.readouterr()
+    outcome = run(capsys, *arguments, f"--config.data={tmp_path}/rows")
+    assert_refused(outcome, f"{shard}: is a Git LFS pointer")
+
+
 def test_byte_order_marks(tmp_path, capsys, monkeypatch):
     write_tiny_llama(tmp_path / "hf", query_embed=True)
     for name in ("config.json", "tokenizer.json"):
@@ -154,6 +170,7 @@ def test_the_cache_of_the_hub(llama, tmp_path, capsys):
     for place in (repository, repository / "snapshots", tmp_path / "hub", tmp_path):
         outcome = run(capsys, "convert", place, tmp_path / "a3")
         assert_refused(outcome, f"{place}: no checkpoint", f"it is the Hub's cache, name {snapshot}")
+        assert_refused(run(capsys, "verify", place), f"the Hub's cache, name {snapshot}")
         with pytest.raises(InputError, match=f"no tokenizer.json .* name {snapshot}"):
             load_tokenizer(place)
     assert find_checkpoint(snapshot) == (snapshot, True)
