@@ -41,6 +41,7 @@ setup(
         "tensorflow>=2.18",
         "tensorstore>=0.1.60",
         "tokenizers>=0.21",
+        "zstandard>=0.22",
     ],
     extras_require={
         "tpu": ["libtpu>=0.0.42", "requests>=2.32"],  # jax[tpu] asks for one old libtpu

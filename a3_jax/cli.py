@@ -73,7 +73,16 @@ def _parse(arguments):
             f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}", file=known.command
         )
     known.config_flags = unknown
+    for name, value in vars(known).items():
+        setattr(known, name, _at_home(value))
     return known
+
+
+def _at_home(value):
+    """The value of an argument with a leading `~` or `~USER` expanded: shells leave it behind a `=`."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _flags(parser) -> list[str]:

@@ -1,5 +1,6 @@
 """Local and bucket paths (`gs://...`), through etils: the one place that opens files by name."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -12,19 +13,36 @@ from etils import epath
 
 from a3_jax.errors import InputError
 
+POINTER_BYTES = 1024  # a Git LFS pointer is shorter
+POINTER_MESSAGE = "is a Git LFS pointer, not the file itself: `git lfs pull` there fetches it"
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_HUB_KINDS = ("models", "datasets")
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
 
 def as_path(path) -> epath.Path:
-    """A local path, a `file:///` URL of one, or a bucket's URL.
+    """A local path, a `file:///` URL of one, or a bucket's URL; `~` and `~USER` mean home directories.
 
     Raises:
-      InputError: a URL of another kind.
+      InputError: a URL of another kind, or the home of nobody.
     """
     if isinstance(path, str) and path.startswith("file:///"):
         path = path.removeprefix("file://")
+    if isinstance(path, str | os.PathLike) and os.fspath(path).startswith("~"):
+        path = _expanded(os.fspath(path))
     try:
         return epath.Path(path)
     except KeyError as error:
         raise InputError(f"no kind of path that can be opened: {error.args[0]}", file=path) from error
+
+
+def _expanded(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    first = expanded.partition("/")[0]
+    if first.startswith("~") and first != expanded and not os.path.isdir(first):
+        raise InputError(f"there is no user {first[1:]!r}; ./{first} means a directory here", file=path)
+    return expanded
 
 
 def is_remote(path) -> bool:
@@ -50,8 +68,8 @@ def local_copy(path) -> Iterator[str]:
     Raises:
       InputError: a bucket's file that can't be read.
     """
-    if "://" not in str(path):
-        yield str(path)
+    if not is_remote(path):
+        yield str(as_path(path))
         return
     text = read_text(path)
     with tempfile.TemporaryDirectory() as directory:
@@ -62,25 +80,23 @@ def local_copy(path) -> Iterator[str]:
 
 def followed(path):
     """Where a link leads, so that writing there leaves the link; buckets have none."""
-    return as_path(path) if "://" in str(path) else as_path(os.path.realpath(path))
+    return as_path(path) if is_remote(path) else as_path(os.path.realpath(as_path(path)))
 
 
 def absolute(path) -> epath.Path:
     """The path from the root; a bucket's is that already."""
-    return as_path(path if "://" in str(path) else os.path.abspath(path))
+    return as_path(path) if is_remote(path) else as_path(os.path.abspath(as_path(path)))
 
 
 def read_text(path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-      InputError: absent, a directory, unreadable, or not UTF-8.
+      InputError: absent, a directory, unreadable, not UTF-8, or a Git LFS pointer.
     """
     path = as_path(path)
     try:
-        return read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise not_utf8(error, path) from error
+        return decode_text(read_bytes(path), path)
     except ValueError as error:  # a zero byte in the name
         if isinstance(error, InputError):
             raise
@@ -91,11 +107,66 @@ def read_bytes(path) -> bytes:
     """All of a file.
 
     Raises:
-      InputError: absent, a directory, or unreadable.
+      InputError: absent, a directory, unreadable, or a Git LFS pointer.
     """
     path = as_path(path)
     with _storage_told(path):
-        return path.read_bytes()
+        content = path.read_bytes()
+    refuse_pointer(content, path)
+    return content
+
+
+def read_beginning(path) -> bytes:
+    """The first bytes of a file, as many as `refuse_pointer` and byte order marks need.
+
+    Raises:
+      InputError: absent, a directory, or unreadable.
+    """
+    path = as_path(path)
+    with _storage_told(path), path.open("rb") as file:
+        return file.read(POINTER_BYTES)
+
+
+def refuse_pointer(content: bytes, file) -> None:
+    """Refuses what Git has in place of a file that Git LFS holds.
+
+    Args:
+      content: the file's first `POINTER_BYTES`, or more.
+
+    Raises:
+      InputError: it is a pointer.
+    """
+    if is_pointer(content):
+        raise InputError(POINTER_MESSAGE, file=file)
+
+
+def is_pointer(content: bytes) -> bool:
+    """Whether a file's first `POINTER_BYTES`, or more, are a Git LFS pointer."""
+    return content.startswith(_POINTER) and b"\noid " in content[:POINTER_BYTES]
+
+
+def without_mark(content: bytes, file) -> bytes:
+    """The beginning of a text without UTF-8's byte order mark.
+
+    Raises:
+      InputError: UTF-16's.
+    """
+    if content.startswith(_UTF16_MARKS):
+        message = "begins with the byte order mark of UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+        raise InputError(message, file=file)
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def decode_text(content: bytes, file) -> str:
+    """The text of all bytes of a file or stream.
+
+    Raises:
+      InputError: not UTF-8.
+    """
+    try:
+        return without_mark(content, file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(error, file) from error
 
 
 def not_utf8(error: UnicodeDecodeError, file) -> InputError:
@@ -109,10 +180,20 @@ def read_json(path) -> dict:
     """The JSON object in a file.
 
     Raises:
-      InputError: unreadable, not JSON, JSON of another kind, or text that no file could hold again.
+      InputError: unreadable, not JSON, JSON of another kind, a key given twice, or text that no file could
+        hold again.
     """
     text = read_text(path)
-    value = parse_json(text, path)
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError("the key is given twice in one object", file=path, field=twice)
+        return found
+
+    value = parse_json(text, path, unique)
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object, got {type(value).__name__}", file=path)
     if "\\ud" in text.lower():
@@ -123,20 +204,50 @@ def read_json(path) -> dict:
     return value
 
 
-def parse_json(text: str, file=None):
+def parse_json(text: str, file=None, make_object=None):
     """The value of a JSON text.
+
+    Args:
+      make_object: makes an object of its (key, value) pairs; None: a dict, in which the last of a key counts.
 
     Raises:
       InputError: not JSON, nested too deeply, or a number with thousands of digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=make_object)
     except json.JSONDecodeError as error:
         raise InputError(f"not JSON: {error.msg}", file=file, line=error.lineno) from error
     except RecursionError as error:
         raise InputError("not JSON: nested too deeply", file=file) from error
     except ValueError as error:  # Python converts no longer numbers
         raise InputError("not JSON: a number has too many digits", file=file) from error
+
+
+def snapshot_hint(directory) -> str:
+    """`: it is the Hub's cache, name SNAPSHOT` for a directory of the cache above a snapshot, or nothing."""
+    directory = as_path(directory)
+    if is_remote(directory) or not directory.is_dir():
+        return ""
+    if directory.name == "snapshots":
+        repositories = [directory.parent]
+    elif (directory / "snapshots").is_dir():
+        repositories = [directory]
+    else:
+        patterns = [f"{above}{kind}--*" for above in ("", "hub/") for kind in _HUB_KINDS]
+        repositories = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
+    snapshots = [snapshot for repository in repositories if (snapshot := _snapshot(repository))]
+    if not snapshots:
+        return ""
+    others = f" (or one of {len(snapshots) - 1} others)" if len(snapshots) > 1 else ""
+    return f": it is the Hub's cache, name {snapshots[0]}{others}"
+
+
+def _snapshot(repository):
+    """The snapshot that a repository's main branch is at, or any; None without one."""
+    snapshots = sorted(path for path in (repository / "snapshots").glob("*") if path.is_dir())
+    main = repository / "refs" / "main"
+    newest = main.read_bytes().decode("utf-8", "replace").strip() if main.is_file() else ""
+    return next((path for path in snapshots if path.name == newest), next(iter(snapshots), None))
 
 
 def is_file_name(name) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.paths import as_path, parse_json, read_text
+from a3_jax.paths import as_path, parse_json, read_text, snapshot_hint
 
 BOS_POLICIES = ("auto", "yes", "no")
 MAX_VOCAB_SIZE = 1 << 24  # far above any vocabulary: a model has a row for each id
@@ -239,7 +239,7 @@ def load_tokenizer(source) -> Tokenizer:
     if not path.is_dir():
         return Tokenizer({_MAIN_FILE: read_text(path)}, path)
     if not has_tokenizer(path):
-        raise InputError(f"no {_MAIN_FILE} in this directory", file=path)
+        raise InputError(f"no {_MAIN_FILE} in this directory{snapshot_hint(path)}", file=path)
     present = (name for name in (_MAIN_FILE, *_COMPANION_FILES) if (path / name).exists())
     tokenizer = Tokenizer({name: read_text(path / name) for name in present}, path)
     model_file = path / _MODEL_FILE

@@ -6,18 +6,28 @@ import json
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import zstandard
 
 from a3_jax import cli
 from a3_jax.data.manifest import read_manifest
 from a3_jax.data.shards import ShardTable
 from a3_jax.tokenizer import bytes_tokenizer
 
+# What a clone without Git LFS has in place of a file.
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 # As Hugging Face gives them for FineWeb's parquet files.
 FINEWEB_TYPES = {
     "text": pyarrow.string(), "id": pyarrow.string(), "dump": pyarrow.string(), "url": pyarrow.string(),
     "date": pyarrow.string(), "file_path": pyarrow.string(), "language": pyarrow.string(),
     "language_score": pyarrow.float64(), "token_count": pyarrow.int64(),
 }  # fmt: skip
+
+
+def zstd(content, window_log=0):
+    """One frame as `zstd` writes it from a pipe, without the content's size."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log, write_checksum=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return compressor.compress(content) + compressor.flush()
 
 
 def fineweb_rows(texts):

@@ -1,5 +1,6 @@
 """lm-evaluation-harness: our answers are those of its Hugging Face backend; its tasks run offline."""
 
+import gzip
 import json
 import socket
 from pathlib import Path
@@ -13,6 +14,7 @@ from a3_jax.errors import InputError
 from a3_jax.evaluation.left_to_right import LeftToRight
 from a3_jax.evaluation.requests import Blank
 from a3_jax.evaluation.two_stream import TwoStream
+from tests.prepare_fixtures import POINTER, zstd
 from tests.tiny_hf import write_tiny_llama
 
 pytest.importorskip("lm_eval")
@@ -22,6 +24,7 @@ import lm_eval.tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from a3_jax.evaluation import lm_eval_run  # noqa: E402
+from a3_jax.evaluation.harness_tasks import harness_files  # noqa: E402
 from a3_jax.evaluation.lm_eval_adapter import HarnessModel, windows  # noqa: E402
 from a3_jax.evaluation.lm_eval_run import local_splits, run_lm_eval  # noqa: E402
 
@@ -259,3 +262,41 @@ def test_what_is_missing(reader, tmp_path, tasks, complaint):
         write_rows(tmp_path / "winogrande" / "train.jsonl", [{"sentence": "a _ b"}])
     with pytest.raises(InputError, match=complaint):
         run_lm_eval(LeftToRight(reader), tasks, tmp_path)
+
+
+def test_only_the_files_of_the_tasks_asked_for_matter(reader, tmp_path):
+    """Directories of other tasks, and other files of the task's own, may hold what they like."""
+    write_rows(tmp_path / "hellaswag" / "validation.jsonl", hellaswag_rows(3))
+    (tmp_path / "hellaswag" / "hellaswag_val.parquet").touch()
+    write_rows(tmp_path / "winogrande" / "train_xl.jsonl", [{"sentence": "a _ b"}])
+    (tmp_path / "winogrande" / "dev.csv").touch()
+    results = run_lm_eval(LeftToRight(reader), ["hellaswag"], tmp_path)
+    assert results["n-samples"]["hellaswag"]["effective"] == 3
+    assert list(harness_files("lm_eval:hellaswag", tmp_path)) == ["validation.jsonl"]
+    with pytest.raises(InputError, match="no local file for lm_eval:winogrande"):
+        run_lm_eval(LeftToRight(reader), ["winogrande"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("validation.jsonl", bytes),
+        ("validation.jsonl.gz", gzip.compress),
+        ("validation.jsonl.zst", lambda content: zstd(content, 31)),
+    ],
+)
+def test_files_that_datasets_does_not_read(reader, tmp_path, name, pack):
+    """A byte order mark, a zstd window of 2 GiB, zeros after gzip's last member."""
+    write_rows(tmp_path / "hellaswag" / "rows", hellaswag_rows(3))
+    content = b"\xef\xbb\xbf" + (tmp_path / "hellaswag" / "rows").read_bytes()
+    packed = pack(content) + bytes(600 if name.endswith(".gz") else 0)
+    (tmp_path / "hellaswag" / name).write_bytes(packed)
+    results = run_lm_eval(LeftToRight(reader), ["hellaswag"], tmp_path)
+    assert results["n-samples"]["hellaswag"]["effective"] == 3
+
+
+def test_a_git_lfs_pointer_is_no_data(reader, tmp_path):
+    (tmp_path / "hellaswag").mkdir()
+    (tmp_path / "hellaswag" / "validation.parquet").write_bytes(POINTER)
+    with pytest.raises(InputError, match=r"validation.parquet: is a Git LFS pointer"):
+        run_lm_eval(LeftToRight(reader), ["hellaswag"], tmp_path)

@@ -158,3 +158,28 @@ def test_nothing_is_sent_without_preflight(tmp_path, monkeypatch, capsys):
     assert not preflight_passed("a", tmp_path)
     (tmp_path / "a.json").write_text('{"passed": true}')
     assert preflight_passed("a", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("slices: 1", "slices: 010", "slices: 010 is an octal number"),
+        ("slices: 1", "slices: 1:30", "slices: 1:30 is a number in base 60"),
+        ("slices: 1", "slices: yes", "slices: yes is a truth value"),
+        ("zone: ", "zone: no\nzone: ", "zone: the key is given twice"),
+        ("slices: 1", "slices: 1\noverrides: {remat: off}", "remat: off is a truth value"),
+        ("slices: 1", "slices: 1\noverrides: {seed: 1, seed: 2}", "seed: the key is given twice"),
+    ],
+)
+def test_yaml_of_several_meanings_is_refused(tmp_path, capsys, old, new, complaint):
+    text = re.sub(r"(?ms)^(overrides|slices):.*?(?=^\w|\Z)", "", BASE.read_text()) + "\nslices: 1\n"
+    assert old in text
+    path = tmp_path / "s.yaml"
+    path.write_text(text.replace(old, new))
+    assert main(["launch", "tpu-vm", f"--spec={path}"]) == 2
+    assert re.search(f"^a3: {path}:[0-9]+: {re.escape(complaint)}", capsys.readouterr().err)
+
+
+def test_a_spec_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "s.yaml").write_bytes(b"\xef\xbb\xbf" + BASE.read_bytes())
+    assert read_spec(tmp_path / "s.yaml") == read_spec(BASE)

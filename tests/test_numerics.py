@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from a3_jax import cli
 from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.data import batches
 from a3_jax.errors import EXIT_NUMERICS, RunError
@@ -52,6 +53,23 @@ def test_a_bad_step_changes_no_bit(objective, microbatches, places):
         assert metrics["skipped"] == 0 and state.numerics.in_a_row == 0 and state.numerics.skipped == 2
         moved = jax.tree.map(lambda new, old: np.abs(np.array(new) - old).max(), state.params, before.params)
         assert max(jax.tree.leaves(moved)) > 0, "a good step still learns"
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_step_with_nothing_to_predict_changes_no_bit(microbatches):
+    """Momentum and weight decay would; it is no step without a finite loss either."""
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        model, optimizer, state = tiny_state(mesh, weight_decay=0.1)
+        step = make_train_step(model, optimizer, mesh, objective="any_order", microbatches=microbatches)
+        rows, rate = sorted_rows(0, batch=4, length=8), np.float32(1e-2)
+        state, _ = step(state, rows, rate)
+        before = copied(state)
+        state, metrics = step(state, rows | {"weights": np.zeros_like(rows["weights"])}, rate)
+        assert (metrics["predicted"], metrics["grad_norm"], metrics["skipped"]) == (0, 0, 0)
+        after = copied(state)
+        assert_equal((after.params, after.opt_state), (before.params, before.opt_state))
+        assert (after.step, after.numerics.skipped) == (2, 0)
 
 
 class Poison:
@@ -161,3 +179,39 @@ def test_what_is_never_a_number_ends_the_run(tmp_path, text, monkeypatch):
     for step in (tmp_path / "later" / "checkpoints").iterdir():
         params = open_checkpoint(step).params
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
+def test_a_stage_with_nothing_to_predict(tmp_path, capsys):
+    """Documents of one token have no next one: null in place of a loss, a warning, and the run goes on."""
+    (tmp_path / "letters.txt").write_text("\n\n".join("abcdefghijklmnopqrstuvwxyz"))
+    stages = [{"name": "next", "objective": "ar", "steps": 3}, {"name": "l2r", "steps": 2}]
+    workdir = tmp_path / "run"
+    run(workdir, str(tmp_path / "letters.txt"), stages=stages, eval_every=2, max_skipped=2, log_every=1)
+    written = "".join(
+        (workdir / name).read_text() for name in ("metrics.jsonl", "eval.jsonl", "events.jsonl")
+    )
+    assert "NaN" not in written
+    metrics = rows(workdir)
+    assert [row["loss"] is None for row in metrics] == [True] * 3 + [False] * 2
+    assert not any("skipped" in row for row in metrics)
+    assert all(row["ar"] is None and row["l2r"] > 0 for row in rows(workdir, "eval.jsonl"))
+    told = capsys.readouterr().err
+    assert told.count("warning: step 1 of stage 'next' has nothing to predict") == 1
+    assert "warning: the held-out rows have nothing to predict, so no loss: ar\n" in told
+    assert "nan" not in told
+    assert "step 2/5  next  nothing to predict  rate" in told
+    for command in ("status", "goodput"):
+        assert cli.main([command, str(workdir)]) == 0
+
+
+def test_a_status_without_a_loss(tmp_path, capsys):
+    """The last step's row may have none."""
+    (tmp_path / "events.jsonl").write_text(
+        '{"time": 1.0, "event": "init", "seconds": 1.0, "first_step": 0}\n'
+    )
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "next", "loss": null}\n')
+    assert cli.main(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] is None
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert "nan" not in capsys.readouterr().out.lower()

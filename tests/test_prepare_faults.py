@@ -93,9 +93,11 @@ def test_a_file_cut_short(tmp_path, capsys, name):
     whole = write_fineweb(tmp_path / name, [f"{index:x}" * 40 for index in range(1000)])
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     other = write_bytes(tmp_path / "b.jsonl", GOOD)
-    status, out, _ = prepare(capsys, whole, other, tmp_path / "rows", "--json")
+    status, out, told = prepare(capsys, whole, other, tmp_path / "rows", "--json")
     counts = json.loads(out)["counts"]
-    assert status == 0
+    assert status == (1 if name == "a.parquet" else 0)  # whose columns are listed at its end
+    assert f"warning: {whole}:" in told[0]
+    assert (f"{whole}: gave no document" in told[-1]) == (status == 1)
     assert counts["passed_over"]["damaged_file"] == 1
     assert counts["first_passed_over"]["damaged_file"].startswith(f"{whole}:")
     assert "good" in texts_of(tmp_path / "rows")

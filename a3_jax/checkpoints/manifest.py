@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from a3_jax.errors import EXIT_STORAGE, InputError, RunError
-from a3_jax.paths import as_path, write_text
+from a3_jax.paths import POINTER_BYTES, POINTER_MESSAGE, as_path, is_pointer, write_text
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 2
@@ -171,6 +171,9 @@ def find_damage(directory, manifest: Manifest, deep: bool = False, only: str = "
         try:
             size = path.stat().length
             if size != wanted.bytes:
+                with path.open("rb") as file:
+                    if is_pointer(file.read(POINTER_BYTES)):
+                        return POINTER_MESSAGE
                 return f"has {size} bytes, was written with {wanted.bytes}"
             if (deep or size <= SMALL) and _checksum(path) != wanted:
                 return "is damaged: its checksum is not that of what was written"

@@ -22,7 +22,7 @@ from a3_jax.checkpoints.special_tokens import source_eos_ids, with_all_eos
 from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import param_shardings
-from a3_jax.paths import as_path
+from a3_jax.paths import as_path, snapshot_hint
 from a3_jax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 CHECKPOINTS = "checkpoints"  # in a run's directory
@@ -112,7 +112,8 @@ def find_checkpoint(path) -> tuple[Any, bool]:
     if (path / CHECKPOINTS).is_dir():
         raise InputError("a run that has no finished checkpoint yet", file=path)
     if not (path / CONFIG_FILE).exists():
-        raise InputError("no checkpoint: neither A3, nor Hugging Face, nor a run's directory", file=path)
+        message = "no checkpoint: neither A3, nor Hugging Face, nor a run's directory"
+        raise InputError(message + snapshot_hint(path), file=path)
     return path, True
 
 

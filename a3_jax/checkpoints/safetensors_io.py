@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from a3_jax.errors import InputError
-from a3_jax.paths import as_path, is_file_name, read_json
+from a3_jax.paths import POINTER_BYTES, as_path, is_file_name, read_json, refuse_pointer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -135,6 +135,8 @@ def _read_header_json(file) -> tuple[dict, int, int]:
     try:
         size = file.stat().length
         with file.open("rb") as opened:
+            refuse_pointer(opened.read(POINTER_BYTES), file)
+            opened.seek(0)
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 or length > size - 8:
                 raise InputError(f"the file is truncated inside its header: {size} bytes", file=file)

@@ -17,7 +17,7 @@ from a3_jax.checkpoints.orbax_items import ITEMS
 from a3_jax.checkpoints.reading import damaged_leaves, one_line, silence_reads_in_flight
 from a3_jax.checkpoints.safetensors_io import has_tensors, list_tensors
 from a3_jax.errors import InputError
-from a3_jax.paths import absolute, as_path, read_json
+from a3_jax.paths import absolute, as_path, read_json, snapshot_hint
 
 AT_ONCE = 1 << 30  # bytes of arrays
 COMMIT_FILE = "commit_success.txt"  # orbax had written all
@@ -62,7 +62,8 @@ def verify(path) -> list[Verdict]:
         return [_verify_step(step, is_written and step == steps[-1]) for step in steps]
     if has_tensors(path) or (path / CONFIG_FILE).exists():
         return [verify_hf(path)]
-    raise InputError("no checkpoint: neither A3, nor Hugging Face, nor a run that has one", file=path)
+    message = "no checkpoint: neither A3, nor Hugging Face, nor a run that has one"
+    raise InputError(message + snapshot_hint(path), file=path)
 
 
 def verify_a3(directory) -> Verdict:

@@ -19,7 +19,8 @@ sources, local or in a bucket, by path or glob:
   text: a column or field, or paragraphs between blank lines (without any: lines)
   dialogs: {"prompt", "response"} or {"messages": [{"role", "content"}]}; what the assistant says is
   predicted, the rest is given
-The same command again goes on where it was stopped. config.data = "DST" trains on the result.
+The same command again goes on where it was stopped. Records that can't be used are passed over, and told;
+exit status 1: a file gave no document at all. config.data = "DST" trains on the result.
 
 examples:
   a3 data prepare 'fineweb/*.parquet' fineweb-2048 --tokenizer=Llama-3.2-1B --seq_len=2048 --holdout=2000
@@ -97,9 +98,8 @@ def run_prepare(args) -> int:
     if not sources and not args.verify:
         raise InputError("give the files to read and the directory to write", file="a3 data prepare")
     try:
-        if sources:
-            _prepare(args, sources, directory)
-        return _verify(directory) if args.verify else EXIT_OK
+        status = _prepare(args, sources, directory) if sources else EXIT_OK
+        return (_verify(directory) if args.verify else EXIT_OK) or status
     except OSError as error:
         told = " ".join(str(error).split())
         print(
@@ -108,7 +108,7 @@ def run_prepare(args) -> int:
         return EXIT_FAILED
 
 
-def _prepare(args, sources, directory) -> None:
+def _prepare(args, sources, directory) -> int:
     if args.tokenizer is None:
         raise InputError(
             "is needed: a directory, a file, or 'bytes'", file="a3 data prepare", field="--tokenizer"
@@ -122,9 +122,15 @@ def _prepare(args, sources, directory) -> None:
     manifest, was_there = prepare(sources, directory, options)
     if args.json:
         print(json.dumps(manifest.to_dict(), indent=2))
-        return
-    print(f"finished: {directory} was there already" if was_there else f"wrote {directory}")
-    print("\n".join(summary(manifest)))
+    else:
+        print(f"finished: {directory} was there already" if was_there else f"wrote {directory}")
+        print("\n".join(summary(manifest)))
+    useless = [source for source in manifest.sources if not source["documents"]]
+    for source in useless:
+        passed_over = sum(source.get("passed_over", {}).values())
+        why = f"{passed_over:,} records were passed over" if passed_over else "it holds no text"
+        print(f"a3 data prepare: {source['path']}: gave no document: {why}", file=sys.stderr)
+    return EXIT_FAILED if useless else EXIT_OK
 
 
 def _verify(directory) -> int:

@@ -6,17 +6,20 @@
 
 `.jsonl` and `.txt` may be compressed (`.gz`, `.zst`). No file is held whole, and no record above
 `MAX_BYTES`. A record is named by the line it starts at, or by its row; both count from 0 here and
-from 1 in what the user reads.
+from 1 in what the user reads. Of a damaged file the records before the damage are read.
 """
 
+import contextlib
 import functools
 import io
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from a3_jax.data.decompression import decompressed
 from a3_jax.errors import InputError, nearest
-from a3_jax.paths import as_path
+from a3_jax.paths import POINTER_BYTES, as_path, refuse_pointer, without_mark
 
 TEXT_FIELD = "text"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -25,7 +28,8 @@ MAX_BYTES = 32 << 20  # of a record: no text is that long, but files with their 
 
 _BLOCK = 1 << 20  # bytes read at a time
 _ROWS_AT_ONCE = 256
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BYTE_ORDER_MARK = "\ufeff"
+DAMAGED = "damaged_file"
 
 
 class BadRecord(InputError):
@@ -60,6 +64,7 @@ class Source:
         self.name, self.index = name, index
         self.bytes_read = 0
         self._path = as_path(name)
+        self._told: set[str] = set()
 
     @functools.cached_property
     def size(self) -> int:
@@ -74,6 +79,9 @@ class Source:
         Yields:
           A dict with at least those of the columns that the record has, or the `BadRecord` in its place.
           A file that can't be read any further ends with one.
+
+        Raises:
+          InputError: a Git LFS pointer, or text in UTF-16.
         """
         import pyarrow
 
@@ -84,7 +92,7 @@ class Source:
                 yield number, record.at(self, number) if isinstance(record, BadRecord) else record
         except (OSError, EOFError, pyarrow.ArrowException) as error:
             told = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-            failure = BadRecord("damaged_file", f"can't be read any further: {told}")
+            failure = BadRecord(DAMAGED, f"can't be read any further: {told}")
             yield number + 1, failure.at(self, number + 1)
 
     def column_names(self) -> list[str]:
@@ -103,17 +111,23 @@ class Source:
         except (OSError, pyarrow.ArrowException):
             return []  # whoever reads it will say so
 
-    def check_columns(self, columns: Sequence[str]) -> None:
-        """Refuses a table without one of the columns.
+    def check(self, columns: Sequence[str]) -> None:
+        """Refuses, before any record is read, a file that is not what its name says, or lacks a column.
 
         Raises:
-          InputError: naming the column, and one that looks like it.
+          InputError: a Git LFS pointer, text in UTF-16, or a table without one of the columns, or with two of
+            that name.
         """
-        names = self.column_names() if _kind(self.name) == "parquet" else []
+        if _kind(self.name) != "parquet":
+            with contextlib.suppress(OSError):  # whoever reads it will say so
+                next(self.text_blocks(), None)
+            return
+        names = self.column_names()
         for column in columns if names else ():
             if column not in names:
                 message = f"no such column{nearest(column, names) or ': it has ' + ', '.join(names)}"
                 raise InputError(message, file=self.name, field=column)
+            check_single(column, names, self.name)
 
     def _objects(self, columns, first):
         del columns
@@ -159,11 +173,12 @@ class Source:
     def _has_blocks(self) -> bool:
         """Whether a blank line stands between two lines with text: then paragraphs are documents."""
         seen_text = seen_blank = False
-        for line in self._lines():
-            is_text = line is None or bool(line.strip())
-            if is_text and seen_text and seen_blank:
-                return True
-            seen_text, seen_blank = seen_text or is_text, seen_text and not is_text
+        with contextlib.suppress(OSError):  # whoever reads the records comes to the same place, and says so
+            for line in self._lines():
+                is_text = line is None or bool(line.strip())
+                if is_text and seen_text and seen_blank:
+                    return True
+                seen_text, seen_blank = seen_text or is_text, seen_text and not is_text
         return False
 
     def _blocks(self) -> Iterator[tuple[int, bytes | None]]:
@@ -185,10 +200,8 @@ class Source:
 
     def _lines(self) -> Iterator[bytes | None]:
         """Lines without their ends; None in place of one above `MAX_BYTES`, which is never held."""
-        held, size, is_first = [], 0, True
-        for block in self._blocks_of_bytes():
-            if is_first:
-                block, is_first = block.removeprefix(_BYTE_ORDER_MARK), False
+        held, size = [], 0
+        for block in self.text_blocks():
             head, *others = block.split(b"\n")
             size += len(head)
             held = [*held, head] if size <= MAX_BYTES else []
@@ -201,18 +214,26 @@ class Source:
         if size:
             yield None if size > MAX_BYTES else b"".join(held).rstrip(b"\r")
 
-    def _blocks_of_bytes(self) -> Iterator[bytes]:
-        """The file's bytes, decompressed."""
+    def text_blocks(self) -> Iterator[bytes]:
+        """The file's bytes, decompressed, without a byte order mark.
+
+        Raises:
+          OSError: damaged; what lies before has been given by then.
+        """
         compression = next((kind for end, kind in COMPRESSIONS.items() if self.name.endswith(end)), None)
         with _open(self._path) as file:
-            stream = file
             if compression:
-                import pyarrow
-
-                stream = pyarrow.CompressedInputStream(file, compression)
-            while block := stream.read(_BLOCK):
+                blocks = decompressed(file, compression, self._warn)
+            else:
+                blocks = iter(lambda: file.read(_BLOCK), b"")
+            for number, block in enumerate(blocks):
                 self.bytes_read = file.tell()
-                yield block
+                yield block if number else without_mark(block, self.name)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._told:  # a file may be read several times
+            print(f"warning: {self.name}: {message}", file=sys.stderr)
+            self._told.add(message)
 
 
 class _RawFile(io.RawIOBase):
@@ -247,6 +268,17 @@ class _RawFile(io.RawIOBase):
 def is_readable(name: str) -> bool:
     """Whether the name's end is one of those that are read."""
     return _kind(name) is not None
+
+
+def check_single(column: str, names: Sequence[str], file) -> None:
+    """Refuses a table with several columns of the name of one that is to be read.
+
+    Raises:
+      InputError: naming the column.
+    """
+    if names.count(column) > 1:
+        message = f"the table has {names.count(column)} columns of this name; rename all but one"
+        raise InputError(message, file=file, field=column)
 
 
 def text_of(record: dict, field: str) -> str:
@@ -286,7 +318,7 @@ def _object(line: bytes | None) -> dict | BadRecord:
     if isinstance(text, BadRecord):
         return text
     try:
-        value = json.loads(text)
+        value = json.loads(text.removeprefix(_BYTE_ORDER_MARK))  # files with one may have been joined
     except (ValueError, RecursionError) as error:
         return BadRecord("not_json", f"not JSON: {error}")
     if not isinstance(value, dict):
@@ -309,8 +341,17 @@ def _too_long() -> BadRecord:
 
 
 def _open(path):
+    """The file, if it is one and no Git LFS pointer."""
     file = path.open("rb")
-    return io.BufferedReader(_RawFile(file), _BLOCK) if "://" in str(path) else file
+    if "://" in str(path):
+        file = io.BufferedReader(_RawFile(file), _BLOCK)
+    try:
+        refuse_pointer(file.read(POINTER_BYTES), path)
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _open_table(file):

@@ -39,7 +39,8 @@ class Progress:
     """How far a preparation is.
 
     Attributes:
-      settings: what it was told. sources: path, bytes and, so far, documents of each file.
+      settings: what it was told. sources: path, bytes and, so far, documents and records passed over of
+        each file.
       heldout_below: documents of a smaller digest are held out.
       next: source and record to go on with.
       splits: finished shards by split. pending: the file with documents that are in none yet.

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from a3_jax.errors import InputError
-from a3_jax.paths import as_path, read_json, write_json
+from a3_jax.paths import POINTER_MESSAGE, as_path, is_pointer, read_beginning, read_json, write_json
 
 FORMAT, FORMAT_VERSION = "a3_data", 1
 MANIFEST_FILE, TOKENIZER_DIRECTORY = "manifest.json", "tokenizer"
@@ -169,7 +169,8 @@ def complaints(directory, manifest: Manifest, *, deep: bool) -> Iterator[InputEr
         if not path.exists():
             yield InputError("the manifest names this shard, but it is not there", file=path)
         elif (size := path.stat().length) != shard.bytes:
-            yield InputError(f"is damaged: {size} bytes, the manifest says {shard.bytes}", file=path)
+            told = f"is damaged: {size} bytes, the manifest says {shard.bytes}"
+            yield InputError(POINTER_MESSAGE if is_pointer(read_beginning(path)) else told, file=path)
         elif deep and file_crc32(path) != shard.crc32:
             yield InputError("is damaged: its checksum is not the manifest's", file=path)
 

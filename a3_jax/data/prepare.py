@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from a3_jax.data.documents import TEXT_FIELD, BadRecord, Source
+from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, Source
 from a3_jax.data.encoding import Document, Encoded, Encoder
 from a3_jax.data.ledger import (
     LOCK_FILE,
@@ -203,8 +203,10 @@ class _Job:
             with contextlib.closing(encoded(batches, self._encoder)) as made:
                 for items, bytes_read in made:
                     for item in items:
-                        if isinstance(item, BadRecord) and item.file is None:
-                            item.file = self._sources[item.source].name
+                        if isinstance(item, BadRecord):
+                            item.file = item.file or self._sources[item.source].name
+                            if item.reason == DAMAGED and not self._options.strict:
+                                line.note(f"warning: {item}")
                         collected.take(item)
                     line.update(bytes_read, progress.counts["tokens"] + sum(collected.tokens.values()))
         finally:
@@ -288,7 +290,7 @@ class _Collected:
         """Stops where a source is not what the options take it for: most of it fails for one reason."""
         for source in self._progress.sources:
             counts = dict(source.get("passed_over", {}))
-            counts.pop("damaged_file", None)  # no record
+            counts.pop(DAMAGED, None)  # no record
             total = source["documents"] + sum(counts.values())
             reason = max(counts, key=lambda reason: counts[reason], default="")
             if reason and counts[reason] > self._options.max_passed_over * total:

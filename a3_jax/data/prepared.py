@@ -5,6 +5,8 @@ config.data = "fineweb-2048@0.8,code-2048@0.2"  several, drawn at these rates (w
 """
 
 import dataclasses
+import os
+import sys
 from typing import Any
 
 from a3_jax.data.manifest import (
@@ -20,7 +22,7 @@ from a3_jax.data.manifest import (
 from a3_jax.data.mixing import Joined, Mixture
 from a3_jax.data.shards import ShardTable
 from a3_jax.errors import InputError
-from a3_jax.paths import as_path
+from a3_jax.paths import as_path, is_remote
 from a3_jax.tokenizer import Tokenizer, load_tokenizer
 
 _READ_WHOLE = 1 << 30  # bytes; of a larger set only the sizes are checked before the first step
@@ -45,15 +47,21 @@ def find_prepared(data: str) -> list[Prepared]:
     """The prepared directories that `config.data` names; empty where it names text files.
 
     Raises:
-      InputError: a directory that is not prepared, a damaged manifest, a rate that is none, or
-        directories of several tokenizers.
+      InputError: a directory that is not prepared, a damaged manifest, a rate that is none, a directory
+        with several rates, or directories of several tokenizers.
     """
     entries = [_entry(part.strip()) for part in data.split(",")] if data else []
     directories = [path for path, _ in entries if path.is_dir()]
     if not directories:
         return []
-    found = []
+    found: list[Prepared] = []
     for path, rate in entries:
+        twice = [each for each in found if _is_same(each.directory, path)]
+        if twice and (rate, twice[0].rate) != (None, None):
+            raise InputError("is named twice: give it one rate", file=path, field="data")
+        if twice:
+            print(f"warning: {path}: is named more than once, and is read once", file=sys.stderr)
+            continue
         if not is_prepared(path):
             message = f"no {MANIFEST_FILE} there: `a3 data prepare` has not made it, or has not ended"
             raise InputError(message, file=path, field="data")
@@ -138,6 +146,13 @@ def _check(prepared: Prepared, seq_len: int) -> None:
         raise InputError("holds no row to train on", file=directory / MANIFEST_FILE, field="splits")
     size = sum(shard.bytes for shard in manifest.shards)
     check_shards(directory, manifest, deep=size < _READ_WHOLE)
+
+
+def _is_same(directory, other) -> bool:
+    """Whether two paths mean one directory, by links or otherwise."""
+    if is_remote(directory) or is_remote(other):
+        return str(directory).rstrip("/") == str(other).rstrip("/")
+    return os.path.realpath(directory) == os.path.realpath(other)
 
 
 def _entry(part: str) -> tuple[Any, float | None]:

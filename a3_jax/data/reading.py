@@ -48,7 +48,7 @@ class Reading:
       size: bytes of all files.
 
     Raises:
-      InputError: files of several kinds, or a table without the column.
+      InputError: files of several kinds, or as `Source.check`.
     """
 
     def __init__(self, sources: list[Source], text_column: str | None):
@@ -57,7 +57,7 @@ class Reading:
         self._columns = {TEXT: [column], PROMPTS: _PROMPT_COLUMNS, CHATS: [MESSAGES]}[self.kind]
         self.size = sum(source.size for source in sources)
         for source in sources:
-            source.check_columns(self._columns)
+            source.check(self._columns)
 
     def batches(self, parse: "Parse", start: tuple[int, int] = (0, 0)) -> Iterator[Batch]:
         """Documents in lots of about a megabyte, each the next ones of all files.

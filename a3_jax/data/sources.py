@@ -4,17 +4,21 @@ Larger data goes through `a3 data prepare`, which holds no file whole; see `docu
 """
 
 import glob
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Hashable, Sequence
 
 from a3_jax.data.documents import TEXT_FIELD, BadRecord, Source, is_readable, text_of
 from a3_jax.errors import InputError
-from a3_jax.paths import as_path
+from a3_jax.paths import as_path, is_remote, snapshot_hint
 
 _GLOB_LETTERS = set("*?[")
 
 
 def find_files(data: str | Sequence[str]) -> list[str]:
     """The files that a path, a glob or a list of both names; sorted within each glob.
+
+    A file that is named more than once, in whatever way, is there once, with a warning.
 
     Raises:
       InputError: nothing there, a directory, or a file of another kind.
@@ -27,10 +31,10 @@ def find_files(data: str | Sequence[str]) -> list[str]:
     for name in found:
         if not is_readable(name):
             message = "not a .txt or .jsonl file, plain or as .gz or .zst, and no .parquet"
-            raise InputError(message, file=name, field="data")
+            raise InputError(message + snapshot_hint(name), file=name, field="data")
         if not as_path(name).exists():
             raise InputError("no such file", file=name, field="data")
-    return found
+    return _once(found)
 
 
 def read_documents(name: str) -> tuple[str, ...]:
@@ -53,7 +57,25 @@ def read_documents(name: str) -> tuple[str, ...]:
     return tuple(documents)
 
 
+def _once(names: list[str]) -> list[str]:
+    """The names without further ones of the same file."""
+    first: dict[Hashable, str] = {}
+    for name in names:
+        path = as_path(name)
+        if is_remote(path):
+            identity: Hashable = str(path)
+        else:
+            status = os.stat(path)  # links of either kind lead to one file
+            identity = status.st_dev, status.st_ino
+        if identity in first:
+            other = "" if name == first[identity] else f" (as {first[identity]})"
+            print(f"warning: {name}: is named more than once{other}, and is read once", file=sys.stderr)
+        first.setdefault(identity, name)
+    return list(first.values())
+
+
 def _expand(entry: str) -> list[str]:
+    entry = str(as_path(entry)) if entry.startswith("~") else entry
     if not _GLOB_LETTERS & set(entry) or as_path(entry).exists():
         return [entry]
     if "://" in entry:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from a3_jax.errors import MAX_SEED, InputError, nearest
+from a3_jax.errors import InputError, check_seed, nearest
 
 MODELS = ("a3", "ar")
 STRATEGIES = ("groupwise", "dynamic", "speculative")
@@ -151,7 +151,7 @@ class GenerateOptions(SharedOptions):
         whole_number("group_size", self.group_size, 1)
         whole_number("step_size", self.step_size, 1)
         whole_number("top_k", self.top_k, 0)
-        whole_number("seed", self.seed, 0, MAX_SEED)
+        check_seed(self.seed)
         whole_number("num_samples", self.num_samples, 1)
         if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise InputError(f"must be a number, at least 0, got {self.temperature!r}", field="temperature")

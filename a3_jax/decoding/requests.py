@@ -15,9 +15,9 @@ import numpy as np
 from a3_jax.borders import BlankText, encode_blanks
 from a3_jax.decoding.filling import BlankRequest
 from a3_jax.decoding.options import GenerateOptions, ScoreOptions, whole_number
-from a3_jax.errors import InputError, nearest
+from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.ordering.ranks import context_first, order_ranks
-from a3_jax.paths import not_utf8, read_text
+from a3_jax.paths import decode_text, read_text
 
 SCORE_FIELDS = (
     "text", "tokens", "ranks", "order", "group_size", "seed", "context", "scored", "absent", "positions"
@@ -66,10 +66,7 @@ def read_lines(path, bad: list[InputError]) -> list[Line]:
     """
     if path == "-":
         file = "<stdin>"
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise not_utf8(error, file) from error
+        text = decode_text(sys.stdin.buffer.read(), file)
     else:
         file, text = str(path), read_text(path)
     lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand inside a JSON string
@@ -94,7 +91,7 @@ def _parsed(text, file, number):
         raise ValueError(f"{name} is no JSON number")
 
     try:
-        return json.loads(text, parse_constant=not_a_number)
+        return json.loads(text.removeprefix("\ufeff"), parse_constant=not_a_number)
     except RecursionError as error:
         raise InputError("not JSON: nested too deeply", file=file, line=number) from error
     except ValueError as error:
@@ -300,7 +297,7 @@ def _order(item, orders) -> tuple[str, int, int]:
     order = item.get("order", defaults.order if orders == 1 else "random")
     group_size, seed = item.get("group_size", defaults.group_size), item.get("seed", defaults.seed)
     whole_number("group_size", group_size, 1)
-    whole_number("seed", seed, 0)
+    check_seed(seed)
     order_ranks(order, 1, 1, np.random.default_rng(0))  # complains about an unknown order
     if orders > 1 and "ranks" in item:
         raise InputError(f"fix one order, where {orders} are to be sampled (--orders)", field="ranks")

@@ -12,10 +12,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from a3_jax.data.documents import BadRecord, Source
+from a3_jax.data.documents import BadRecord, Source, check_single
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.tasks import Field, Task
-from a3_jax.paths import as_path, parse_json, read_text
+from a3_jax.paths import as_path, parse_json, read_text, snapshot_hint
 
 _BLOCK = 1 << 20
 _STREAMED = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -80,7 +80,7 @@ def find_data(task: Task, data_dir, shots: bool = False) -> TaskFiles:
     place = as_path(data_dir)
     paths = (place,) if _is_file(place) else _first_match(task, place, task.file_names)
     if not paths:
-        reason = "no file of this task" if place.exists() else "no such directory"
+        reason = f"no file of this task{snapshot_hint(place)}" if place.exists() else "no such directory"
         raise _missing(task, task.file_names, reason, place)
     for path in paths:
         if not path.name.endswith(_READABLE):
@@ -203,6 +203,8 @@ def _present(field: Field, names, path) -> str | None:
     if found is None and field.required:
         message = f"no such column{nearest(field.name, names) or ': it has ' + ', '.join(names)}"
         raise InputError(message, file=path, field=field.name)
+    if found is not None:
+        check_single(found, names, path)
     return found
 
 
@@ -210,8 +212,8 @@ def _json_list(path, task: Task) -> Iterator[tuple[int, dict]]:
     """The objects of a JSON list; of a file of JSON lines under this name too."""
     del task
     text = read_text(path)
-    if text.lstrip("\ufeff \t\r\n").startswith("["):
-        rows = enumerate(parse_json(text.removeprefix("\ufeff"), path), start=1)
+    if text.lstrip().startswith("["):
+        rows = enumerate(parse_json(text, path), start=1)
     else:
         lines = enumerate(text.split("\n"), start=1)
         rows = ((number, _json_line(line, path, number)) for number, line in lines if line.strip())
@@ -224,14 +226,14 @@ def _json_list(path, task: Task) -> Iterator[tuple[int, dict]]:
 
 def _json_line(line: str, path, number: int):
     try:
-        return json.loads(line)
+        return json.loads(line.removeprefix("\ufeff"))  # files with a byte order mark may have been joined
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}", file=path, line=number) from error
 
 
 def _csv_rows(path, task: Task) -> Iterator[tuple[int, dict]]:
     """Rows under a heading: quotes as in RFC 4180, any line ends. The first row below it is 1."""
-    reader = csv.reader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     number = 0
     try:
         names = [name.strip() for name in next(reader, [])]

@@ -8,7 +8,7 @@ from a3_jax.errors import InputError
 from a3_jax.evaluation.files import TaskFiles
 from a3_jax.evaluation.metrics import Figure
 from a3_jax.evaluation.work import Run
-from a3_jax.paths import as_path, local_path, write_text
+from a3_jax.paths import as_path, write_text
 
 HARNESS = "lm_eval:"
 _NOT_FIGURES = ("alias", "sample_len", "sample_count", "name")
@@ -38,14 +38,11 @@ def harness_files(name: str, data_dir) -> dict[str, str]:
     Raises:
       InputError: lm-evaluation-harness is not installed, or a directory in a bucket.
     """
-    from a3_jax.evaluation.lm_eval_run import local_splits
+    from a3_jax.evaluation.lm_eval_run import task_files
 
     if data_dir is None:
         return {}
-    place = local_path(data_dir, "lm-evaluation-harness") / name.removeprefix(HARNESS)
-    if not place.is_dir():
-        return {}
-    paths = [as_path(path) for files in local_splits(place).values() for path in files]
+    paths = [as_path(path) for path in task_files(name.removeprefix(HARNESS), data_dir)]
     return TaskFiles(tuple(paths)).sha256()
 
 

@@ -6,14 +6,15 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from a3_jax.errors import InputError, nearest
+from a3_jax.data.documents import COMPRESSIONS, Source
+from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.evaluation.lm_eval_adapter import HarnessModel
 from a3_jax.evaluation.requests import EvaluatedModel
-from a3_jax.paths import local_path
+from a3_jax.paths import local_path, read_beginning, refuse_pointer, without_mark
 
 # Builders of `datasets` by a file's ending.
 _BUILDERS = {
@@ -46,6 +47,7 @@ def run_lm_eval(
       data_dir: a task's rows stand in DATA_DIR/TASK/SPLIT.jsonl (or .json, .jsonl.gz, .jsonl.zst, .parquet,
         .csv; SPLIT-00000-of-00004.parquet and so on), in the columns of its data set. Files of the split
         that is evaluated are needed, and with few-shot examples those of the split that they come from.
+        Other files there, and the directories of other tasks, are left alone.
       limit: documents a task, at most.
       num_fewshot: examples before each question; None: as the task says.
       bos: "auto", "yes" or "no".
@@ -62,6 +64,7 @@ def run_lm_eval(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
+    check_seed(seed)
     manager = _known_tasks()
     for name in task_names:
         if name not in manager.task_index:
@@ -72,7 +75,7 @@ def run_lm_eval(
     with (
         tempfile.TemporaryDirectory() as work,
         _network(download),
-        _local_files(manager, data_dir, Path(work), num_fewshot) as local,
+        _local_files(manager, task_names, data_dir, Path(work), num_fewshot) as local,
     ):
         if not download:
             _refuse_absent(manager, task_names, local, data_dir)
@@ -92,22 +95,63 @@ def run_lm_eval(
         return json.loads(json.dumps(results, default=handle_non_serializable))
 
 
-def local_splits(directory) -> dict[str, list[str]]:
+def local_splits(directory, names: Container[str] | None = None) -> dict[str, list[str]]:
     """The files of a task's directory by split: train-00000-of-00002.parquet belongs to train.
 
+    Args:
+      names: the splits that count; None: all.
+
     Raises:
-      InputError: files of different kinds, which one data set can't have.
+      InputError: files of different kinds, which one data set can't have, or a Git LFS pointer.
     """
     splits: dict[str, list[str]] = {}
     kinds = set()
     for path in sorted(directory.iterdir()):
         ending = next((end for end in _BUILDERS if path.name.endswith(end)), None)
-        if ending is not None:
-            splits.setdefault(path.name.removesuffix(ending).split("-")[0], []).append(str(path))
+        split = path.name.removesuffix(ending or "").split("-")[0]
+        if ending is not None and (names is None or split in names):
+            refuse_pointer(read_beginning(path), path)
+            splits.setdefault(split, []).append(str(path))
             kinds.add(_BUILDERS[ending])
     if len(kinds) > 1:
         raise InputError(f"holds files of several kinds: {', '.join(sorted(kinds))}", file=directory)
     return splits
+
+
+def task_files(name: str, data_dir) -> list[str]:
+    """The local files of a task; none where it has no directory.
+
+    Raises:
+      InputError: as `local_splits`, or a directory in a bucket.
+    """
+    entry = _known_tasks().task_index.get(name)
+    place = local_path(data_dir, "lm-evaluation-harness") / name
+    if entry is None or not place.is_dir():
+        return []
+    return [path for files in local_splits(place, _splits_of(entry)).values() for path in files]
+
+
+def _splits_of(entry) -> set[str]:
+    """The splits that a task's config names."""
+    return {entry.cfg[name] for name in _SPLIT_FIELDS if (entry.cfg or {}).get(name)}
+
+
+def _needed(index, names: Iterable[str]) -> set[str]:
+    """Names of tasks, groups and tags, with those of everything that the groups and tags consist of."""
+    found: set[str] = set()
+    waiting: list[Any] = list(names)
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Mapping):  # a member with settings of its own, or a group written inside a group
+            waiting += [item.get("group"), item.get("task")]
+        elif isinstance(item, list):
+            waiting += item
+        elif item in index and item not in found:
+            found.add(item)
+            entry = index[item]
+            is_tag = entry.yaml_path is None
+            waiting += sorted(entry.tags) if is_tag else [(entry.cfg or {}).get("task")]
+    return found
 
 
 @functools.cache
@@ -119,8 +163,8 @@ def _known_tasks():
 
 
 @contextlib.contextmanager
-def _local_files(manager, data_dir, work: Path, num_fewshot: int | None) -> Iterator[set[str]]:
-    """Points every task that has a directory of files to them, for a while; their names."""
+def _local_files(manager, task_names, data_dir, work: Path, num_fewshot: int | None) -> Iterator[set[str]]:
+    """Points every task asked for that has a directory of files to them, for a while; their names."""
     if data_dir is None:
         yield set()
         return
@@ -129,12 +173,14 @@ def _local_files(manager, data_dir, work: Path, num_fewshot: int | None) -> Iter
         raise InputError("no such directory", file=data_dir, field="data_dir")
     replaced = {}
     try:
-        for directory in sorted(path for path in data_dir.iterdir() if path.is_dir()):
-            entry = index.get(directory.name)
-            if entry is None or entry.yaml_path is None or "task" not in (entry.cfg or {}):
+        for name in sorted(_needed(index, task_names)):
+            entry, directory = index[name], data_dir / name
+            if entry.yaml_path is None or "task" not in (entry.cfg or {}) or not directory.is_dir():
                 continue
-            splits = local_splits(directory)
+            splits = local_splits(directory, _splits_of(entry))
             if splits:
+                copies = work / name
+                splits = {split: [_plain(path, copies) for path in paths] for split, paths in splits.items()}
                 config = _local_config(entry.cfg, entry.yaml_path, directory, splits, work, num_fewshot)
                 path = work / f"{directory.name}.yaml"
                 path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
@@ -143,6 +189,26 @@ def _local_files(manager, data_dir, work: Path, num_fewshot: int | None) -> Iter
         yield set(replaced)
     finally:
         index.update(replaced)
+
+
+def _plain(path: str, copies: Path) -> str:
+    """The file, or a copy without what `datasets` can't read: compression of every kind, byte order marks.
+
+    Raises:
+      InputError: damaged.
+    """
+    beginning = read_beginning(path)
+    is_plain = not path.endswith(tuple(COMPRESSIONS)) and without_mark(beginning, path) == beginning
+    if path.endswith(".parquet") or is_plain:
+        return path
+    copies.mkdir(exist_ok=True)
+    copy = copies / Path(path).name.removesuffix(".gz").removesuffix(".zst")
+    try:
+        with copy.open("wb") as file:
+            file.writelines(Source(path).text_blocks())
+    except OSError as error:
+        raise InputError(f"can't be read: {error.strerror or error}", file=path) from error
+    return str(copy)
 
 
 def _local_config(

@@ -305,7 +305,7 @@ def child_environment(launch: Launch, process: int, port: int, programs: str) ->
 def _programs() -> Iterator[str]:
     """A directory for compiled programs, unless the user has named one; "off" where there is no room."""
     if os.environ.get(PROGRAMS):
-        yield os.environ[PROGRAMS]
+        yield os.path.expanduser(os.environ[PROGRAMS])
         return
     try:
         own = tempfile.TemporaryDirectory(prefix="a3-programs-", ignore_cleanup_errors=True)

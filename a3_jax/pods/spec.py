@@ -14,12 +14,10 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-import yaml
-
-from a3_jax import paths
 from a3_jax.errors import InputError, nearest
 from a3_jax.pods.layout import mesh_sizes
 from a3_jax.pods.topologies import Pod, Topology, find_topology
+from a3_jax.pods.yaml_file import read_yaml
 
 COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables
 _NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
@@ -82,10 +80,7 @@ def read_spec(path) -> Spec:
     Raises:
       InputError: not YAML, an unknown or missing key, a value that can't be; names file and key.
     """
-    try:
-        values = yaml.safe_load(paths.read_text(path))
-    except yaml.YAMLError as error:
-        raise InputError(f"not YAML: {error}", file=path) from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError("expected keys and values", file=path)
     fields = {field.name: field for field in dataclasses.fields(Spec)}

@@ -1,5 +1,6 @@
 """`a3 train`: a config file, overrides on the command line, and the run."""
 
+import os
 import re
 import sys
 
@@ -68,7 +69,7 @@ def read_config(path: str, overrides: list[str]):
             raise InputError(
                 f"unknown argument {argument!r}{nearest(flag, ('--config', '--workdir'))}", file="a3 train"
             )
-    config = _with_defaults(_read_file(path))
+    config = _with_defaults(_read_file(os.path.expanduser(path)))
     for argument in overrides:
         if _is_override(argument):
             _check_field(config, argument.split("=")[0].split(".", 1)[1])
@@ -76,10 +77,13 @@ def read_config(path: str, overrides: list[str]):
 
 
 def _read_file(path):
-    if "://" not in path:
-        return _load(path, path)
-    from a3_jax.paths import local_copy
+    from a3_jax.paths import local_copy, read_beginning, refuse_pointer
 
+    if "://" not in path:
+        file = path.partition(":")[0]
+        if os.path.isfile(file):
+            refuse_pointer(read_beginning(file), file)
+        return _load(path, path)
     scheme, _, rest = path.partition("://")
     file, colon, argument = rest.partition(":")  # a string behind a colon is get_config's
     with local_copy(f"{scheme}://{file}") as copy:

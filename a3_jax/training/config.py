@@ -1,6 +1,7 @@
 """The config of a run: its fields, their defaults, and what a resumed run may change."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ FREE_FIELDS = (
     "remat", "attention", "mesh", "compilation_cache", "checkpoint_every", "keep", "eval_every",
     "eval_batches", "sample_every", "save_attempts", "hang_seconds", "log_every", "profile_steps",
 )  # fmt: skip
+
+PATH_FIELDS = {"init_from", "data", "tokenizer", "compilation_cache"}  # `~` in them is a home directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +182,10 @@ class RunConfig:
             if required and name not in fields:
                 raise InputError("is missing", field=name)
         fields = {name: _typed(name, value, known[name].type) for name, value in fields.items()}
+        for name in PATH_FIELDS & fields.keys():
+            if "~" in fields[name]:  # several with commas between them, of data
+                parts = fields[name].split(",")
+                fields[name] = ",".join(os.path.expanduser(part.strip()) for part in parts)
         fields["stages"] = stages_from_config(fields["stages"])
         return cls(**fields)
 

@@ -23,7 +23,7 @@ def held_out_losses(
     params: Any,
     batches: Callable[[str, str, int], Iterable[Mapping[str, Any]]],
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+) -> dict[str, float | None] | None:
     """Nats a predicted token, by name: three orders of the query stream, the AR stream, masked tokens.
 
     Args:
@@ -35,7 +35,7 @@ def held_out_losses(
 
     Returns:
       A loss for each name of `HELD_OUT` whose objective is in `losses`: sums over all batches, divided
-      once. None if it was stopped.
+      once; None where there is nothing to predict. None if it was stopped.
     """
     sums: dict[str, list] = {}
     for name, (objective, order, group_size) in HELD_OUT.items():
@@ -49,6 +49,6 @@ def held_out_losses(
     return {name: _mean(pairs) for name, pairs in jax.device_get(sums).items()}
 
 
-def _mean(pairs) -> float:
+def _mean(pairs) -> float | None:
     total, weight = np.sum(np.asarray(pairs, np.float64), axis=0)
-    return float(total / weight) if weight else float("nan")
+    return float(total / weight) if weight else None

@@ -31,8 +31,8 @@ class Functions:
       reset_optimizer: state -> state with fresh moments.
       learning_rate: step, from 0 -> rate.
       place: batch of NumPy arrays -> the same on the devices.
-      evaluate: (params, whether to stop) -> {name: nats a token}, None if stopped; None without
-        held-out rows.
+      evaluate: (params, whether to stop) -> {name: nats a token, None where none is predicted}, None if
+        stopped; None without held-out rows.
       sample: (steps done, params) -> None, writes infillings to read; None for none.
       roll_back: (first and last of the steps that were skipped, counted from 1) -> (state, steps done,
         batches passed over).
@@ -45,7 +45,7 @@ class Functions:
     reset_optimizer: Callable
     learning_rate: Callable[[int], float]
     place: Callable
-    evaluate: Callable[[Any, Callable[[], bool]], dict[str, float] | None] | None
+    evaluate: Callable[[Any, Callable[[], bool]], dict[str, float | None] | None] | None
     sample: Callable[[int, Any], None] | None
     roll_back: Callable[[int, int], tuple[TrainState, int, int]]
     utilization: Callable[[str, float], float] | None = None
@@ -237,6 +237,7 @@ class _MetricsReader:
         self.step = self.skipped = 0
         self.stop = self.save_failed = False
         self._logs, self._log_every, self._utilization = logs, log_every, utilization
+        self._empty_stages: set[str] = set()  # of which a step had nothing to predict
         self.restart_clock()
 
     def fresh(self) -> "_MetricsReader":
@@ -281,7 +282,7 @@ class _MetricsReader:
         row = {
             "step": self.step,
             "stage": stage.name,
-            "loss": values["loss"],
+            "loss": values["loss"] if values["predicted"] else None,
             "learning_rate": rate,
             "grad_norm": values["grad_norm"],
             "tokens_per_second": values["tokens"] / max(seconds, 1e-9),
@@ -289,7 +290,7 @@ class _MetricsReader:
         if self._utilization is not None:
             row["mfu"] = self._utilization(stage.objective, row["tokens_per_second"])
         if "content_loss" in values:
-            row["content_loss"] = values["content_loss"]
+            row["content_loss"] = values["content_loss"] if values["predicted"] else None
         skipped = {"skipped": True} if self.skipped else {}
         self._logs.metrics.append(row | skipped)
         self._logs.events.write(
@@ -297,6 +298,12 @@ class _MetricsReader:
             tokens=int(values["tokens"]), **skipped,
         )  # fmt: skip
         self._logs.progress.update(row)
+        if not values["predicted"] and stage.name not in self._empty_stages:
+            self._empty_stages.add(stage.name)
+            self._logs.progress.note(
+                f"warning: step {self.step} of stage {stage.name!r} has nothing to predict, so no loss, and "
+                "changes nothing; it is the first such step here"
+            )
         if skipped:
             self._logs.progress.note(f"warning: step {self.step} has no finite loss and gradient: skipped")
         if self.step % self._log_every == 0:
@@ -320,7 +327,9 @@ def _evaluate(functions, logs, guards, step, stage, state, to_its_end=False) -> 
     row = {"step": step, "stage": stage, **losses}
     logs.evaluations.append(row)
     logs.tensorboard.write(step, numbers(row, "held_out/"))
-    logs.progress.note(
-        f"held out at step {step}: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    )
+    told = {name: "none" if loss is None else f"{loss:.4f}" for name, loss in losses.items()}
+    logs.progress.note(f"held out at step {step}: " + "  ".join(map(" ".join, told.items())))
+    if "none" in told.values():
+        names = ", ".join(name for name, loss in losses.items() if loss is None)
+        logs.progress.note(f"warning: the held-out rows have nothing to predict, so no loss: {names}")
     return True

@@ -36,8 +36,9 @@ class ProgressLine:
         """Shows a row of `metrics.jsonl`."""
         step = row["step"]
         self._measure()
+        loss = "nothing to predict" if row["loss"] is None else f"loss {row['loss']:.4f}"
         text = (
-            f"{row['stage']}  loss {row['loss']:.4f}  rate {row['learning_rate']:.2e}"
+            f"{row['stage']}  {loss}  rate {row['learning_rate']:.2e}"
             f"  {row['tokens_per_second']:,.0f} tokens/s"
         )
         if "mfu" in row:

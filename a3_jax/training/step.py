@@ -162,7 +162,9 @@ def gradients(loss: Callable, params, batch: Batch, microbatches: int):
 
 
 def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: Batch, learning_rate):
-    """One optimiser step; without a finite loss and gradient, parameters and optimiser stay as they are.
+    """One optimiser step; parameters and optimiser stay as they are without a finite loss and gradient.
+
+    So they do in a batch with nothing to predict, which counts as a step all the same.
 
     Args:
       model, optimizer, microbatches: static; see `make_train_step`. loss: of `step_loss`.
@@ -173,8 +175,9 @@ def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: B
     Returns:
       (new state, metrics), metrics being float32 scalars: `loss` in nats a predicted token (and
       `content_loss`, if there is one, in nats a content row that counts; 0 where none does),
-      `grad_norm` before clipping, `tokens`: rows that are not padding, `skipped`: how many steps in a
-      row, up to this one, changed nothing.
+      `grad_norm` before clipping, `tokens`: rows that are not padding, `predicted`: the weight of those
+      whose loss it is (at 0 there is no loss, and `loss` says nothing), `skipped`: how many steps in a
+      row, up to this one, had no finite loss and gradient.
     """
     pairs, gradient = gradients(
         lambda params, piece: loss(model, params, piece), state.params, batch, microbatches
@@ -182,11 +185,13 @@ def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: B
     losses = {name: total / _divisor(weight) for name, (total, weight) in pairs.items()}
     grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
+    predicted = pairs["loss"][1]
+    learns = finite & (predicted != 0)  # momentum and weight decay alone would move the parameters too
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         params, opt_state = jax.tree.map(
-            functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+            functools.partial(jnp.where, learns), (params, opt_state), (state.params, state.opt_state)
         )
     numerics = dataclasses.replace(
         state.numerics,
@@ -197,6 +202,7 @@ def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: B
         **losses,
         "grad_norm": grad_norm,
         "tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
+        "predicted": predicted,
         "skipped": numerics.in_a_row.astype(jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state, numerics), metrics
