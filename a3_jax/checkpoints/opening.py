@@ -64,6 +64,7 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
         params = load_params(directory, mesh, dtype)
         return Checkpoint(params, meta.model, load_checkpoint_tokenizer(directory), meta)
     model = open_hf(directory)
+    model.warn()
     shardings = None if mesh is None else param_shardings(mesh, model.config)
     params = read_params(model, dtype, seed, lambda path, leaf: _place(path, leaf, shardings))
     return Checkpoint(
