@@ -113,10 +113,17 @@ def test_any_of_them_ends_a_text(hf, capsys, tmp_path):
     assert (status, result["tokens"], result["text"]) == (0, free["tokens"][:length], None)
 
 
-@pytest.mark.parametrize("value", [260, [257, 1 << 40], -1, True, "</s>", [257, [1]], {"a": 1}, 1.5])
+def test_ids_beyond_the_vocabulary_end_nothing(hf, tmp_path):
+    """Such as the defaults that transformers writes for GPT-2, OLMo-2 and SmolLM3 of any size."""
+    state(hf, generation=[257, 50256], config=128001)
+    convert(hf, tmp_path / "a3")
+    assert open_checkpoint(hf).eos_ids == open_checkpoint(tmp_path / "a3").eos_ids == (257,)
+
+
+@pytest.mark.parametrize("value", [[257, 1 << 40], -1, True, "</s>", [257, [1]], {"a": 1}, 1.5])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 @pytest.mark.parametrize("tokenizer", [True, False], ids=["tokenizer", "tokens"])
-def test_what_is_no_id_of_the_vocabulary_is_refused(hf, tmp_path, capsys, value, file, tokenizer):
+def test_what_is_no_token_id_is_refused(hf, tmp_path, capsys, value, file, tokenizer):
     state(hf, **({"generation": value} if file == "generation_config.json" else {"config": value}))
     if not tokenizer:
         (hf / "tokenizer.json").unlink()
@@ -133,11 +140,11 @@ def test_what_is_no_id_of_the_vocabulary_is_refused(hf, tmp_path, capsys, value,
 def test_a_bad_id_in_an_a3_checkpoint_names_its_description(hf, tmp_path):
     convert(hf, tmp_path / "a3")
     checkpoint = open_checkpoint(tmp_path / "a3")
-    source = {**checkpoint.meta.source, "files": {"generation_config.json": '{"eos_token_id": 999}'}}
+    source = {**checkpoint.meta.source, "files": {"generation_config.json": '{"eos_token_id": "no"}'}}
     meta = dataclasses.replace(checkpoint.meta, source=source)
     save_checkpoint(tmp_path / "bad", checkpoint.params, meta, checkpoint.tokenizer)
     with pytest.raises(
-        InputError, match=r"meta/a3\.json: source: generation_config\.json: .* 999 is outside"
+        InputError, match=r"meta/a3\.json: source: generation_config\.json: .*must be a token id"
     ):
         open_checkpoint(tmp_path / "bad")
 

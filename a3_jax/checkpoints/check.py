@@ -1,33 +1,46 @@
-"""Whether a conversion kept the model: what `a3 convert --check` finds before its destination appears.
+"""Whether a conversion kept the model: what `a3 convert` finds before its destination appears.
 
 With torch and transformers the content stream, from left to right, is compared with the model that
-transformers makes of the Hugging Face side: in float32, from weights rounded alike. In any case every
-tensor is compared by its size and norm.
+transformers makes of the Hugging Face side: in float32, from weights rounded alike. That says something only
+where transformers read every parameter; where it didn't, the reason is reported. In any case every tensor
+is compared by its size and norm.
 """
 
 import contextlib
 import dataclasses
 import functools
 import importlib.util
+import logging
 import math
+import os
+import pathlib
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a3_jax.checkpoints.families import tensor_table
+from a3_jax.checkpoints.families import QUERY_TENSOR, tensor_table, tied_head
 from a3_jax.checkpoints.fingerprint import tree_names
 from a3_jax.checkpoints.hf_format import HFModel, open_hf
 from a3_jax.checkpoints.reading import one_line
-from a3_jax.errors import EXIT_FAILED, RunError
+from a3_jax.errors import EXIT_FAILED, InputError, RunError
 from a3_jax.model.config import ModelConfig
+from a3_jax.model.flops import parameter_count
 from a3_jax.model.two_stream import Block, Rows, TwoStream, lay_out_for_few_rows, logits, run_rows
 
 TOLERANCE = 1e-4  # of logits: times their largest; of a row of hidden states: of its norm
 _EXAMPLES, _LENGTH, _SEED = 2, 64, 0
 _AT_ONCE = 1 << 22  # numbers that are in memory as float64
 _HIGHEST = jax.lax.Precision.HIGHEST
+_BYTES = 8  # per parameter, in float32 on both sides
+_CGROUPS = (  # versions 2 and 1: limit, use, and the line of `memory.stat` that can be taken back
+    ("memory.max", "memory.current", "memory.stat", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache"),
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +79,58 @@ class _Run:
     logits: np.ndarray
 
 
+class _NotComparable(Exception):
+    """Why there are no logits of transformers to compare with."""
+
+
+def is_checked(check: bool | None, config: ModelConfig, hf_directory, place) -> bool:
+    """Decides, before anything is written, whether a conversion is checked.
+
+    Args:
+      check: as the user wants it; None: where logits can be compared, in half of the memory that is free.
+      config: the model.
+      hf_directory: where the Hugging Face side is or will be; None where both sides are A3.
+      place: names the destination in a warning.
+
+    Raises:
+      InputError: it has to be and can't: torch or transformers is missing, or memory.
+    """
+    if not check and check is not None:
+        return False
+    if _why_not(config, hf_directory):
+        return bool(check)  # of sizes and norms
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    needed, free = _BYTES * parameter_count(config), free_memory()
+    problem = f"{' and '.join(missing)} not installed (pip install torch transformers)" if missing else ""
+    if not problem and needed > (free if check else free / 2):
+        problem = f"the model takes {needed:,} bytes of memory on both sides, {free:,.0f} are free"
+    if problem and check:
+        raise InputError(f"can't be compared with transformers: {problem}", field="check")
+    if problem and not missing:
+        logger.warning("%s: not checked: %s", place, problem)
+    return not problem
+
+
+def free_memory(root: str = "/") -> float:
+    """Bytes that this process may still take of the machine's memory and its container's; 0 if unknown."""
+    found, system, groups = [], pathlib.Path(root, "proc/meminfo"), pathlib.Path(root, "sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found.append(1024 * _numbers(system)["MemAvailable:"])
+    for limit, used, stat, cache in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no number
+            most, now = (int((groups / name).read_text()) for name in (limit, used))
+            found.append(most - now + _numbers(groups / stat)[cache])
+    if not found:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2)
+    return max(0, min(found, default=0))
+
+
+def _numbers(path) -> dict[str, int]:
+    """A file of lines such as "name 3 kB"."""
+    return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines()}
+
+
 def check_conversion(params, config: ModelConfig, hf_directory, dtype, place) -> Checked:
     """Compares the two sides of a conversion.
 
@@ -81,12 +146,14 @@ def check_conversion(params, config: ModelConfig, hf_directory, dtype, place) ->
     """
     if hf_directory is None:
         sizes = [_checked_size(name, [np.asarray(leaf)], place) for name, leaf in tree_names(params).items()]
-        return Checked(len(sizes), sum(sizes), why_not="both sides are A3")
+        return Checked(len(sizes), sum(sizes), why_not=_why_not(config, None))
     model = open_hf(hf_directory)
-    why_not = _why_not(config, hf_directory)
-    compared: dict[str, Any] = {"why_not": why_not}
-    if not why_not:
-        compared = _compare_logits(params, model, dtype, place)
+    compared: dict[str, Any] = {"why_not": _why_not(config, hf_directory)}
+    if not compared["why_not"]:
+        try:
+            compared = _compare_logits(params, model, dtype, place)
+        except _NotComparable as reason:
+            compared["why_not"] = str(reason)
     table = tensor_table(config)
     sizes = [
         _checked_size(tensor.name, [_slice_of(params, part) for part in table[name]], place, tensor)
@@ -97,21 +164,25 @@ def check_conversion(params, config: ModelConfig, hf_directory, dtype, place) ->
 
 
 def _why_not(config, hf_directory) -> str:
-    """Why transformers can't be asked, empty where it can."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"{' and '.join(missing)} not installed"
+    """Why there is nothing to ask transformers, empty where there is."""
+    if hf_directory is None:
+        return "both sides are A3"
     if config.residual == "release":
         return "transformers has no model with the residual of the authors' release"
     return "transformers reads local directories only" if "://" in str(hf_directory) else ""
 
 
 def _compare_logits(params, model: HFModel, dtype, place) -> dict[str, Any]:
-    """The fields of `Checked` that tell of logits."""
+    """The fields of `Checked` that tell of logits.
+
+    Raises:
+      _NotComparable: transformers has no logits of this model.
+      RunError: its logits are others.
+    """
     config = model.config
     length = min(_LENGTH, config.context_length(left_to_right=True))
     tokens = np.random.default_rng(_SEED).integers(0, config.vocab_size, (_EXAMPLES, length), np.int32)
-    theirs = _their_run(model.directory, tokens, dtype, place)
+    theirs = _their_run(model, tokens, dtype)
     params = _rounded_as_stored(params, model)
     ours = np.asarray(_our_logits(config)(params, _left_to_right(tokens)))
     difference, scale = float(np.abs(ours - theirs.logits).max()), float(np.abs(theirs.logits).max())
@@ -125,19 +196,48 @@ def _compare_logits(params, model: HFModel, dtype, place) -> dict[str, Any]:
     return {"difference": difference, "scale": scale, "tokens": tokens.size}
 
 
-def _their_run(directory, tokens, dtype, place) -> _Run:
+def _their_run(model: HFModel, tokens, dtype) -> _Run:
     import torch
     import transformers
 
+    doing = "open"
     with _quiet(transformers.utils.logging):
         try:
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                str(directory), dtype=torch.float32, attn_implementation="eager", local_files_only=True,
-                trust_remote_code=False, use_safetensors=True,
-            ).eval()  # fmt: skip
+            theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+                str(model.directory), dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+                trust_remote_code=False, use_safetensors=True, output_loading_info=True,
+            )  # fmt: skip
+            _check_whole(model, told)
+            doing = "run"
+            return _run_theirs(theirs.eval(), tokens, dtype)
+        except _NotComparable:
+            raise
         except Exception as error:  # its errors share no type
-            message = f"{place}: not written: transformers {transformers.__version__} can't open the model"
-            raise RunError(EXIT_FAILED, f"{message}: {one_line(error)}") from error
+            why = f"transformers {transformers.__version__} can't {doing} the model: {one_line(error)}"
+            raise _NotComparable(why) from error
+
+
+def _check_whole(model: HFModel, told) -> None:
+    """Refuses what transformers filled with random numbers, or left aside, of what we read.
+
+    Args:
+      told: the loading info of transformers, sets of names.
+    """
+    extra = {QUERY_TENSOR, tied_head(model.config)}  # which it doesn't know, or doesn't need
+    parameters = {stored.name for name, stored in model.stored.items() if name not in extra}
+    for what, names in (
+        ("does not find", told["missing_keys"]),
+        ("has other shapes for", told["mismatched_keys"]),
+        ("leaves aside", parameters & set(told["unexpected_keys"])),
+    ):
+        if names:
+            first = min(str(name if isinstance(name, str) else name[0]) for name in names)
+            raise _NotComparable(f"transformers {what} {len(names)} tensors, such as {first}")
+
+
+def _run_theirs(model: Any, tokens, dtype) -> _Run:
+    import torch
+
     blocks = model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
     last = []  # behind the last layer transformers itself gives the state after the final norm alone
     blocks[-1].register_forward_hook(lambda _, __, out: last.append(out))
@@ -152,17 +252,19 @@ def _their_run(directory, tokens, dtype, place) -> _Run:
 
 
 @contextlib.contextmanager
-def _quiet(logging):
-    """transformers without progress bars, and without its list of tensors that it does not know."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def _quiet(their_logging):
+    """transformers without progress bars, warnings, and its list of tensors that it does not know."""
+    verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
+    their_logging.set_verbosity_error()
+    their_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logging.set_verbosity(verbosity)
+        their_logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            their_logging.enable_progress_bar()
 
 
 def _state_names(layers: int) -> list[str]:

@@ -8,7 +8,7 @@ EPILOG = """examples:
   a3 convert runs/a3-1b plain --to=hf --no_query_vector   its left-to-right model alone
   a3 convert runs/a3 release --to=release                 for the authors' PyTorch class
   a3 convert Llama-3.2-1B llama-a3 --dtype=float32        in another dtype
-  a3 convert Llama-3.2-1B llama-a3 --check                and proves it (pip install torch transformers)
+  a3 convert Llama-3.2-1B llama-a3 --check                insists on a check (needs torch, transformers)
   a3 convert Llama-3.2-1B llama-a3 --sha256=sums.txt      where sha256sum * > sums.txt was run at the origin
 """
 
@@ -65,9 +65,19 @@ def add_convert(subparsers) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
+        default=None,
         help="before DST appears, compare its logits in float32 with those of transformers on the Hugging "
-        "Face side; a difference names the first layer, exit status 1. Without torch and transformers: "
-        "shapes and norms alone. Needs memory for one more model in float32",
+        "Face side; a difference names the first layer, exit status 1. It needs torch, transformers, and "
+        "memory for the model twice in float32. Where half of the free memory is enough this is done "
+        "without being asked; with this flag it is an error if it can't be done",
+    )
+    parser.add_argument(
+        "--no-check",
+        "--no_check",
+        dest="check",
+        action="store_false",
+        default=None,
+        help="convert without comparing",
     )
     parser.add_argument(
         "--allow_nonfinite", action="store_true", help="convert parameters that are NaN or infinite too"

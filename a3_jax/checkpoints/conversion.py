@@ -6,7 +6,7 @@ import jax
 
 from a3_jax.checkpoints.a3_format import Meta, load_params
 from a3_jax.checkpoints.agreement import agree, by_first, together
-from a3_jax.checkpoints.check import Checked, check_conversion
+from a3_jax.checkpoints.check import Checked, check_conversion, is_checked
 from a3_jax.checkpoints.conversion_sources import Source, open_source
 from a3_jax.checkpoints.destination import check_space, shared_directory
 from a3_jax.checkpoints.directories import check_free, new_directory
@@ -18,6 +18,7 @@ from a3_jax.checkpoints.release_format import release_target
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES
 from a3_jax.checkpoints.streaming import finish_checkpoint, write_params
 from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.paths import as_path
 
 FORMATS = ("a3", "hf", "release")
 
@@ -30,7 +31,7 @@ def convert(
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     query_vector: bool = True,
-    check: bool = False,
+    check: bool | None = False,
     allow_nonfinite: bool = False,
     sha256=None,
 ) -> Checked | None:
@@ -48,7 +49,8 @@ def convert(
       dtype: "float32", "bfloat16" or "float16", kept on the way back; None: the source's.
       max_shard_bytes: of the safetensors files.
       query_vector: False writes a Hugging Face directory without it: the plain left-to-right model.
-      check: compare what was written with `transformers`, where it is installed, before `dst` appears.
+      check: compare what was written with `transformers` before `dst` appears; None: where that is
+        installed, and half of the free memory holds the model twice in float32.
       allow_nonfinite: convert parameters that are NaN or infinite too.
       sha256: a file as sha256sum prints it, with which every file of a Hugging Face source is compared
         before anything is written. Without, the sums are recorded all the same.
@@ -57,7 +59,8 @@ def convert(
       What the check found; None without, and in processes other than the first.
 
     Raises:
-      InputError: a source that can't be converted, a `dst` that is in use, or a disk that is too small.
+      InputError: a source that can't be converted, a `dst` that is in use, a disk that is too small, or a
+        check that can't be made.
       RunError: the check failed; there is no `dst`.
     """
     if to not in FORMATS:
@@ -66,6 +69,10 @@ def convert(
     dtype = parse_dtype(dtype)
     together("convert", lambda: check_free(dst))
     source = together("convert", lambda: open_source(src, dtype, seed, allow_nonfinite))
+    if check is None and allow_nonfinite:
+        check = False
+    hf_directory = source.hf_directory if to == "a3" else as_path(dst)
+    check = by_first("convert", lambda: is_checked(check, source.config, hf_directory, dst))
     sums = None if sha256 is None else _compared(source, sha256)
     if to == "a3":
         return _to_a3(source, dst, dtype, check, sums)

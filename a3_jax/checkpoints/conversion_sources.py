@@ -1,6 +1,7 @@
 """What `a3 convert` reads: a Hugging Face directory or an A3 checkpoint, both in the same pieces."""
 
 import abc
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,15 +13,27 @@ import numpy as np
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta, load_checkpoint_tokenizer, load_meta, load_params
 from a3_jax.checkpoints.families import Tensor, tensor_table
+from a3_jax.checkpoints.hf_config import CONFIG_FILE
 from a3_jax.checkpoints.hf_export import check_source
-from a3_jax.checkpoints.hf_format import cast, check_tied, drawn_query, open_hf, read_params
+from a3_jax.checkpoints.hf_format import (
+    HFModel,
+    cast,
+    check_tied,
+    drawn_query,
+    kept_files,
+    open_hf,
+    read_params,
+)
 from a3_jax.checkpoints.model_card import Facts
 from a3_jax.checkpoints.opening import find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.orbax_items import META, META_FILE
 from a3_jax.checkpoints.pieces import Piece, cut, index_of, plan, stored_rows
 from a3_jax.checkpoints.run_facts import run_facts
+from a3_jax.checkpoints.safetensors_io import INDEX_FILE
 from a3_jax.checkpoints.stored_params import open_params
 from a3_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # Bits of the exponent: all of them are set in NaN and infinity, and nowhere else.
 _EXPONENTS = {
@@ -88,6 +101,7 @@ class HFSource(Source):
 
     def __init__(self, directory, dtype, seed: int, allow_nonfinite: bool):
         self._model = model = open_hf(directory)
+        model.warn()
         check_tied(model)
         self._dtype, self._seed, self._query = dtype, seed, None
         self._stored: dict[tuple[tuple[str, ...], int | None], tuple[Tensor, Any]] = {}
@@ -103,11 +117,12 @@ class HFSource(Source):
         tokenizer = hf_tokenizer(directory, meta)
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             message = (
-                f"its tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding has rows for fewer"
+                "%s: its tokenizer has ids up to %d, the embedding has rows for fewer: %d; text that makes "
             )
-            raise InputError(f"{message}: {model.config.vocab_size}", file=directory)
+            message += "such ids is refused where it is used"
+            logger.warning(message, directory, tokenizer.vocab_size - 1, model.config.vocab_size)
         super().__init__(directory, meta, tokenizer, dtypes, allow_nonfinite)
-        self.hf_directory, self.files = directory, model.files()
+        self.hf_directory, self.files = directory, _files_of(model)
         self._last: tuple[Any, np.ndarray] | None = None
 
     def read(self, piece):
@@ -203,6 +218,13 @@ def open_source(path, dtype, seed: int, allow_nonfinite: bool) -> Source:
     if is_hf:
         return HFSource(directory, dtype, seed, allow_nonfinite)
     return A3Source(directory, dtype, allow_nonfinite)
+
+
+def _files_of(model: HFModel) -> list[Any]:
+    """All files that are read: config, index, shards, tokenizer, and what goes along."""
+    shards = {str(tensor.file): tensor.file for tensor in model.stored.values()}
+    named = [model.directory / name for name in (CONFIG_FILE, INDEX_FILE)]
+    return [path for path in named if path.exists()] + [*shards.values()] + kept_files(model.directory)
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -16,7 +16,9 @@ leaf is in the parameter tree of the config.
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import math
+import re
 
 import numpy as np
 
@@ -26,6 +28,8 @@ from a3_jax.model.two_stream import abstract_params
 
 QUERY_TENSOR = "model.query_embed"
 QUERY_LEAF = ("query_embed",)
+# Parts of names that torch.compile, FSDP, activation checkpointing and DDP put in.
+_WRAPPERS = r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)[.]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +246,8 @@ def shape_of(name: str, config: ModelConfig) -> tuple[int, ...]:
 def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
     """The tensors of a file by the names of the table, known buffers left out.
 
+    A tied matrix that is stored as the head alone is the embedding.
+
     Args:
       names: of the stored tensors, with the family's prefix or without.
       file: names the checkpoint in errors.
@@ -256,13 +262,21 @@ def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
     for name in names:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.buffers):
             continue
-        tried = [name, *(prefix + name for prefix in (family.prefix, "model."))]
-        tried += [new + name.removeprefix(old) for old, new in family.renamed if name.startswith(old)]
-        full = next((one for one in tried if _is_known(one, config)), name)
+        full = _full_name(name, config)
         if full in found:
             raise InputError(f"is the same tensor as {found[full]}", file=file, field=name)
         found[full] = name
+    if tied_head(config) in found and embedding(config) not in found:
+        found[embedding(config)] = found.pop(family.head.name)
     return found
+
+
+def _full_name(name: str, config: ModelConfig) -> str:
+    """The name in the table of a stored tensor; one that isn't known stands for itself."""
+    family = FAMILIES[config.family]
+    tried = [name, *(prefix + name for prefix in (family.prefix, "model."))]
+    tried += [new + name.removeprefix(old) for old, new in family.renamed if name.startswith(old)]
+    return next((one for one in tried if _is_known(one, config)), name)
 
 
 def _is_known(name: str, config: ModelConfig) -> bool:
@@ -277,8 +291,9 @@ def check_names(names, config: ModelConfig, file) -> None:
       file: names the checkpoint in errors.
 
     Raises:
-      InputError: naming the first tensor that is missing or unknown.
+      InputError: naming the first tensor that is missing or unknown, or what all of them are wrapped in.
     """
+    _check_wrappers(names, config, file)
     head = FAMILIES[config.family].head.name
     for name in tensor_table(config):
         if name not in names and name != QUERY_TENSOR:
@@ -290,6 +305,29 @@ def check_names(names, config: ModelConfig, file) -> None:
                 f"unknown tensor for this architecture{nearest(stored, tensor_table(config))}",
                 file=file, field=stored,
             )  # fmt: skip
+
+
+def _check_wrappers(names, config: ModelConfig, file) -> None:
+    """Refuses a file whose names are those of a wrapper around the model, or of an adapter to it."""
+    unknown = [stored for name, stored in names.items() if not _is_known(name, config)]
+    for name in unknown:
+        if ".lora_" in name:
+            why = "belongs to a LoRA adapter, not to a model: merge it into its base first (merge_and_unload)"
+            raise InputError(why, file=file, field=name)
+    first = min(unknown, default="")
+    fronts = itertools.accumulate(f"{part}." for part in first.split(".")[:-1])
+    ways = [
+        (f"begin with {front!r}", f"^{re.escape(front)}")
+        for front in fronts
+        if all(name.startswith(front) for name in unknown)
+    ]
+    for what, pattern in (*ways, ("are those of a wrapper", _WRAPPERS)):
+        found = [_full_name(re.sub(pattern, "", name), config) for name in unknown]
+        if {embedding(config), tied_head(config)} & {*found} and all(_is_known(it, config) for it in found):
+            count = "all" if len(unknown) == len(names) else f"{len(unknown)} of the"
+            why = f"{count} {len(names)} tensor names {what}, where this architecture has {found[0]}: "
+            why += "store the state dict of the model inside, or rename them"
+            raise InputError(why, file=file, field=unknown[0])
 
 
 def _tensor(row: Row, config: ModelConfig, prefix: str = "", layer: int | None = None) -> Tensor:

@@ -1,6 +1,13 @@
-"""`config.json` of Hugging Face models to `ModelConfig`; `hf_export` is the way back."""
+"""`config.json` of Hugging Face models to `ModelConfig`; `hf_export` is the way back.
+
+Every field is read, refused, or listed in `config_fields.json` as without effect on the numbers; the reader
+names those that are none of the three, which transformers doesn't know either.
+"""
 
 import dataclasses
+import functools
+import importlib.resources
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,13 +29,14 @@ class Architecture:
     """What the `architectures` field of a config selects.
 
     Attributes:
-      family: the tensor table; with `_text` and the like gone, also the config's `model_type`.
+      family: the tensor table.
       switches: fields of ModelConfig in which the family differs from Llama.
       defaults: of absent fields of `config.json`, where transformers has others than for Llama.
-      names: fields of `config.json` that are called otherwise than Llama's.
+      names: fields of `config.json` that are called otherwise than Llama's; "": there is none.
       local: whether layer i is a local one, given the config's fields; None: no layer is.
       refused: fields that have to be absent, null or false, and what they would mean.
       fixed: the one value that fields may have where they are present.
+      types: what `model_type` may be; (): the family, with `_text` behind it or without.
     """
 
     family: str
@@ -38,10 +46,15 @@ class Architecture:
     local: Callable[[Any, int], bool] | None = None
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    types: tuple[str, ...] = ()
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        return self.types or (self.family, f"{self.family}_text")
 
 
 def _late(fields, layer):
-    return layer >= fields.count("max_window_layers")
+    return layer >= fields.count("max_window_layers", least=0)
 
 
 _LLAMA_DEFAULTS = {
@@ -58,14 +71,16 @@ _GEMMA_DEFAULTS = {
     "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
 }  # fmt: skip
 _BIDIRECTIONAL = {"use_bidirectional_attention": "attention that is not causal"}
+_MISTRAL = Architecture(
+    "mistral",
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    local=lambda fields, layer: True, types=("mistral", "ministral"),
+)  # fmt: skip
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama"),
     RELEASE_ARCHITECTURE: Architecture("llama", {"residual": "release"}),
-    "MistralForCausalLM": Architecture(
-        "mistral", defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072,
-                             "sliding_window": 4096},
-        local=lambda fields, layer: True,
-    ),
+    "MistralForCausalLM": _MISTRAL,
+    "MinistralForCausalLM": _MISTRAL,  # with `layer_types` transformers takes a Mistral for one, too
     "Qwen2ForCausalLM": Architecture("qwen2", {"qkv_bias": True}, _QWEN_DEFAULTS, local=_late),
     "Qwen3ForCausalLM": Architecture(
         "qwen3", {"qk_norm": "head"}, {**_QWEN_DEFAULTS, "head_dim": 128}, local=_late
@@ -73,7 +88,7 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": Architecture(
         "smollm3", defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768,
                              "rope_theta": 2e6, "tie_word_embeddings": True, "use_sliding_window": False,
-                             "no_rope_layer_interval": 4},
+                             "sliding_window": None, "no_rope_layer_interval": 4},
         local=lambda fields, layer: layer in _unrotated(fields),
     ),
     "Olmo2ForCausalLM": Architecture(
@@ -85,7 +100,6 @@ ARCHITECTURES = {
          "attn_logit_softcapping": 50.0},
         {"hidden_act": "hidden_activation"},
         local=lambda fields, layer: layer % 2 == 0,
-        refused=_BIDIRECTIONAL,
     ),
     "Gemma3ForCausalLM": Architecture(
         "gemma3", {**_GEMMA, "qk_norm": "head"},
@@ -93,8 +107,7 @@ ARCHITECTURES = {
          "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
         {"hidden_act": "hidden_activation"},
         local=lambda fields, layer: (layer + 1) % fields.count("sliding_window_pattern") > 0,
-        refused={**_BIDIRECTIONAL,
-                 "attn_logit_softcapping": "softcaps in attention, which transformers leaves out here,"},
+        refused={"attn_logit_softcapping": "softcaps in attention, which transformers leaves out here,"},
     ),
     "GPT2LMHeadModel": Architecture(
         "gpt2",
@@ -104,7 +117,8 @@ ARCHITECTURES = {
          "tie_word_embeddings": True},
         {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
          "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
-         "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
+         "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function",
+         "num_key_value_heads": "", "head_dim": ""},
         refused={"scale_attn_by_inverse_layer_idx": "scores scaled by layer",
                  "add_cross_attention": "cross-attention layers"},
     ),
@@ -115,7 +129,7 @@ ARCHITECTURES = {
         names={"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
                "num_key_value_heads": "n_kv_heads", "intermediate_size": "mlp_hidden_size",
                "max_position_embeddings": "max_sequence_length", "hidden_act": "activation_type",
-               "tie_word_embeddings": "weight_tying"},
+               "tie_word_embeddings": "weight_tying", "head_dim": ""},
         refused=dict.fromkeys(
             ("include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm", "alibi",
              "input_emb_norm", "scale_logits", "clip_qkv", "multi_query_attention"),
@@ -124,19 +138,32 @@ ARCHITECTURES = {
                "layer_norm_with_affine": True},
     ),
     "DreamModel": Architecture(
-        "qwen2", {"qkv_bias": True}, {**_QWEN_DEFAULTS, "mask_token_id": 151666}, local=_late
+        "qwen2", {"qkv_bias": True}, {**_QWEN_DEFAULTS, "mask_token_id": 151666}, local=_late,
+        types=("Dream", "dream"),
     ),
-    "DiscreteDiffusionModel": Architecture("llama", defaults={"mask_token_id": 811}),  # or GPT-2, see below
+    "DiscreteDiffusionModel": Architecture(  # or GPT-2, see below
+        "llama", defaults={"mask_token_id": 811}, types=("llama", "gpt2")
+    ),
 }  # fmt: skip
 _REFUSED = {
-    "quantization_config": "quantised weights (dequantise them first)",
-    "num_experts": "mixtures of experts", "num_local_experts": "mixtures of experts",
+    **dict.fromkeys(("quantization_config", "compression_config", "quantization"),
+                    "quantised weights (dequantise them first)"),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "mixtures of experts"),
+    "per_layer_config": "layers of different shapes", "pruned_heads": "layers of different shapes",
+    "transformers_weights": "weights in a file of another name", **_BIDIRECTIONAL,
 }  # fmt: skip
+# Spellings that transformers takes beside a family's own.
+_ALIASES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 # Have `attention_bias`, which others ignore.
 _BIASES = ("llama", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3")
 
 
 def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
+    """The model that a `config.json` describes: what `read_config` returns, without the unread fields."""
+    return read_config(config, file)[0]
+
+
+def read_config(config: Mapping[str, Any], file=None) -> tuple[ModelConfig, list[str]]:
     """The model that a `config.json` describes, as transformers 4 and 5 write it.
 
     Args:
@@ -144,18 +171,17 @@ def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
         the sizes, which have none.
       file: names it in errors.
 
+    Returns:
+      The model, and the fields that were left aside, though nobody knows them to be without effect: those
+      that transformers doesn't read for this architecture. Null, false and empty ones don't count.
+
     Raises:
       InputError: an unknown architecture, a feature that can't be kept exactly, or a field that is
         missing or makes no model.
     """
     architecture = _architecture(config, file)
     fields = _Fields(config, file, {**_LLAMA_DEFAULTS, **architecture.defaults}, architecture.names)
-    for field, meaning in {**_REFUSED, **architecture.refused}.items():
-        if fields.get(field) not in (None, False):
-            fields.refuse(field, f"{meaning} are not supported, got {fields.get(field)!r}"[:200])
-    for field, value in architecture.fixed.items():
-        if fields.get(field) not in (None, value):
-            fields.refuse(field, f"must be {value!r}, got {fields.get(field)!r}"[:200])
+    _check_switches(fields, architecture)
     width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     values = {
         "family": architecture.family,
@@ -179,16 +205,34 @@ def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
     if values.get("scale_embedding"):  # a vector at the scale of what the content rows start from
         values["query_init_scale"] = 0.02 * math.sqrt(width)
     try:
-        return ModelConfig(**values)
+        return ModelConfig(**values), fields.unread(_without_effect(architecture.family))
     except InputError as error:  # sizes that don't go together
         raise InputError(error.message, file=file, field=error.field) from error
 
 
-def mask_fields(model: ModelConfig) -> dict[str, Any]:
-    """The fields of a `config.json` that make a model one of masked diffusion; none if it isn't."""
-    if model.mask_token is None:
-        return {}
-    return {"mask_token_id": model.mask_token, "logit_shift": model.logit_shift}
+def _check_switches(fields, architecture) -> None:
+    """Refuses what would change the numbers and isn't implemented."""
+    for field, meaning in {**_REFUSED, **architecture.refused}.items():
+        if fields.get(field):
+            fields.refuse(field, f"{meaning} are not supported, got {fields.get(field)!r}"[:200])
+    causal = {} if fields.get("mask_token_id") is not None else {"is_causal": True}
+    for field, value in {**causal, **architecture.fixed}.items():
+        if fields.get(field) not in (None, value):
+            fields.refuse(field, f"must be {value!r}, got {fields.get(field)!r}"[:200])
+    for alias in set(_ALIASES) & architecture.names.keys() & fields.given.keys():
+        name, value = architecture.names[alias], fields.given[alias]
+        if fields.given.get(name, value) != value:
+            fields.refuse(alias, f"{fields.given[name]!r} contradicts {alias}={value!r}"[:200])
+        fields.values[name] = value
+        fields.read.add(alias)
+
+
+@functools.cache
+def _without_effect(family: str) -> frozenset[str]:
+    """Fields that change no number, whatever their value: of files, training, generation, other heads."""
+    text = importlib.resources.files("a3_jax.checkpoints").joinpath("config_fields.json").read_text("utf-8")
+    table = json.loads(text)
+    return frozenset([*table["all"], *table.get(family, [])])
 
 
 class _Fields:
@@ -197,9 +241,18 @@ class _Fields:
     def __init__(self, values, file, defaults, names, place=None):
         self.values, self.names = {**defaults, **values}, names
         self.file, self.place = file, place
+        self.given, self.read, self.inside = values, {*defaults, ""}, {}
 
     def get(self, field):
+        self.read.add(self.names.get(field, field))
         return self.values.get(self.names.get(field, field))
+
+    def unread(self, without_effect=frozenset()) -> list[str]:
+        """Fields that hold something and were not asked for, those of objects inside among them."""
+        known = self.read | without_effect
+        mine = [name for name, value in self.given.items() if value and name not in known]
+        inner = [f"{name}.{field}" for name, fields in self.inside.items() for field in fields.unread()]
+        return mine + inner
 
     def refuse(self, field, why):
         name = self.names.get(field, field)
@@ -213,12 +266,16 @@ class _Fields:
         value = self.get(field) or {}
         if not isinstance(value, dict):
             self.refuse(field, f"expected an object, got {value!r}"[:200])
-        return _Fields(value, self.file, {}, {}, f"{self.place}.{field}" if self.place else field)
+        if field not in self.inside:
+            place = f"{self.place}.{field}" if self.place else field
+            self.inside[field] = _Fields(value, self.file, {}, {}, place)
+        return self.inside[field]
 
-    def count(self, field, default=None, most=MAX_SIZE) -> int:
+    def count(self, field, default=None, most=MAX_SIZE, least=1) -> int:
         value = default if self.get(field) is None else self.get(field)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            self._refuse_value(field, f"must be a positive integer up to {most}", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            kind = "a positive" if least else "an"
+            self._refuse_value(field, f"must be {kind} integer up to {most}", value)
         return value
 
     def number(self, field, default=None) -> float:
@@ -258,9 +315,9 @@ def _architecture(config, file) -> Architecture:
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"expected a list of names, got {names!r}"[:200], file=file, field="architectures")
-    if not names and config.get("model_type"):
-        kind = str(config["model_type"]).removesuffix("_text")
-        names = [name for name, known in ARCHITECTURES.items() if known.family == kind]
+    kind = config.get("model_type")
+    if not names and kind:
+        names = [name for name, known in ARCHITECTURES.items() if kind in known.model_types]
     if not names:
         raise InputError("no supported architecture is named", file=file, field="architectures")
     if names[0] not in ARCHITECTURES:
@@ -270,7 +327,12 @@ def _architecture(config, file) -> Architecture:
             file=file,
             field="architectures",
         )
-    if names[0] == "DiscreteDiffusionModel" and config.get("model_type") == "gpt2":
+    types = ARCHITECTURES[names[0]].model_types
+    if kind is not None and kind not in types:
+        why = f"{names[0]!r} and model_type {kind!r} are not one family: correct the wrong one; with this "
+        why += f"architecture model_type is {types[0]!r}, and transformers follows model_type"
+        raise InputError(why, file=file, field="architectures")
+    if names[0] == "DiscreteDiffusionModel" and kind == "gpt2":
         base, mask = ARCHITECTURES["GPT2LMHeadModel"], 10541 if config.get("vocab_size") == 50257 else 50257
         return dataclasses.replace(base, defaults={**base.defaults, "mask_token_id": mask})
     return ARCHITECTURES[names[0]]
@@ -313,19 +375,22 @@ def _layers(fields, architecture) -> dict[str, Any]:
         values["unrotated_layers"] = _unrotated(fields)
     if architecture.local is None:
         return values
+    kinds = fields.items("layer_types", str, layers)
     window, switch = None, "use_sliding_window"  # which other families than these don't read
     is_on = switch not in architecture.defaults or fields.flag(switch)
+    if architecture.family == "smollm3" and kinds is not None:  # the list alone decides
+        is_on = True
     if is_on and fields.get("sliding_window") is not None:
         window = fields.count("sliding_window")
-    # Gemma 3's local layers have a rotary base of their own, with a window or without.
-    if window is None and architecture.family != "gemma3":
-        return values
-    kinds = None
-    if architecture.family != "mistral":  # transformers doesn't read the field there
-        kinds = fields.items("layer_types", str, layers)
     for kind in kinds or ():
         if kind not in ("full_attention", "sliding_attention"):
             fields.refuse("layer_types", f"layers of type {kind!r} are not supported")
+    if window is None and "sliding_attention" in (kinds or ()):
+        why = "has layers of type 'sliding_attention', but "
+        fields.refuse("layer_types", why + ("sliding_window is null" if is_on else f"{switch} is false"))
+    # Gemma 3's local layers have a rotary base of their own, with a window or without.
+    if window is None and architecture.family != "gemma3":
+        return values
     is_local = (
         [architecture.local(fields, layer) for layer in range(layers)]
         if kinds is None
@@ -352,18 +417,22 @@ def _rope(fields, family) -> dict[str, Any]:
     """Rotary bases and scaling: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4)."""
     # Where both are present transformers 5 takes rope_scaling.
     field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    given, local_theta = fields.object(field), None
+    given, local_theta, holders = fields.object(field), None, [fields]
     if family == "gemma3":
         by_layer = fields.object("rope_parameters")
         local = by_layer.object("sliding_attention")
         if local.get("rope_type") not in (None, "default"):
             local.refuse("rope_type", f"{local.get('rope_type')!r} is not supported in local layers")
         local_theta = local.number("rope_theta", fields.get("rope_local_base_freq"))
-        given = given if field == "rope_scaling" else by_layer.object("full_attention")
+        holders, full = [*holders, local], by_layer.object("full_attention")
+        if field == "rope_scaling":  # transformers merges the two
+            given.values, full.read = full.values | given.values, set(full.given)
+        else:
+            given = full
     for name, value in given.values.items():
         if isinstance(value, dict):
             fields.refuse(field, f"rotary positions that differ by layer ({name!r}) are not supported")
-    for holder in (fields, given):
+    for holder in (*holders, given):
         if holder.get("partial_rotary_factor") not in (None, 1.0):
             holder.refuse("partial_rotary_factor", "partly rotated heads are not supported")
     return {
@@ -374,12 +443,13 @@ def _rope(fields, family) -> dict[str, Any]:
 
 
 def _scaling(rope, fields) -> RopeScaling | None:
-    name = "type" if rope.get("rope_type") is None and rope.get("type") else "rope_type"
+    name = "type" if rope.get("type") and rope.get("rope_type") is None else "rope_type"
     kind = "default" if rope.get(name) is None else rope.get(name)
     if kind not in ROPE_TYPES:
         supported = f"{', '.join(ROPE_TYPES)}{nearest(kind, ROPE_TYPES)}"
         rope.refuse(name, f"rotary type {kind!r} is not supported; supported: {supported}")
     if kind in ("default", "dynamic"):  # dynamic scaling begins behind the context, where nothing is read
+        rope.read |= {"factor"} if kind == "dynamic" else set()
         return None
     context, name = fields.count("max_position_embeddings"), "original_max_position_embeddings"
     original = fields.count(name) if fields.get(name) else rope.count(name, context)

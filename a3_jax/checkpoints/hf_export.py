@@ -15,7 +15,7 @@ import numpy as np
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.families import QUERY_TENSOR, Tensor
-from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf, mask_fields
+from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf
 from a3_jax.checkpoints.hf_format import CARD_FILE, FLOATS, SOURCE_CARD_FILE, cast, is_kept
 from a3_jax.checkpoints.model_card import Facts, model_card
 from a3_jax.checkpoints.pieces import cut, index_of, pieces_of
@@ -63,7 +63,7 @@ def hf_target(meta: Meta, dtype=None, query_vector: bool = True) -> Target:
         return make_target(meta.model, config_to_hf(meta.model), {}, dtype, query_vector)
     hf_config = meta.source["config"]
     if meta.model.mask_token != hf_config.get("mask_token_id"):  # it was trained to fill masks here
-        hf_config = {**hf_config, **mask_fields(meta.model)}
+        hf_config = {**hf_config, **_mask_fields(meta.model)}
     return make_target(meta.model, hf_config, meta.source["tensors"], dtype, query_vector)
 
 
@@ -215,7 +215,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "attention_bias": config.out_bias,
         "mlp_bias": config.mlp_bias,
         "torch_dtype": dtype,
-        **mask_fields(config),
+        **_mask_fields(config),
     }
     said = dataclasses.replace(config_from_hf(fields), query_init_scale=config.query_init_scale)
     for name, value in config.to_dict().items():
@@ -225,6 +225,13 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
                 field=f"model.{name}",
             )
     return fields
+
+
+def _mask_fields(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a `config.json` that make a model one of masked diffusion; none if it isn't."""
+    if model.mask_token is None:
+        return {}
+    return {"mask_token_id": model.mask_token, "logit_shift": model.logit_shift}
 
 
 def _config_to_write(hf_config, dtype) -> dict[str, Any]:

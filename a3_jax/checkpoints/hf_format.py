@@ -13,7 +13,7 @@ import numpy as np
 
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.families import QUERY_LEAF, QUERY_TENSOR, Tensor
-from a3_jax.checkpoints.hf_config import CONFIG_FILE, config_from_hf
+from a3_jax.checkpoints.hf_config import CONFIG_FILE, read_config
 from a3_jax.checkpoints.safetensors_io import INDEX_FILE, StoredTensor, list_tensors
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
@@ -36,13 +36,21 @@ logger = logging.getLogger(__name__)
 class HFModel:
     """A Hugging Face directory that was checked, not read: names, shapes and dtypes fit the config.
 
-    `stored` goes by the names of the family's table; each tensor knows its own.
+    `stored` goes by the names of the family's table; each tensor knows its own. `unread`: fields of the
+    config that were left aside.
     """
 
     directory: Any
     config: ModelConfig
     hf_config: dict[str, Any]
     stored: dict[str, StoredTensor]
+    unread: list[str]
+
+    def warn(self) -> None:
+        """Names the fields of `config.json` that were left aside."""
+        if self.unread:
+            message = "%s: left aside are fields that change nothing in transformers' model either: %s"
+            logger.warning(message, self.directory / CONFIG_FILE, ", ".join(self.unread)[:500])
 
     def source(self) -> dict[str, Any]:
         """What `Meta.source` keeps, so that the way back gives the same names, dtypes and files."""
@@ -55,12 +63,6 @@ class HFModel:
             "files": files,
         }
 
-    def files(self) -> list[Any]:
-        """All files that are read: config, index, shards, tokenizer, and what goes along."""
-        shards = {str(tensor.file): tensor.file for tensor in self.stored.values()}
-        named = [self.directory / name for name in (CONFIG_FILE, INDEX_FILE)]
-        return [path for path in named if path.exists()] + [*shards.values()] + _kept_files(self.directory)
-
 
 def open_hf(directory) -> HFModel:
     """Checks a Hugging Face directory against its config.
@@ -70,14 +72,14 @@ def open_hf(directory) -> HFModel:
     """
     directory = as_path(directory)
     hf_config = read_json(directory / CONFIG_FILE)
-    config = config_from_hf(hf_config, directory / CONFIG_FILE)
+    config, unread = read_config(hf_config, directory / CONFIG_FILE)
     tensors = list_tensors(directory)
     names = families.table_names(tensors, config, directory)
     families.check_names(names, config, directory)
     stored = {name: tensors[in_file] for name, in_file in names.items()}
     for name, tensor in stored.items():
         _check_tensor(tensor, families.shape_of(name, config))
-    return HFModel(directory, config, hf_config, stored)
+    return HFModel(directory, config, hf_config, stored, unread)
 
 
 def read_params(model: HFModel, dtype=None, seed: int = 0, place=lambda path, leaf: leaf):
@@ -192,7 +194,7 @@ def drawn_query(model: HFModel, seed: int, dtype=None) -> np.ndarray:
 def _read_kept_files(directory) -> dict[str, Any]:
     """Files that go along unread, by name: text as a string, others as {"base64": ...}."""
     files = {}
-    for path in _kept_files(directory):
+    for path in kept_files(directory):
         if path.stat().length > _MAX_KEPT_BYTES:
             logger.warning("%s: larger than %d bytes, not kept", path, _MAX_KEPT_BYTES)
             continue
@@ -204,7 +206,7 @@ def _read_kept_files(directory) -> dict[str, Any]:
     return files
 
 
-def _kept_files(directory) -> list[Any]:
+def kept_files(directory) -> list[Any]:
     return [path for path in sorted(as_path(directory).iterdir()) if is_kept(path.name) and path.is_file()]
 
 

@@ -70,6 +70,7 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
         params = load_params(directory, mesh, dtype)
         return Checkpoint(params, meta.model, load_checkpoint_tokenizer(directory, meta), meta)
     model = open_hf(directory)
+    model.warn()
     meta = Meta(model.config, source=model.source())
     tokenizer = hf_tokenizer(directory, meta)
     shardings = None if mesh is None else param_shardings(mesh, model.config)

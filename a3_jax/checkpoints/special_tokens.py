@@ -28,7 +28,8 @@ def with_all_eos(tokenizer: Tokenizer | None, meta, place, described_in=None) ->
       described_in: of an A3 checkpoint, the file that holds the source's.
 
     Raises:
-      InputError: an id that is none, or is outside the vocabulary, with the file that states it.
+      InputError: an id that is none, with the file that states it; one of the tokenizer's own files that is
+        outside the vocabulary.
     """
     size = meta.model.vocab_size
     stated = source_eos_ids(meta.source, tokenizer, place, described_in, size)
@@ -52,7 +53,7 @@ def source_eos_ids(
       source: of `Meta`. None states none, nor does one whose tokenizer was replaced by another.
       tokenizer: the checkpoint's, None where it has none.
       place, described_in: as in `with_all_eos`.
-      size: of the vocabulary; None: not checked.
+      size: of the vocabulary; ids beyond it end nothing and are left out. None: they are kept.
 
     Raises:
       InputError: as `with_all_eos`.
@@ -64,10 +65,8 @@ def source_eos_ids(
         file, field = as_path(place or "") / name, _EOS
         if described_in is not None:
             file, field = described_in, f"source: {name}: {_EOS}"
-        ids = eos_ids_in(config, file, field)
-        if size is not None:
-            check_eos_ids(tokenizer, ids, size, file, field)
-        found += ids
+        # Classes of transformers write their default into the config of a model with a smaller vocabulary.
+        found += [token for token in eos_ids_in(config, file, field) if size is None or token < size]
     return tuple(dict.fromkeys(found))
 
 

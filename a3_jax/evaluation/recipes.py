@@ -78,7 +78,7 @@ def _trained(name: str, config: str, source: str, hardware: str) -> Row:
         model="a3",
         checkpoint=run,
         commands=(
-            f"a3 convert {source} {start} --check",
+            f"a3 convert {source} {start}",
             f"a3 data prepare 'fineweb/*.parquet' {_ROWS_OF_TEXT} --tokenizer={source} --seq_len=2048 "
             "--holdout=1000",
             f"a3 train --config=configs/{config}.py --workdir={run} --config.init_from={start} "
