@@ -72,10 +72,10 @@ class Tokenizer:
         own = () if self.eos_id is None else (self.eos_id,)
         return tuple(dict.fromkeys((*own, *self._stated)))
 
-    def with_eos_ids(self, ids: Iterable[int]) -> "Tokenizer":
-        """Returns the same tokenizer with more ids that end a text; its fingerprint stays."""
+    def with_eos_ids(self, ids: Iterable[int], below: int = MAX_VOCAB_SIZE) -> "Tokenizer":
+        """Returns the same tokenizer with more ids that end a text, all of them below a number of tokens."""
         other = copy.copy(self)
-        other._state((*self._stated, *ids))
+        other._state(token for token in (*self._stated, *ids) if token < below)
         return other
 
     def _state(self, ids: Iterable[int]) -> None:

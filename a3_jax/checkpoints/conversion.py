@@ -72,14 +72,14 @@ def convert(
     if check is None and allow_nonfinite:
         check = False
     hf_directory = source.hf_directory if to == "a3" else as_path(dst)
-    check = by_first("convert", lambda: is_checked(check, source.config, hf_directory, dst))
+    checks: bool = by_first("convert", lambda: is_checked(check, source.config, hf_directory, dst))
     sums = None if sha256 is None else _compared(source, sha256)
     if to == "a3":
-        return _to_a3(source, dst, dtype, check, sums)
+        return _to_a3(source, dst, dtype, checks, sums)
     checked: list[Checked | None] = []
     target = together("convert", lambda: _target(source.meta, to, dtype, query_vector))
     by_first(
-        "convert", lambda: checked.append(_to_hf(source, dst, target, dtype, max_shard_bytes, check, sums))
+        "convert", lambda: checked.append(_to_hf(source, dst, target, dtype, max_shard_bytes, checks, sums))
     )
     return checked[0] if checked else None
 

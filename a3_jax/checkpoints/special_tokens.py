@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
-from a3_jax.checkpoints.orbax_items import TOKENIZER
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path, parse_json
 from a3_jax.tokenizer import GENERATION_FILE, Tokenizer, eos_ids_in
@@ -28,16 +27,11 @@ def with_all_eos(tokenizer: Tokenizer | None, meta, place, described_in=None) ->
       described_in: of an A3 checkpoint, the file that holds the source's.
 
     Raises:
-      InputError: an id that is none, with the file that states it; one of the tokenizer's own files that is
-        outside the vocabulary.
+      InputError: an id that is none, with the file that states it.
     """
     size = meta.model.vocab_size
     stated = source_eos_ids(meta.source, tokenizer, place, described_in, size)
-    if tokenizer is None:
-        return None
-    file = as_path(place) / ("" if described_in is None else TOKENIZER) / GENERATION_FILE
-    check_eos_ids(tokenizer, tokenizer.eos_ids, size, file, _EOS)
-    return tokenizer.with_eos_ids(stated)
+    return None if tokenizer is None else tokenizer.with_eos_ids(stated, below=size)
 
 
 def source_eos_ids(
