@@ -347,7 +347,8 @@ def word_tokenizer(size):
 
 WRAPPED = {  # front of all names -> family, whether its head is tied
     "_orig_mod.": ("llama", False), "module.": ("gpt2", True), "model.": ("llama", False),
-    "base_model.model.": ("gemma3", True), "language_model.": ("qwen2", True), "anything.at.all.": ("olmo2", False),
+    "base_model.model.": ("gemma3", True), "language_model.": ("qwen2", True),
+    "anything.at.all.": ("olmo2", False),
 }  # fmt: skip
 
 
