@@ -9,8 +9,11 @@ from safetensors.numpy import save_file
 
 from a3_jax.checkpoints.a3_format import Meta, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
+from a3_jax.checkpoints.families import tensor_table
 from a3_jax.checkpoints.hf_config import config_from_hf
 from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.cli import main
+from a3_jax.decoding import generate, score
 from a3_jax.errors import InputError
 from a3_jax.tokenizer import from_files
 from tests import tiny
@@ -309,18 +312,87 @@ def test_damaged_arrays(a3):
     refused(a3, "params/", "is missing", to="hf")
 
 
-def test_a_tokenizer_larger_than_the_embedding(hf, tmp_path):
-    for name, text in word_tokenizer(261).files().items():
+def test_a_tokenizer_larger_than_the_embedding(hf, tmp_path, caplog):
+    """As of Gemma 3, text: a warning; the text that makes such an id is refused where it is used."""
+    for name, text in word_tokenizer(262).files().items():
         (hf / name).write_text(text)
-    refused(hf, "its tokenizer has ids up to 260, the embedding has rows for fewer: 260")
+    for src, dst, to in (
+        (hf, "a3", "a3"),
+        (tmp_path / "a3", "back", "hf"),
+        (tmp_path / "back", "again", "a3"),
+    ):
+        convert(src, tmp_path / dst, to=to)
+    (message,) = {line.split(": ", 1)[1] for line in caplog.messages if "tokenizer" in line}
+    assert message.startswith("its tokenizer has ids up to 261, the embedding has rows for fewer: 260")
+    why = r"text: token id 261 \(value 1\) is outside the vocabulary of 260"
+    for place in (hf, tmp_path / "again"):
+        checkpoint = open_checkpoint(place)
+        score(checkpoint, [{"text": "w3 w259"}])
+        with pytest.raises(InputError, match=why):
+            score(checkpoint, [{"text": "w3 w261"}])
+        with pytest.raises(InputError, match=why):
+            generate(checkpoint, [{"text": "w3 w261 [[2]]"}])
     for name, text in word_tokenizer(260).files().items():
         (hf / name).write_text(text)
+    caplog.clear()
     convert(hf, tmp_path / "fits")
+    assert not caplog.messages
 
 
 def word_tokenizer(size):
     model = {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(size)}, "unk_token": "w0"}
-    return from_files({"tokenizer.json": json.dumps({"version": "1.0", "model": model})})
+    spaces = {"pre_tokenizer": {"type": "Whitespace"}}
+    return from_files({"tokenizer.json": json.dumps({"version": "1.0", "model": model, **spaces})})
+
+
+WRAPPED = {  # front of all names -> family, whether its head is tied
+    "_orig_mod.": ("llama", False), "module.": ("gpt2", True), "model.": ("llama", False),
+    "base_model.model.": ("gemma3", True), "language_model.": ("qwen2", True),
+    "anything.at.all.": ("olmo2", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("front", WRAPPED)
+def test_all_names_have_a_wrapper_in_front(tmp_path, capsys, front):
+    """One line names it, whatever it is, instead of the first tensor that isn't there."""
+    family, tied = WRAPPED[front]
+    names = family_tensors(tmp_path, family, tied, lambda name: front + name)
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "a3")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"all {len(names)} tensor names begin with {front!r}" in err
+    assert "missing" not in err and "state dict" in err and f"hf: {front}" in err
+    assert not (tmp_path / "a3").exists()
+
+
+@pytest.mark.parametrize(
+    ("new_name", "mention"),
+    [
+        (lambda name: name.replace("model.", "model.language_model."), "begin with 'model.language_model.'"),
+        (lambda name: name.replace("model.layers", "model._orig_mod.layers"), "_orig_mod"),
+        (lambda name: "module." + name.replace(".self_attn", "._fsdp_wrapped_module.self_attn"), "wrapper"),
+        (lambda name: f"base_model.model.{name}".replace("proj.w", "proj.lora_A.w"), "LoRA"),
+        (
+            lambda name: name.replace("model.norm", "module.model.norm"),
+            "model.norm.weight: tensor is missing",
+        ),
+    ],
+    ids=["all but the head", "inside", "both", "adapter", "one alone"],
+)
+def test_names_with_wrappers_in_some_places(tmp_path, new_name, mention):
+    family_tensors(tmp_path, "llama", False, new_name)
+    refused(tmp_path / "hf", mention)
+
+
+def family_tensors(place, family, tied, new_name):
+    """Writes a model under other names; nothing is in its tensors."""
+    fields = hf_fields(family, tie_word_embeddings=tied)
+    table = tensor_table(config_from_hf(fields))
+    (place / "hf").mkdir()
+    (place / "hf" / "config.json").write_text(json.dumps(fields))
+    tensors = {new_name(name): np.zeros(of[0].shape, np.float16) for name, of in table.items()}
+    tensors.pop(new_name("model.query_embed"))
+    save_file(tensors, place / "hf" / "model.safetensors")
+    return tensors
 
 
 def test_the_card_of_the_origin_survives_two_round_trips(hf, tmp_path):

@@ -197,7 +197,7 @@ def listed(hf, tmp_path):
 
 
 def test_a_list_that_agrees(hf, listed, tmp_path):
-    assert main(["convert", str(hf), str(tmp_path / "dst"), f"--sha256={listed()}"]) == 0
+    assert main(["convert", str(hf), str(tmp_path / "dst"), f"--sha256={listed()}", "--no-check"]) == 0
     assert len(recorded(tmp_path / "dst")) == 6
 
 
@@ -246,11 +246,11 @@ def test_a_disk_that_is_too_small(hf, tmp_path, monkeypatch, to, dtype, size):
 
 def test_progress_is_told_on_standard_error(hf, tmp_path, monkeypatch, capsys):
     """Plain lines where there is no terminal, each some seconds after the last one."""
-    assert main(["convert", str(hf), str(tmp_path / "a")]) == 0
+    assert main(["convert", str(hf), str(tmp_path / "a"), "--no-check"]) == 0
     assert "%" not in capsys.readouterr().err
     monkeypatch.setattr("a3_jax.checkpoints.progress._SECONDS_BETWEEN_LINES", -1)
     for to, name in (("a3", "b"), ("hf", "c")):
-        assert main(["convert", str(hf), str(tmp_path / name), f"--to={to}"]) == 0
+        assert main(["convert", str(hf), str(tmp_path / name), f"--to={to}", "--no-check"]) == 0
         out, err = capsys.readouterr()
         lines = [line for line in err.splitlines() if "converted" in line]
         assert out == f"wrote {tmp_path / name}\n"

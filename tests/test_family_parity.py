@@ -160,6 +160,25 @@ def test_a_head_stored_beside_its_embedding(tmp_path, name, embedding):
         open_checkpoint(tmp_path / "hf")
 
 
+@pytest.mark.parametrize(("name", "embedding", "stored"), [
+    ("gemma2", "model.embed_tokens.weight", "lm_head.weight"),
+    ("smollm3", "model.embed_tokens.weight", "lm_head.weight"),
+    ("gpt2", "transformer.wte.weight", "lm_head.weight"),
+])  # fmt: skip
+def test_a_tied_matrix_stored_as_the_head_alone(tmp_path, name, embedding, stored):
+    """It is the embedding, and returns under the name that it had."""
+    model = write_family(tmp_path / "hf", name)
+    rewrite(tmp_path / "hf", lambda tensors: tensors | {stored: tensors.pop(embedding)})
+    assert_parity(tmp_path / "hf", model)
+    checked = convert(tmp_path / "hf", tmp_path / "a3", check=True)
+    assert checked is not None and (checked.difference or 0) < 1e-4
+    convert(tmp_path / "a3", tmp_path / "back", to="hf", query_vector=False)
+    assert_same_tensors(read_all(tmp_path / "back"), read_all(tmp_path / "hf"))
+    edit_config(tmp_path / "hf", tie_word_embeddings=False)
+    with pytest.raises(InputError, match=f"{embedding}: tensor is missing"):
+        open_checkpoint(tmp_path / "hf")
+
+
 def test_an_untied_config_without_head_is_refused(tmp_path):
     write_family(tmp_path, "gemma3")
     edit_config(tmp_path, tie_word_embeddings=False)

@@ -50,7 +50,8 @@ def convert(
       max_shard_bytes: of the safetensors files.
       query_vector: False writes a Hugging Face directory without it: the plain left-to-right model.
       check: compare what was written with `transformers` before `dst` appears; None: where that is
-        installed, and half of the free memory holds the model twice in float32.
+        installed, half of the free memory holds the model twice in float32, one process converts, and values
+        have to be finite.
       allow_nonfinite: convert parameters that are NaN or infinite too.
       sha256: a file as sha256sum prints it, with which every file of a Hugging Face source is compared
         before anything is written. Without, the sums are recorded all the same.
@@ -69,7 +70,7 @@ def convert(
     dtype = parse_dtype(dtype)
     together("convert", lambda: check_free(dst))
     source = together("convert", lambda: open_source(src, dtype, seed, allow_nonfinite))
-    if check is None and allow_nonfinite:
+    if check is None and (allow_nonfinite or jax.process_count() > 1):  # one would check, the others wait
         check = False
     hf_directory = source.hf_directory if to == "a3" else as_path(dst)
     checks: bool = by_first("convert", lambda: is_checked(check, source.config, hf_directory, dst))

@@ -323,7 +323,7 @@ def _check_wrappers(names, config: ModelConfig, file) -> None:
     ]
     for what, pattern in (*ways, ("are those of a wrapper", _WRAPPERS)):
         found = [_full_name(re.sub(pattern, "", name), config) for name in unknown]
-        if {embedding(config), tied_head(config)} & {*found} and all(_is_known(it, config) for it in found):
+        if 2 * len(unknown) > len(names) and all(_is_known(name, config) for name in found):
             count = "all" if len(unknown) == len(names) else f"{len(unknown)} of the"
             why = f"{count} {len(names)} tensor names {what}, where this architecture has {found[0]}: "
             why += "store the state dict of the model inside, or rename them"
