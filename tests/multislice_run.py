@@ -25,9 +25,9 @@ def train_as_slice(arguments) -> int:
     """
     import jax
 
+    from a3_jax.runtime.distributed import join, shutdown
     from a3_jax.training import run
     from a3_jax.training.config import RunConfig
-    from a3_jax.training.processes import join, part
 
     data, workdir = arguments
     join()
@@ -36,5 +36,5 @@ def train_as_slice(arguments) -> int:
     crossed = [sorted({device.process_index for device in row.flat}) for row in mesh.devices]
     run.train(config, workdir)
     print(json.dumps({"processes": crossed, "devices": len(jax.devices())}))
-    part()
+    shutdown()
     return 0

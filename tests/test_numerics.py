@@ -9,8 +9,8 @@ import pytest
 from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.data import batches
 from a3_jax.errors import EXIT_NUMERICS, RunError
+from a3_jax.runtime.compile_cache import compilation_cache
 from a3_jax.training import loop
-from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.run import train
 from a3_jax.training.step import make_train_step
 from tests.training_fixtures import LINES, one_device, sorted_rows, tiny_run, tiny_state

@@ -10,8 +10,8 @@ import pytest
 
 from a3_jax.errors import InputError
 from a3_jax.model.flops import train_step_flops
+from a3_jax.runtime.compile_cache import compilation_cache, default_directory
 from a3_jax.training import run as opening
-from a3_jax.training.compilation import compilation_cache, default_directory
 from a3_jax.training.config import RunConfig, check_unchanged
 from a3_jax.training.metrics import Profiler
 from a3_jax.training.progress import ProgressLine
@@ -116,12 +116,10 @@ def test_where_programs_are_kept(tmp_path, monkeypatch, directory, platform, exp
     [("", "cpu", "launch"), ("{home}/own", "cpu", "own"), ("off", "cpu", None), ("{home}/own", "tpu", "own")],
 )
 def test_where_a_launch_keeps_programs_of_cpus(tmp_path, monkeypatch, directory, platform, expected):
-    """For as long as it lasts, unless the config says otherwise; there one process compiles for all."""
+    """For as long as it lasts, unless the config says otherwise."""
     monkeypatch.setenv("A3_COMPILATION_CACHE", str(tmp_path / "launch"))
     with compilation_cache(directory.format(home=tmp_path), platform):
         assert cache_directory() == (expected and str(tmp_path / expected))
-        assert jax.config.values["jax_share_binary_between_hosts"] == (expected == "launch")
-    assert not jax.config.values["jax_share_binary_between_hosts"]
 
 
 def test_the_default_place_is_the_users_cache_directory(monkeypatch):

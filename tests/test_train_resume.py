@@ -12,8 +12,8 @@ from a3_jax.checkpoints.a3_format import Meta, save_checkpoint
 from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import init_params
+from a3_jax.runtime.compile_cache import compilation_cache
 from a3_jax.training import loop
-from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.run import train
 from tests.training_fixtures import LINES, tiny_run
 

@@ -1,18 +1,20 @@
 """The config of a run: its fields, their defaults, and what a resumed run may change."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from a3_jax.config_file import read_config
 from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.model.attention import IMPLEMENTATIONS
 from a3_jax.model.config import PRESETS, ModelConfig
 from a3_jax.model.two_stream import REMAT_POLICIES
 from a3_jax.ordering.curriculum import SCHEDULES, Stage, stages_from_config, total_steps
+from a3_jax.runtime.coordination import differences
 from a3_jax.training.optimizer import MOMENT_DTYPES, OPTIMIZERS
-from a3_jax.training.processes import differences
 
 DTYPES = ("float32", "bfloat16")
 MESH = {"data": 0, "fsdp": -1, "tensor": 1}
@@ -181,6 +183,22 @@ class RunConfig:
         fields = {name: _typed(name, value, known[name].type) for name, value in fields.items()}
         fields["stages"] = stages_from_config(fields["stages"])
         return cls(**fields)
+
+
+def default_fields() -> dict[str, Any]:
+    """Returns the fields of `RunConfig` that have defaults, with these."""
+    defaults: dict[str, Any] = {}
+    for field in dataclasses.fields(RunConfig):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = ConfigDict(field.default_factory())
+    return defaults
+
+
+def read_run_config(path: str, overrides: Sequence[str]) -> Any:
+    """Reads the config file of a run, with overrides; see `config_file.read_config`."""
+    return read_config(path, overrides, default_fields())
 
 
 def model_config(run: RunConfig, vocab_size: int | None = None) -> ModelConfig:

@@ -11,14 +11,14 @@ import numpy as np
 
 from a3_jax.errors import EXIT_PREEMPTED, RunError
 from a3_jax.ordering.curriculum import Stage, stage_at, total_steps
+from a3_jax.runtime.distributed import ProcessFlags
+from a3_jax.runtime.preemption import StopRequest
+from a3_jax.runtime.watchdog import Watchdog
 from a3_jax.training.events import Events
 from a3_jax.training.metrics import JsonLines, Profiler, TensorBoard, numbers
-from a3_jax.training.preemption import StopRequest
-from a3_jax.training.processes import Votes
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.saving import Saver
 from a3_jax.training.state import TrainState
-from a3_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Guards:
     """What keeps a run from being lost, or from going wrong unseen."""
 
     saver: Saver
-    votes: Votes
+    flags: ProcessFlags
     stop: StopRequest
     watchdog: Watchdog
     check_lease: Callable[[], None]
@@ -162,9 +162,9 @@ def train(
             watchdog.enter("step")
         guards.stop.anything_to_save = True
         guards.check_lease()
-        votes = guards.votes.cast(bool(guards.stop), saver.has_failed())
+        flags = guards.flags.any(bool(guards.stop), saver.has_failed())
         reader.read_previous()
-        reader.pending = done, stage, rate, metrics, votes
+        reader.pending = done, stage, rate, metrics, flags
 
         # 4. What is due after this step.
         stage_ends = done == stage_first + stage.steps
@@ -226,7 +226,7 @@ class _MetricsReader:
     """Reads a step's metrics from the device one step late, and writes them down.
 
     Attributes:
-      pending: (number, stage, learning rate, metrics, votes on the device) of the last dispatched step.
+      pending: (number, stage, learning rate, metrics, flags on the device) of the last dispatched step.
       step: whose metrics were read last.
       skipped: how many steps in a row, up to that one, changed nothing.
       stop, save_failed: whether any process has wanted to stop, or has failed to save.
@@ -259,21 +259,21 @@ class _MetricsReader:
         self._logs.events.write(event, **fields, seconds=round(seconds, 4))
 
     def drop_pending(self) -> None:
-        """Of the last dispatched step only the votes count: the run goes back before it."""
+        """Of the last dispatched step only the flags count: the run goes back before it."""
         if self.pending is not None:
             self._count(self.pending[-1])
             self.pending = None
 
-    def _count(self, votes) -> None:
-        stop, save_failed = (bool(vote) for vote in np.asarray(votes))
+    def _count(self, flags) -> None:
+        stop, save_failed = (bool(flag) for flag in np.asarray(flags))
         self.stop, self.save_failed = self.stop or stop, self.save_failed or save_failed
 
     def read_previous(self) -> None:
         if self.pending is None:
             return
-        (self.step, stage, rate, metrics, votes), self.pending = self.pending, None
+        (self.step, stage, rate, metrics, flags), self.pending = self.pending, None
         values = {name: float(value) for name, value in metrics.items()}  # waits for that step to end
-        self._count(votes)
+        self._count(flags)
         self.skipped = int(values["skipped"])
         seconds = time.monotonic() - self._clock - self._left_out
         data_seconds = self._data_seconds
@@ -310,7 +310,7 @@ def _evaluate(functions, logs, guards, step, stage, state, to_its_end=False) -> 
 
     def should_stop():
         guards.watchdog.beat()
-        return guards.votes.decide(bool(guards.stop))[0] and not to_its_end
+        return guards.flags.any_now(bool(guards.stop))[0] and not to_its_end
 
     guards.watchdog.enter("evaluate")
     with logs.events.timed("evaluate", step=step):

@@ -13,34 +13,41 @@ from typing import Any
 import jax
 
 from a3_jax.checkpoints.a3_format import Meta, StepWriter, with_manifest
-from a3_jax.checkpoints.agreement import agree, by_first, together
-from a3_jax.checkpoints.manifest import DamagedCheckpoint, raise_damage, read_manifest
-from a3_jax.errors import EXIT_NUMERICS, EXIT_PREEMPTED, InputError, RunError
+from a3_jax.checkpoints.manifest import raise_damage, read_manifest
+from a3_jax.errors import EXIT_NUMERICS, EXIT_PREEMPTED, DamagedCheckpoint, InputError, RunError
 from a3_jax.model.accelerators import peak_flops
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import train_step_flops
 from a3_jax.model.sharding import batch_sharding, make_mesh, number_of_slices, replicated
 from a3_jax.ordering.curriculum import stage_at, trained_context
 from a3_jax.paths import as_path, check_parents, read_json, write_json
-from a3_jax.training import loop, processes
+from a3_jax.runtime.compile_cache import compilation_cache
+from a3_jax.runtime.coordination import (
+    assert_same_on_all_processes,
+    barrier,
+    is_process_zero,
+    run_on_all,
+    run_on_process_zero,
+)
+from a3_jax.runtime.distributed import PeerLost, ProcessFlags, exit_on_failure, rows_of_process
+from a3_jax.runtime.lease import Lease
+from a3_jax.runtime.preemption import StopRequest
+from a3_jax.runtime.versions import software
+from a3_jax.runtime.watchdog import Limits, Watchdog
+from a3_jax.training import loop
 from a3_jax.training.ahead import compiled_meanwhile, placed
-from a3_jax.training.compilation import compilation_cache
 from a3_jax.training.config import RunConfig, check_unchanged, model_config
 from a3_jax.training.evaluate import held_out_losses
 from a3_jax.training.events import Events, process_seconds
-from a3_jax.training.lease import Lease
 from a3_jax.training.metrics import JsonLines, Profiler, TensorBoard
 from a3_jax.training.optimizer import learning_rate
 from a3_jax.training.parts import network_of, optimizer_of
-from a3_jax.training.preemption import StopRequest
-from a3_jax.training.presence import Presence
 from a3_jax.training.progress import ProgressLine
 from a3_jax.training.samples import make_sampler
 from a3_jax.training.saving import Saver, storage_faults
 from a3_jax.training.start import open_run_data, open_start, reopen_start
 from a3_jax.training.state import Numerics, TrainState, abstract_state, init_state, state_shardings
 from a3_jax.training.step import LOSSES, make_loss, make_reset, make_train_step
-from a3_jax.training.watchdog import Limits, Watchdog
 
 JSON_LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 SLICES_ARE_PROCESSES = "A3_SLICES_ARE_PROCESSES"  # an environment variable
@@ -55,7 +62,7 @@ def train(config: Mapping[str, Any], workdir, devices=None):
         WORKDIR/tensorboard      and profile, if steps are to be profiled
         WORKDIR/lease.json       who writes here, while it does; stacks/ of a process that hung
 
-    Several processes that were joined (`processes.join`) make the same call and train one run.
+    Several processes that were joined (`runtime.distributed.join`) make the same call and train one run.
 
     Args:
       config: `ConfigDict` or dictionary with the fields of `RunConfig`.
@@ -78,17 +85,15 @@ def train(config: Mapping[str, Any], workdir, devices=None):
         for function in reversed(last_words):
             function(error)
 
-    with contextlib.ExitStack() as stack, processes.leaving_together(tell):
+    with contextlib.ExitStack() as stack, exit_on_failure(tell):
         stop = stack.enter_context(StopRequest(tell))
-        presence = stack.enter_context(Presence(tell))
-        last_words.append(presence.last_word)
-        processes.check_alike({"config": run.to_dict(), **processes.software()})
-        newest = by_first("progress", lambda: _find_progress(run, workdir))
-        if not by_first("done", lambda: _is_done(run, workdir, newest)):
+        assert_same_on_all_processes({"config": run.to_dict(), **software()})
+        newest = run_on_process_zero("progress", lambda: _find_progress(run, workdir))
+        if not run_on_process_zero("done", lambda: _is_done(run, workdir, newest)):
             _train(run, workdir, newest, devices, stop, last_words, stack)
     done = max(newest or 0, run.total_steps)
     last = workdir / "checkpoints" / str(done)
-    if processes.is_first():
+    if is_process_zero():
         print(f"finished: {done} of {run.total_steps} steps, {last}")
     return last
 
@@ -102,14 +107,14 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
       last_words: gets what is to be done if this process has to leave at once.
       stack: gets what is to be closed in the end.
     """
-    checkpoints, is_first = workdir / "checkpoints", processes.is_first()
+    checkpoints, is_first = workdir / "checkpoints", is_process_zero()
     mesh = open_mesh(run, devices)
     stack.enter_context(jax.set_mesh(mesh))
     start = open_start(run, mesh) if newest is None else reopen_start(checkpoints)
     data_file = workdir / "data.json"
     saved = read_json(data_file) if newest is not None and data_file.exists() else None
-    data, described = together("data", lambda: open_run_data(run, start, saved))
-    processes.check_alike({"data": described})
+    data, described = run_on_all("data", lambda: open_run_data(run, start, saved))
+    assert_same_on_all_processes({"data": described})
     optimizer = optimizer_of(run)
     shardings = state_shardings(start.model, optimizer, mesh)
     lease = _claim(run, workdir, newest, stack, last_words)  # the last thing that can be bad input
@@ -118,7 +123,7 @@ def _train(run: RunConfig, workdir, newest: int | None, devices, stop: StopReque
         with storage_faults():
             write_json(data_file, described)
             write_json(workdir / "config.json", run.to_dict())
-    agree("written", None, lambda _: None)  # nobody goes on before
+    barrier("written")  # nobody goes on before
     stack.enter_context(compilation_cache(run.compilation_cache, mesh.devices.flat[0].platform))
 
     events = stack.enter_context(contextlib.closing(Events(workdir / "events.jsonl", is_first)))
@@ -181,15 +186,15 @@ def _claim(run, workdir, newest, stack, last_words) -> Lease:
     """
     lease = Lease(workdir)
     with storage_faults():
-        together("lease", lambda: stack.enter_context(lease) if processes.is_first() else None)
-    if by_first("again", lambda: _find_progress(run, workdir)) != newest:
+        run_on_all("lease", lambda: stack.enter_context(lease) if is_process_zero() else None)
+    if run_on_process_zero("again", lambda: _find_progress(run, workdir)) != newest:
         raise InputError("another run has written here meanwhile", file=workdir)
 
     def give_back(error):  # with one process an exception comes to the end of the stack, which does so last
         if error is None or jax.process_count() > 1:
             lease.release()
 
-    if processes.is_first():
+    if is_process_zero():
         last_words.append(give_back)
     return lease
 
@@ -291,10 +296,10 @@ def _guards(run, start, mesh, writer, stop, watchdog, lease, note) -> loop.Guard
         return Meta(start.model, source=start.source, stage=stage, context=contexts[stage],
                     run_config=run.to_dict())  # fmt: skip
 
-    votes = processes.Votes(mesh)
-    saver = Saver(writer, votes, start.tokenizer, meta_of, attempts=run.save_attempts, note=note)
-    check_lease = lease.check if processes.is_first() else lambda: None
-    return loop.Guards(saver, votes, stop, watchdog, check_lease)
+    flags = ProcessFlags(mesh)
+    saver = Saver(writer, flags, start.tokenizer, meta_of, attempts=run.save_attempts, note=note)
+    check_lease = lease.check if is_process_zero() else lambda: None
+    return loop.Guards(saver, flags, stop, watchdog, check_lease)
 
 
 def _write_beginning(events, run, mesh, first_step, restore_seconds) -> None:
@@ -309,7 +314,7 @@ def _write_beginning(events, run, mesh, first_step, restore_seconds) -> None:
 
 def _write_end(events, error) -> None:
     """The event of a run that ends before its time."""
-    if isinstance(error, processes.PeerLost):
+    if isinstance(error, PeerLost):
         events.write("peer_lost", problem=str(error))
     elif error is not None and getattr(error, "status", None) != EXIT_PREEMPTED:
         events.write("failed", problem=f"{type(error).__name__}: {error}")
@@ -323,7 +328,7 @@ def _write_hang(events, phase, seconds, file) -> None:
 
 def _open_logs(run, workdir, events, first_step, stack):
     """Where rows go, cut back to the step that the run goes on from; closed with the stack."""
-    opened, is_first = [], processes.is_first()
+    opened, is_first = [], is_process_zero()
     for name in JSON_LINES:
         opened.append(stack.enter_context(contextlib.closing(JsonLines(workdir / name, is_first))))
         opened[-1].cut_back(first_step)
@@ -341,7 +346,7 @@ def _evaluation_due(run, first_step, restored, evaluations) -> str:
     if not run.eval_every:
         return ""
     _, stage, stage_first = stage_at(run.stages, first_step)
-    if by_first("evaluated", lambda: evaluations.has(first_step)):
+    if run_on_process_zero("evaluated", lambda: evaluations.has(first_step)):
         return ""
     if not restored:
         return stage.name
@@ -365,7 +370,7 @@ def _functions(run, start, data, mesh, optimizer, steps, samples, note, roll_bac
     """The compiled functions of a run, and those that write."""
     model = network_of(run, start.model)
     sharding, bos_id = batch_sharding(mesh), start.tokenizer.bos_id
-    host, num_hosts = processes.rows_of_process(sharding, run.batch_size)
+    host, num_hosts = rows_of_process(sharding, run.batch_size)
     place = functools.partial(_place, sharding, num_hosts)
     table = data.heldout if data.heldout is not None else data.train
 
@@ -425,7 +430,7 @@ def _evaluation(run, model, heldout, place, sharding, bos_id):
     context = contexts.pop() if len(contexts) == 1 else "flat"
 
     rows_a_batch = run.batch_size // run.microbatches
-    host, num_hosts = processes.rows_of_process(sharding, rows_a_batch)
+    host, num_hosts = rows_of_process(sharding, rows_a_batch)
 
     def batches(objective, order, group_size):
         rows = eval_batch(

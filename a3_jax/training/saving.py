@@ -7,8 +7,8 @@ from typing import Any
 
 from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.errors import EXIT_STORAGE, InputError, RunError
+from a3_jax.runtime.distributed import ProcessFlags
 from a3_jax.tokenizer import Tokenizer
-from a3_jax.training.processes import Votes
 from a3_jax.training.state import TrainState
 
 
@@ -37,7 +37,7 @@ class Saver:
     def __init__(
         self,
         writer: Any,
-        votes: Votes,
+        flags: ProcessFlags,
         tokenizer: Tokenizer,
         meta_of: Callable[[str], Meta],
         *,
@@ -48,14 +48,14 @@ class Saver:
 
         Args:
           writer: of the run.
-          votes: of its processes.
+          flags: of its processes.
           tokenizer: goes into every checkpoint.
           meta_of: name of a stage -> what the checkpoint says of itself.
           attempts: failed saves in a row that end the run.
           note: shows a line to whoever watches.
         """
         self.due = False
-        self._writer, self._votes, self._tokenizer, self._meta_of = writer, votes, tokenizer, meta_of
+        self._writer, self._flags, self._tokenizer, self._meta_of = writer, flags, tokenizer, meta_of
         self._attempts, self._note = attempts, note
         self._failures, self._in_flight, self._failed = 0, False, False
 
@@ -103,7 +103,7 @@ class Saver:
             self._writer.wait()
         except Exception as error:
             self._report(error)
-        if self._votes.decide(self.has_failed())[0]:
+        if self._flags.any_now(self.has_failed())[0]:
             self.count_failure()
         elif self._in_flight:
             self._failures, self._in_flight = 0, False

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from a3_jax.checkpoints.a3_format import load_checkpoint_tokenizer, load_meta, with_manifest
-from a3_jax.checkpoints.manifest import DamagedCheckpoint
-from a3_jax.errors import InputError
+from a3_jax.errors import DamagedCheckpoint, InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
 from a3_jax.training.config import model_config, with_mask
