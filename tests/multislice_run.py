@@ -1,6 +1,7 @@
 """The run of `test_multislice`, in each of its processes."""
 
 import json
+import sys
 
 from tests.training_fixtures import tiny_run
 
@@ -38,3 +39,7 @@ def train_as_slice(arguments) -> int:
     print(json.dumps({"processes": crossed, "devices": len(jax.devices())}))
     shutdown()
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(train_as_slice(sys.argv[1:]))

@@ -151,7 +151,7 @@ OPENERS = {
     "cli.py": SYSTEM, "data/ledger.py": LOCAL, "data/shard_writer.py": ITS_OWN,
     "data/tensorflow_host.py": SYSTEM, "decoding/commands.py": "pipes and devices",
     "evaluation/confined.py": SYSTEM, "evaluation/lm_eval_run.py": ITS_OWN,
-    "pods/local.py": LAUNCH, "pods/prepared.py": LAUNCH, "pods/manifests.py": "the package's own schema",
+    "pods/local.py": LAUNCH, "pods/manifests.py": "the package's own schema",
     "pods/records.py": LAUNCH, "pods/spec.py": LAUNCH, "pods/xpk.py": LAUNCH,
     "runtime/lease.py": LOCAL, "runtime/tpu_hosts.py": SYSTEM, "runtime/watchdog.py": LOCAL,
     "runtime/versions.py": "the package's own code", "training/events.py": SYSTEM,

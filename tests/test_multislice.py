@@ -15,10 +15,10 @@ import pytest
 
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh, number_of_slices
-from a3_jax.pods.prepared import Prepared
+from a3_jax.pods.local import start_child
 from a3_jax.training import run as training
 from a3_jax.training.config import RunConfig
-from tests.multislice_run import config_of, train_as_slice
+from tests.multislice_run import config_of
 from tests.prepared_fixtures import make_prepared, rows
 
 COMPILE = """
@@ -64,10 +64,11 @@ def train_as_slices(data, workdir):
     environment |= {"JAX_COORDINATOR_ADDRESS": address, "A3_NUM_PROCESSES": "2"}
     environment["A3_COMPILATION_CACHE"] = f"{workdir}-programs"
     logs = [f"{workdir}-{number}.log" for number in range(2)]
-    processes = [
-        Prepared(train_as_slice, [data, str(workdir)], environment | {"A3_PROCESS_ID": str(number)}, log)
-        for number, log in enumerate(logs)
-    ]
+    command = [sys.executable, "-m", "tests.multislice_run", data, str(workdir)]
+    processes = []
+    for number, log in enumerate(logs):
+        with open(log, "wb") as file:
+            processes.append(start_child(command, environment | {"A3_PROCESS_ID": str(number)}, file))
     try:
         statuses = [process.wait(400) for process in processes]
     finally:
