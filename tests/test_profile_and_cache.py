@@ -122,6 +122,14 @@ def test_where_a_launch_keeps_programs_of_cpus(tmp_path, monkeypatch, directory,
         assert cache_directory() == (expected and str(tmp_path / expected))
 
 
+def test_several_processes_on_cpus_keep_no_programs(tmp_path, monkeypatch):
+    """Only process 0 would find them, and gloo gives up on processes that compile for longer than 30 s."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for platform, expected in (("cpu", None), ("tpu", str(tmp_path))):
+        with compilation_cache(str(tmp_path), platform):
+            assert cache_directory() == expected
+
+
 def test_the_default_place_is_the_users_cache_directory(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/ada")

@@ -23,7 +23,8 @@ def compilation_cache(directory: str, platform: str) -> Iterator[None]:
 
     A directory that the user (`JAX_COMPILATION_CACHE_DIR`) or the program has set before stays in use. A
     directory that can't be written costs one warning, and nothing is kept. Only process 0 writes, so runs
-    on several hosts need a directory that all of them see, such as one in a bucket.
+    on several hosts need a directory that all of them see, such as one in a bucket. Several processes on
+    CPUs keep nothing: JAX names their programs by process, so that only process 0 would find its own.
 
     Args:
       directory: local or in a bucket; "off" for none; empty for `a3_jax/xla` in the user's cache
@@ -33,6 +34,8 @@ def compilation_cache(directory: str, platform: str) -> Iterator[None]:
     """
     if platform == "cpu" and not directory:
         directory = os.environ.get(DIRECTORY, "off")
+    if platform == "cpu" and jax.process_count() > 1:
+        directory = "off"  # process 0 would not compile, and give up on the others, which do, after 30 s
     names = [*_EVERY_PROGRAM, "jax_compilation_cache_dir"]
     before = {name: getattr(jax.config, name) for name in names}
     if before["jax_compilation_cache_dir"] or directory == "off":
