@@ -27,15 +27,16 @@ def train_as_slice(arguments) -> int:
     import jax
 
     from a3_jax.runtime.distributed import join, shutdown
-    from a3_jax.training import run
     from a3_jax.training.config import RunConfig
+    from a3_jax.training.setup import open_mesh
+    from a3_jax.training.train import train
 
     data, workdir = arguments
     join()
     config = config_of(data)
-    mesh = run.open_mesh(RunConfig.from_config(config))
+    mesh = open_mesh(RunConfig.from_config(config))
     crossed = [sorted({device.process_index for device in row.flat}) for row in mesh.devices]
-    run.train(config, workdir)
+    train(config, workdir)
     print(json.dumps({"processes": crossed, "devices": len(jax.devices())}))
     shutdown()
     return 0

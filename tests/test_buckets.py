@@ -16,7 +16,7 @@ from a3_jax.evaluation import work
 from a3_jax.evaluation.harness_tasks import harness_files
 from a3_jax.evaluation.results import Records
 from a3_jax.evaluation.runner import evaluate
-from a3_jax.training import run as training
+from a3_jax.training import train as training
 from a3_jax.training.config import read_run_config
 from tests.eval_fixtures import UniformModel, write_fixtures
 from tests.fake_bucket import make_bucket
@@ -154,7 +154,7 @@ OPENERS = {
     "pods/local.py": LAUNCH, "pods/manifests.py": "the package's own schema",
     "pods/records.py": LAUNCH, "pods/spec.py": LAUNCH, "pods/xpk.py": LAUNCH,
     "runtime/lease.py": LOCAL, "runtime/tpu_hosts.py": SYSTEM, "runtime/watchdog.py": LOCAL,
-    "runtime/versions.py": "the package's own code", "training/events.py": SYSTEM,
+    "runtime/versions.py": "the package's own code", "training/records.py": SYSTEM,
 }  # fmt: skip
 
 

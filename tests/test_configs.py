@@ -10,11 +10,10 @@ import pytest
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import abstract_params
 from a3_jax.training.config import RunConfig, read_run_config
-from a3_jax.training.loop import step_kind
-from a3_jax.training.optimizer import learning_rate
-from a3_jax.training.parts import network_of, optimizer_of
+from a3_jax.training.optimizer import learning_rate, make_optimizer
+from a3_jax.training.setup import make_model
 from a3_jax.training.state import abstract_state
-from a3_jax.training.step import step_loss, train_step
+from a3_jax.training.step import step_kind, step_loss, train_step
 from tests.golden_configs import CONFIGS, GOLDEN, golden_text, load, model_of
 
 by_name = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -74,7 +73,7 @@ def test_parameters_have_the_published_count(path):
 def test_step_evaluates_by_shape(path):
     """The step of each objective maps a state to a state of the same shapes, without computing anything."""
     run = load(path)
-    model, optimizer = network_of(run, model_of(run)), optimizer_of(run)
+    model, optimizer = make_model(run, model_of(run)), make_optimizer(run.optimizer, **run.optimizer_options)
     state = abstract_state(model.config, optimizer)
     rows = jax.ShapeDtypeStruct((run.batch_size, run.seq_len), jnp.int32)
     batch = dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), rows)

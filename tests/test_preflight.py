@@ -22,7 +22,7 @@ from a3_jax.pods.preflight import cache_file
 from a3_jax.pods.search import advice, search
 from a3_jax.pods.spec import config_hash
 from a3_jax.pods.topologies import Pod, find_topology
-from a3_jax.training import ahead, loss
+from a3_jax.training import loss, setup
 from a3_jax.training.config import RunConfig, model_config, read_run_config
 from tests.test_collectives import LOOPS
 from tests.tpu_programs import run_apart
@@ -83,7 +83,7 @@ def stories(monkeypatch):
     compiled, devices = [], jax.devices()
 
     def compile_step(run, model, mesh, objective, weight):
-        ahead.placed_state(run, model, mesh)
+        setup.sharded_state(run, model, mesh)
         compiled.append((run.remat, dict(mesh.shape), objective))
         return Story()
 

@@ -16,7 +16,7 @@ from a3_jax.model.sharding import make_mesh
 from a3_jax.runtime.distributed import ProcessFlags
 from a3_jax.runtime.lease import Lease
 from a3_jax.runtime.watchdog import Limits, Watchdog
-from a3_jax.training.events import Events
+from a3_jax.training.records import Events
 
 SAVE_EVERY = 100  # steps, as the paper's configs do
 _CALLS = 200

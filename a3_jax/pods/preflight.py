@@ -102,7 +102,7 @@ def _compiled(run, inputs, pod: Pod, programs: list[str]) -> dict[str, Any]:
     from a3_jax.pods.compiler import check_flags, compile_program
     from a3_jax.pods.preflight_report import make_report
     from a3_jax.pods.programs import other_programs, train_programs
-    from a3_jax.training.run import open_mesh
+    from a3_jax.training.setup import open_mesh
 
     check_flags(pod.slice.name)
     mesh = open_mesh(run, topology_devices(pod.slice.name, pod.slices))

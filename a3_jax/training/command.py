@@ -38,7 +38,7 @@ def main(args) -> int:
     config = read_run_config(args.config, args.config_flags)
     from a3_jax.runtime.distributed import join, shutdown
     from a3_jax.runtime.preemption import StopRequest
-    from a3_jax.training.run import train
+    from a3_jax.training.train import train
 
     with StopRequest():  # while it waits for the others too
         join()

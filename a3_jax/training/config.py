@@ -160,6 +160,12 @@ class RunConfig:
     def compute_dtype(self):
         return jnp.dtype(self.dtype)
 
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """The options of `optimizer.make_optimizer`."""
+        names = ("b1", "b2", "eps", "weight_decay", "clip", "moment_dtype")
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: `from_config(run.to_dict()) == run`."""
         return _plain(dataclasses.asdict(self))

@@ -84,7 +84,7 @@ def test_a_stuck_and_a_stopped_peer(run):
         assert disturbed.children[0].wait(120) == EXIT_HUNG, disturbed.told()
         (hang,) = disturbed.events("hang")
         assert hang["phase"] == "step" and 10 <= hang["seconds"] < 60
-        assert "loop.py" in pathlib.Path(hang["file"]).read_text()
+        assert "train.py" in pathlib.Path(hang["file"]).read_text()
         disturbed.end()
 
 
