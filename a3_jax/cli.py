@@ -19,8 +19,7 @@ from a3_jax.evaluation.command import add_eval
 from a3_jax.evaluation.reproduce_command import add_reproduce
 from a3_jax.pods.command import add_goodput, add_launch, add_preflight, add_status
 from a3_jax.quickstart.command import add_quickstart
-from a3_jax.training.command import add_train
-from a3_jax.training.show_command import add_show
+from a3_jax.training.command import add_train, default_fields
 
 EXAMPLES = """examples:
   a3 quickstart                                     the whole path in minutes on a laptop
@@ -56,7 +55,7 @@ def _parser():
     add_quickstart(commands)
     for add in (add_convert, add_info, add_verify):
         add(commands)
-    add_data(commands, add_show)
+    add_data(commands, default_fields)
     for add in (add_train, add_preflight, add_launch, add_status, add_goodput, add_generate, add_score):
         add(commands)
     for add in (add_eval, add_reproduce, add_bench):
@@ -113,7 +112,7 @@ def main(arguments=None) -> int:
 
 def _run_together(parsed) -> int:
     """A command that shares its work with the processes that the environment names, if it names any."""
-    from a3_jax.training.processes import ADDRESS, join, part
+    from a3_jax.runtime.distributed import ADDRESS, join, shutdown
 
     if not os.environ.get(ADDRESS):
         return parsed.run(parsed)
@@ -121,9 +120,9 @@ def _run_together(parsed) -> int:
     try:
         status = parsed.run(parsed)
     except InputError:  # which all of them have
-        part()
+        shutdown()
         raise
-    part()
+    shutdown()
     return status
 
 

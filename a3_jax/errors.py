@@ -34,6 +34,19 @@ class InputError(Exception):
         return " ".join(": ".join(part for part in parts if part).split())
 
 
+class DamagedCheckpoint(InputError):
+    """A checkpoint whose bytes are not those that were written.
+
+    Attributes:
+      step: the run's step; None outside of a run, or if it isn't known.
+      leaf: `params/...` or `train/...`; None if a file is meant.
+    """
+
+    def __init__(self, message, *, file, leaf: str | None = None, step: int | None = None):
+        super().__init__(message, file=file, field=leaf)
+        self.leaf, self.step = leaf, step
+
+
 class RunError(Exception):
     """A run that ends with a status of its own, without a traceback: what happened is no fault of the code.
 

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from a3_jax.checkpoints import a3_format, reading
 from a3_jax.checkpoints.a3_format import SaveFailed, StepWriter, list_steps
-from a3_jax.checkpoints.agreement import agree
 from a3_jax.checkpoints.manifest import DamagedCheckpoint
+from a3_jax.runtime.coordination import barrier
 from tests.checkpoint_fixtures import META
 
 
@@ -100,7 +100,7 @@ def story(run, mesh, second):
         yield "saved", try_to_save(writer, mesh, 4)
         if not second:
             damage(run, 4)
-        agree("test", None, lambda _: None)
+        barrier("test")
         yield "restored", try_to_restore(writer, mesh)
         if second:
             check = reading.raise_damage

@@ -10,8 +10,7 @@ import jax
 
 from a3_jax.model.sharding import partition_spec
 from a3_jax.model.two_stream import abstract_params, logical_axes
-from a3_jax.training.command import read_config
-from a3_jax.training.config import RunConfig, model_config
+from a3_jax.training.config import RunConfig, model_config, read_run_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -20,7 +19,7 @@ EMBEDDED_VOCABULARY = 128  # stands for the tokenizer's where a config leaves th
 
 
 def load(path) -> RunConfig:
-    return RunConfig.from_config(read_config(str(path), []))
+    return RunConfig.from_config(read_run_config(str(path), []))
 
 
 def model_of(run: RunConfig):

@@ -8,6 +8,7 @@ import sys
 import time
 
 SLEEP = "time.sleep(60)"
+COMMAND = (sys.executable, "-m", "tests.launch_stand_in")
 
 
 def plan(workdir, *plans) -> list[str]:
@@ -44,3 +45,7 @@ def run(arguments) -> int:
     names = {"checkpoint": checkpoint, "sleep_till": sleep_till, "workdir": workdir}
     exec(lines[min(attempt, len(lines)) - 1], {**globals(), **names})
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """The run of `test_multislice`, in each of its processes."""
 
 import json
+import sys
 
 from tests.training_fixtures import tiny_run
 
@@ -25,16 +26,21 @@ def train_as_slice(arguments) -> int:
     """
     import jax
 
-    from a3_jax.training import run
+    from a3_jax.runtime.distributed import join, shutdown
     from a3_jax.training.config import RunConfig
-    from a3_jax.training.processes import join, part
+    from a3_jax.training.setup import open_mesh
+    from a3_jax.training.train import train
 
     data, workdir = arguments
     join()
     config = config_of(data)
-    mesh = run.open_mesh(RunConfig.from_config(config))
+    mesh = open_mesh(RunConfig.from_config(config))
     crossed = [sorted({device.process_index for device in row.flat}) for row in mesh.devices]
-    run.train(config, workdir)
+    train(config, workdir)
     print(json.dumps({"processes": crossed, "devices": len(jax.devices())}))
-    part()
+    shutdown()
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(train_as_slice(sys.argv[1:]))

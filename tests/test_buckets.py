@@ -16,8 +16,8 @@ from a3_jax.evaluation import work
 from a3_jax.evaluation.harness_tasks import harness_files
 from a3_jax.evaluation.results import Records
 from a3_jax.evaluation.runner import evaluate
-from a3_jax.training import run as training
-from a3_jax.training.command import read_config
+from a3_jax.training import train as training
+from a3_jax.training.config import read_run_config
 from tests.eval_fixtures import UniformModel, write_fixtures
 from tests.fake_bucket import make_bucket
 from tests.prepared_fixtures import make_prepared, rows
@@ -46,14 +46,14 @@ def bucket(tmp_path, monkeypatch):
 
 def test_a_config(bucket):
     (bucket / "run.py").write_text(CONFIG)
-    assert read_config("gs://bucket/run.py", ["--config.seed=8"]).seed == 8
-    assert read_config("gs://bucket/run.py:0.5", []).learning_rate == 0.5
+    assert read_run_config("gs://bucket/run.py", ["--config.seed=8"]).seed == 8
+    assert read_run_config("gs://bucket/run.py:0.5", []).learning_rate == 0.5
     (bucket / "run.py").write_text("def (")
     with pytest.raises(InputError) as error:
-        read_config("gs://bucket/run.py", [])
+        read_run_config("gs://bucket/run.py", [])
     assert str(error.value) == "gs://bucket/run.py:1: not Python: invalid syntax"
     with pytest.raises(InputError, match=r"gs://bucket/absent.py: no such file"):
-        read_config("gs://bucket/absent.py", [])
+        read_run_config("gs://bucket/absent.py", [])
 
 
 def test_results(bucket, tmp_path, monkeypatch):
@@ -147,14 +147,14 @@ LAUNCH = "of the machine that launches: logs of its children, files beside its c
 OPENERS = {
     "benchmarks/convert.py": ITS_OWN, "benchmarks/data.py": ITS_OWN, "benchmarks/launch.py": ITS_OWN,
     "benchmarks/report.py": SYSTEM, "benchmarks/worker.py": SYSTEM,
-    "checkpoints/directories.py": LOCAL, "checkpoints/holder.py": SYSTEM,
+    "checkpoints/directories.py": LOCAL,
     "cli.py": SYSTEM, "data/ledger.py": LOCAL, "data/shard_writer.py": ITS_OWN,
     "data/tensorflow_host.py": SYSTEM, "decoding/commands.py": "pipes and devices",
     "evaluation/confined.py": SYSTEM, "evaluation/lm_eval_run.py": ITS_OWN,
-    "pods/local.py": LAUNCH, "pods/prepared.py": LAUNCH, "pods/manifests.py": "the package's own schema",
+    "pods/local.py": LAUNCH, "pods/manifests.py": "the package's own schema",
     "pods/records.py": LAUNCH, "pods/spec.py": LAUNCH, "pods/xpk.py": LAUNCH,
-    "training/events.py": SYSTEM, "training/lease.py": LOCAL, "training/pod_environment.py": SYSTEM,
-    "training/processes.py": "the package's own code", "training/watchdog.py": LOCAL,
+    "runtime/lease.py": LOCAL, "runtime/tpu_hosts.py": SYSTEM, "runtime/watchdog.py": LOCAL,
+    "runtime/versions.py": "the package's own code", "training/records.py": SYSTEM,
 }  # fmt: skip
 
 

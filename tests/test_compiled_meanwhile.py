@@ -6,7 +6,8 @@ import threading
 import jax
 import pytest
 
-from a3_jax.training import ahead, run
+from a3_jax.training.setup import compile_in_background
+from a3_jax.training.train import train
 from tests.prepared_fixtures import make_prepared, rows
 from tests.training_fixtures import tiny_run
 
@@ -30,18 +31,17 @@ def test_a_run_compiles_its_first_step_once_and_elsewhere(tmp_path, compiled):
     data = make_prepared(tmp_path, rows(40, seq_len=24))
     stages = [{"name": "ar", "objective": "ar", "steps": 2}, {"name": "l2r", "steps": 1}]
     config = tiny_run(data, tokenizer="", stages=stages, eval_every=0, batch_size=8)
-    run.train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     assert [thread for name, thread in compiled if name == "jit(step)"] == ["a3 compile", "MainThread"]
 
 
-def test_what_cannot_be_compiled_fails_where_it_is_called(monkeypatch):
+def test_what_cannot_be_compiled_fails_where_it_is_called():
     def fail(x):
         raise ValueError("no such step")
 
-    monkeypatch.setattr(ahead, "step_arguments", lambda *_: (jax.ShapeDtypeStruct((), "float32"),))
     mesh = jax.make_mesh((1,), ("data",))
     with contextlib.ExitStack() as stack:
-        step = ahead.compiled_meanwhile(jax.jit(fail), None, None, mesh, stack)
+        step = compile_in_background(jax.jit(fail), (jax.ShapeDtypeStruct((), "float32"),), mesh, stack)
         with pytest.raises(ValueError, match="no such step"):
             step(1.0)
     assert "a3 compile" not in [thread.name for thread in threading.enumerate()]

@@ -9,13 +9,11 @@ import pytest
 
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import abstract_params
-from a3_jax.training.command import read_config
-from a3_jax.training.config import RunConfig
-from a3_jax.training.loop import step_kind
-from a3_jax.training.optimizer import learning_rate
-from a3_jax.training.parts import network_of, optimizer_of
+from a3_jax.training.config import RunConfig, read_run_config
+from a3_jax.training.optimizer import learning_rate, make_optimizer
+from a3_jax.training.setup import make_model
 from a3_jax.training.state import abstract_state
-from a3_jax.training.step import step_loss, train_step
+from a3_jax.training.step import step_kind, step_loss, train_step
 from tests.golden_configs import CONFIGS, GOLDEN, golden_text, load, model_of
 
 by_name = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -75,7 +73,7 @@ def test_parameters_have_the_published_count(path):
 def test_step_evaluates_by_shape(path):
     """The step of each objective maps a state to a state of the same shapes, without computing anything."""
     run = load(path)
-    model, optimizer = network_of(run, model_of(run)), optimizer_of(run)
+    model, optimizer = make_model(run, model_of(run)), make_optimizer(run.optimizer, **run.optimizer_options)
     state = abstract_state(model.config, optimizer)
     rows = jax.ShapeDtypeStruct((run.batch_size, run.seq_len), jnp.int32)
     batch = dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), rows)
@@ -125,7 +123,7 @@ TINY = str(CONFIGS[-1])
 
 def test_overrides():
     given = ["--config.stages[1].steps=9", "--config.mesh.fsdp=2", "--config.seed", "7"]
-    run = RunConfig.from_config(read_config(TINY, [*given, "--config.profile_steps=(3,5)"]))
+    run = RunConfig.from_config(read_run_config(TINY, [*given, "--config.profile_steps=(3,5)"]))
     assert (run.stages[1].steps, run.mesh["fsdp"], run.seed, run.profile_steps) == (9, 2, 7, (3, 5))
 
 
@@ -142,7 +140,7 @@ def test_overrides():
 )
 def test_bad_overrides_are_one_line(override, message):
     with pytest.raises(InputError) as error:
-        read_config(TINY, [override])
+        read_run_config(TINY, [override])
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -158,10 +156,10 @@ def test_bad_overrides_are_one_line(override, message):
 def test_bad_config_files_are_named(tmp_path, text, message):
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(InputError) as error:
-        read_config(str(tmp_path / "bad.py"), [])
+        read_run_config(str(tmp_path / "bad.py"), [])
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_absent_config_file_is_named():
     with pytest.raises(InputError, match=r"no/such\.py"):
-        read_config("no/such.py", [])
+        read_run_config("no/such.py", [])

@@ -327,7 +327,7 @@ def in_two_processes(*command):
 
 PROCESS = """
 import os, sys
-from a3_jax.training.processes import join
+from a3_jax.runtime.distributed import join
 join()
 from a3_jax.checkpoints import conversion_sources, pieces
 from a3_jax.checkpoints.conversion import convert

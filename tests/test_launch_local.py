@@ -15,9 +15,8 @@ import pytest
 
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_NO_PROGRESS, EXIT_OK, EXIT_PREEMPTED, InputError
-from a3_jax.pods import local, prepared
-from a3_jax.pods.local import Launch, child_environment, supervise
-from a3_jax.pods.no_progress import REPORT, write_report
+from a3_jax.pods import local
+from a3_jax.pods.local import REPORT, Launch, child_environment, supervise, write_report
 from a3_jax.pods.records import newest_step, position, read_events
 from tests import launch_stand_in
 from tests.launch_stand_in import SLEEP
@@ -25,21 +24,12 @@ from tests.launch_stand_in import SLEEP
 # The supervisor in a process of its own, to be signalled.
 DRIVER = """
 import sys
-from a3_jax.pods import local, prepared
-from tests import launch_stand_in
-prepared.context.set_forkserver_preload(["tests.launch_stand_in"])
+from a3_jax.pods import local
+from tests.launch_stand_in import COMMAND
 local._POLL, local._LEAVE, local._END, local._STOP, local._FIRST_PAUSE = 0.02, 0.5, 0.3, 0.3, 30
-launch = local.Launch(sys.argv[3:], sys.argv[1], int(sys.argv[2]), function=launch_stand_in.run)
+launch = local.Launch(sys.argv[3:], sys.argv[1], int(sys.argv[2]), command=COMMAND)
 sys.exit(local.supervise(launch))
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_imports():
-    """Stand-ins need none of what the real children are prepared with."""
-    prepared.context.set_forkserver_preload(["tests.launch_stand_in"])
-    yield
-    prepared.context.set_forkserver_preload(prepared.PRELOAD)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +46,7 @@ def _fast(monkeypatch):
 
 def run(workdir, *plans, **options) -> int:
     arguments = launch_stand_in.plan(workdir, *plans)
-    return supervise(Launch(arguments, str(workdir), len(plans), function=launch_stand_in.run, **options))
+    return supervise(Launch(arguments, str(workdir), len(plans), command=launch_stand_in.COMMAND, **options))
 
 
 def started(workdir, process=0) -> list[int]:
@@ -298,7 +288,7 @@ def test_a_second_signal_is_passed_on_and_ends_the_deaf(tmp_path):
 
 
 def test_a_signal_to_the_whole_group_is_the_supervisors_to_pass_on(tmp_path):
-    """As `timeout` sends it: what all are forked from stays, and the children save and say so."""
+    """As `timeout` sends it: the children have sessions of their own, save, and say so."""
     slow = "signal.signal(15, lambda *_: (time.sleep(1), sys.exit(75))); (workdir / 'ready-0').touch()"
     supervisor = start(tmp_path, [f"{slow}; {SLEEP}"], start_new_session=True)
     os.killpg(supervisor.pid, signal.SIGTERM)

@@ -10,14 +10,13 @@ import time
 
 import pytest
 
-from a3_jax.checkpoints.holder import process_start
 from a3_jax.errors import InputError
-from a3_jax.training.lease import Lease
+from a3_jax.runtime.lease import Lease, process_start
 from tests.fake_bucket import make_bucket
 
 HOLD = """
 import sys, time
-from a3_jax.training.lease import Lease
+from a3_jax.runtime.lease import Lease
 with Lease(sys.argv[1]):
     assert "jax" not in sys.modules
     print("held", flush=True)
@@ -26,7 +25,7 @@ with Lease(sys.argv[1]):
 RACE = """
 import sys, time
 from a3_jax.errors import InputError
-from a3_jax.training.lease import Lease
+from a3_jax.runtime.lease import Lease
 print("ready", flush=True)
 for workdir in sys.stdin:
     try:
@@ -120,7 +119,7 @@ def test_a_reused_process_id_is_no_holder(tmp_path):
 
 def test_where_start_times_can_not_be_told_a_process_is_alive(tmp_path, monkeypatch):
     write(tmp_path, process_start="1")
-    monkeypatch.setattr("a3_jax.training.lease.process_start", lambda pid: "")
+    monkeypatch.setattr("a3_jax.runtime.lease.process_start", lambda pid: "")
     with pytest.raises(InputError, match="another run writes here"), Lease(tmp_path):
         pass
 
@@ -223,7 +222,7 @@ def test_a_process_that_slept_looks_before_it_writes(tmp_path, monkeypatch):
 
 
 def test_writes_that_fail_are_told_once_and_tried_again(tmp_path, monkeypatch, capsys):
-    from a3_jax.training import lease as module
+    from a3_jax.runtime import lease as module
 
     real, calls = module.write_text, []
 

@@ -20,8 +20,8 @@ from a3_jax.model.two_stream import TwoStream
 from a3_jax.ordering.curriculum import Order, Stage, trained_context
 from a3_jax.ordering.ranks import draw
 from a3_jax.training.config import RunConfig, model_config, with_mask
-from a3_jax.training.run import train
 from a3_jax.training.step import gradients, masked_loss, step_loss
+from a3_jax.training.train import train
 from tests import tiny
 from tests.oracles import log_softmax, two_stream_logits
 from tests.tiny_hf import write_tiny_llama

@@ -15,10 +15,11 @@ import pytest
 
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh, number_of_slices
-from a3_jax.pods.prepared import Prepared
-from a3_jax.training import run as training
+from a3_jax.pods.local import start_child
+from a3_jax.training import setup
 from a3_jax.training.config import RunConfig
-from tests.multislice_run import config_of, train_as_slice
+from a3_jax.training.train import train
+from tests.multislice_run import config_of
 from tests.prepared_fixtures import make_prepared, rows
 
 COMPILE = """
@@ -27,7 +28,7 @@ from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh
 from a3_jax.pods.chips import compile_step, topology_devices
 from a3_jax.training.config import RunConfig
-from a3_jax.training.run import open_mesh
+from a3_jax.training.setup import open_mesh
 from tests.multislice_run import config_of
 from tests.training_fixtures import TINY
 
@@ -64,10 +65,11 @@ def train_as_slices(data, workdir):
     environment |= {"JAX_COORDINATOR_ADDRESS": address, "A3_NUM_PROCESSES": "2"}
     environment["A3_COMPILATION_CACHE"] = f"{workdir}-programs"
     logs = [f"{workdir}-{number}.log" for number in range(2)]
-    processes = [
-        Prepared(train_as_slice, [data, str(workdir)], environment | {"A3_PROCESS_ID": str(number)}, log)
-        for number, log in enumerate(logs)
-    ]
+    command = [sys.executable, "-m", "tests.multislice_run", data, str(workdir)]
+    processes = []
+    for number, log in enumerate(logs):
+        with open(log, "wb") as file:
+            processes.append(start_child(command, environment | {"A3_PROCESS_ID": str(number)}, file))
     try:
         statuses = [process.wait(400) for process in processes]
     finally:
@@ -86,12 +88,12 @@ def test_two_slices_train_as_one_does(tmp_path):
     for told in train_as_slices(data, tmp_path / "two"):
         assert told == {"processes": [[0], [1]], "devices": 4}
     config = config_of(data) | {"mesh": {"data": 2, "fsdp": 2, "tensor": 1}}
-    training.train(config, tmp_path / "one", devices=jax.devices()[:4])
+    train(config, tmp_path / "one", devices=jax.devices()[:4])
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)
     assert len(one) == 4 and len(set(one)) == 4
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
-    training.train(config_of(data), tmp_path / "two", devices=jax.devices()[:1])  # from step 2
+    train(config_of(data), tmp_path / "two", devices=jax.devices()[:1])  # from step 2
     assert len(losses(tmp_path / "two")) == 4
     np.testing.assert_allclose(losses(tmp_path / "two"), two, rtol=0, atol=1e-6)
 
@@ -139,6 +141,6 @@ def test_processes_stand_for_slices_only_where_that_is_said(monkeypatch):
     assert number_of_slices(both) == 1 and number_of_slices(both, slices_are_processes=True) == 2
     run = RunConfig.from_config(config_of("rows"))
     monkeypatch.setenv("A3_SLICES_ARE_PROCESSES", "1")
-    assert training.open_mesh(run, devices).shape["data"] == 1
+    assert setup.open_mesh(run, devices).shape["data"] == 1
     with pytest.raises(InputError, match="on 2 slices it must be a multiple of 2"):
         make_mesh({"fsdp": 2}, both, slices_are_processes=True)

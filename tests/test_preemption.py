@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from a3_jax.errors import EXIT_PREEMPTED
-from a3_jax.training.preemption import StopRequest
+from a3_jax.runtime.preemption import StopRequest
 
 # The main thread sleeps where Python runs no handlers, as in a compiler.
 PROGRAM = """
 import ctypes, sys
-from a3_jax.training.preemption import StopRequest
+from a3_jax.runtime.preemption import StopRequest
 with StopRequest(lambda: print("given back", flush=True)) as stop:
     stop.anything_to_save = bool(int(sys.argv[1]))
     print("ready", flush=True)

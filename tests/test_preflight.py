@@ -22,9 +22,8 @@ from a3_jax.pods.preflight import cache_file
 from a3_jax.pods.search import advice, search
 from a3_jax.pods.spec import config_hash
 from a3_jax.pods.topologies import Pod, find_topology
-from a3_jax.training import ahead, loss
-from a3_jax.training.command import read_config
-from a3_jax.training.config import RunConfig, model_config
+from a3_jax.training import loss, setup
+from a3_jax.training.config import RunConfig, model_config, read_run_config
 from tests.test_collectives import LOOPS
 from tests.tpu_programs import run_apart
 
@@ -84,7 +83,7 @@ def stories(monkeypatch):
     compiled, devices = [], jax.devices()
 
     def compile_step(run, model, mesh, objective, weight):
-        ahead.placed_state(run, model, mesh)
+        setup.sharded_state(run, model, mesh)
         compiled.append((run.remat, dict(mesh.shape), objective))
         return Story()
 
@@ -138,24 +137,27 @@ def test_known_from_before(config, stories, capsys):
 def test_what_launch_looks_for(config, stories):
     """The file that `a3 launch xpk --submit` reads has the hash of config, slices and code."""
     assert preflight(config) == EXIT_OK
-    digest = config_hash(read_config(str(config), []), Pod(find_topology("v5e:2x2")))
+    digest = config_hash(read_run_config(str(config), []), Pod(find_topology("v5e:2x2")))
     assert json.loads(cache_file(digest).read_text())["passed"] is True
-    assert config_hash(read_config(str(config), []), Pod(find_topology("v5e:2x2"), 2)) != digest
-    assert config_hash(read_config(str(config), ["--config.seed=1"]), Pod(find_topology("v5e:2x2"))) != digest
+    assert config_hash(read_run_config(str(config), []), Pod(find_topology("v5e:2x2"), 2)) != digest
+    assert (
+        config_hash(read_run_config(str(config), ["--config.seed=1"]), Pod(find_topology("v5e:2x2")))
+        != digest
+    )
 
 
 def test_the_hash_covers_code_and_flags(config, monkeypatch):
-    from a3_jax.training import processes
+    from a3_jax.runtime import versions
 
     def digest():
-        return config_hash(read_config(str(config), []), Pod(find_topology("v5e:2x2")))
+        return config_hash(read_run_config(str(config), []), Pod(find_topology("v5e:2x2")))
 
     before = digest()
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_something=true")
     assert digest() != before
     monkeypatch.delenv("LIBTPU_INIT_ARGS")
     assert digest() == before
-    monkeypatch.setattr(processes, "software", lambda: {"code": "another"})
+    monkeypatch.setattr(versions, "software", lambda: {"code": "another"})
     assert digest() != before
 
 
@@ -164,7 +166,7 @@ def test_a_run_that_does_not_fit(config, stories, capsys, monkeypatch):
     with_memory(monkeypatch, 2**12)
     assert preflight(config) == EXIT_DOES_NOT_FIT
     assert "does not fit: " in capsys.readouterr().out
-    digest = config_hash(read_config(str(config), []), Pod(find_topology("v5e:2x2")))
+    digest = config_hash(read_run_config(str(config), []), Pod(find_topology("v5e:2x2")))
     assert json.loads(cache_file(digest).read_text())["passed"] is False
     assert preflight(config, "--json") == EXIT_DOES_NOT_FIT  # from the cache as well
     assert json.loads(capsys.readouterr().out)["cached"]
@@ -257,7 +259,7 @@ def test_a_search(config, stories, capsys):
 
 
 def paper_run(name, topology, *flags, slices=1):
-    run = RunConfig.from_config(read_config(str(ROOT / f"configs/{name}.py"), list(flags)))
+    run = RunConfig.from_config(read_run_config(str(ROOT / f"configs/{name}.py"), list(flags)))
     return run, model_config(run), Pod(find_topology(topology), slices)
 
 

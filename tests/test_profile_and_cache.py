@@ -9,12 +9,11 @@ import jax
 import pytest
 
 from a3_jax.errors import InputError
+from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import train_step_flops
-from a3_jax.training import run as opening
-from a3_jax.training.compilation import compilation_cache, default_directory
+from a3_jax.runtime.compile_cache import compilation_cache, default_directory
 from a3_jax.training.config import RunConfig, check_unchanged
-from a3_jax.training.metrics import Profiler
-from a3_jax.training.progress import ProgressLine
+from a3_jax.training.records import Profiler, ProgressLine
 from tests.training_fixtures import LINES, tiny_run
 
 PEAK = 1e12
@@ -22,13 +21,14 @@ PEAK = 1e12
 PROGRAM = """
 import sys
 import jax
-from a3_jax.training import run as opening
+from a3_jax.training import setup
+from a3_jax.training.train import train
 from tests.training_fixtures import tiny_run
 
 directory, peak = sys.argv[1], float(sys.argv[2])
-opening.peak_flops = lambda devices: peak * len(devices)
+setup.peak_flops = lambda devices: peak * len(devices)
 config = tiny_run(directory + "/text.txt", profile_steps=(2, 3), compilation_cache=directory + "/compiled")
-opening.train(config, directory + "/run", devices=jax.devices()[:1])
+train(config, directory + "/run", devices=jax.devices()[:1])
 assert jax.config.values["jax_compilation_cache_dir"] is None, "settings are given back"
 """
 
@@ -62,7 +62,7 @@ def watched(tmp_path_factory):
 
 def test_utilisation_is_model_flops_over_the_peak(watched):
     config = json.loads((watched / "run/checkpoints/6/meta/a3.json").read_text())["model"]
-    step = train_step_flops(opening.ModelConfig.from_dict(config), 24)
+    step = train_step_flops(ModelConfig.from_dict(config), 24)
     rows = [json.loads(line) for line in (watched / "run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     for row in rows:
@@ -116,12 +116,18 @@ def test_where_programs_are_kept(tmp_path, monkeypatch, directory, platform, exp
     [("", "cpu", "launch"), ("{home}/own", "cpu", "own"), ("off", "cpu", None), ("{home}/own", "tpu", "own")],
 )
 def test_where_a_launch_keeps_programs_of_cpus(tmp_path, monkeypatch, directory, platform, expected):
-    """For as long as it lasts, unless the config says otherwise; there one process compiles for all."""
+    """For as long as it lasts, unless the config says otherwise."""
     monkeypatch.setenv("A3_COMPILATION_CACHE", str(tmp_path / "launch"))
     with compilation_cache(directory.format(home=tmp_path), platform):
         assert cache_directory() == (expected and str(tmp_path / expected))
-        assert jax.config.values["jax_share_binary_between_hosts"] == (expected == "launch")
-    assert not jax.config.values["jax_share_binary_between_hosts"]
+
+
+def test_several_processes_on_cpus_keep_no_programs(tmp_path, monkeypatch):
+    """Only process 0 would find them, and gloo gives up on processes that compile for longer than 30 s."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for platform, expected in (("cpu", None), ("tpu", str(tmp_path))):
+        with compilation_cache(str(tmp_path), platform):
+            assert cache_directory() == expected
 
 
 def test_the_default_place_is_the_users_cache_directory(monkeypatch):

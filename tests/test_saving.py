@@ -6,7 +6,7 @@ import pytest
 
 from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.model.sharding import make_mesh
-from a3_jax.training.processes import Votes
+from a3_jax.runtime.distributed import ProcessFlags
 from a3_jax.training.saving import Saver, storage_faults
 from a3_jax.training.state import TrainState
 
@@ -40,7 +40,9 @@ STATE = TrainState(0, {}, {}, None)
 
 def saver(writer, attempts=3):
     notes = []
-    made = Saver(writer, Votes(make_mesh()), None, lambda stage: None, attempts=attempts, note=notes.append)
+    made = Saver(
+        writer, ProcessFlags(make_mesh()), None, lambda stage: None, attempts=attempts, note=notes.append
+    )
     return made, notes
 
 

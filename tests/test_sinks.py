@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from a3_jax.training.events import Events
-from a3_jax.training.metrics import JsonLines, TensorBoard
+from a3_jax.training.records import Events, JsonLines, TensorBoard
 
 
 def lines(path):

@@ -8,11 +8,11 @@ import zlib
 
 import pytest
 
-from a3_jax.checkpoints.holder import process_start
 from a3_jax.checkpoints.manifest import File, Manifest, write_manifest
 from a3_jax.cli import main
 from a3_jax.pods.records import last_row
 from a3_jax.pods.status import read_status
+from a3_jax.runtime.lease import process_start
 
 KEYS = [
     "run", "state", "step", "total_steps", "stage", "loss", "steps_per_second", "tokens_per_second",

@@ -10,8 +10,9 @@ from a3_jax.checkpoints.a3_format import load_meta
 from a3_jax.data.table import GIVEN, PREDICTED, pack
 from a3_jax.model.sharding import batch_sharding
 from a3_jax.model.two_stream import TwoStream
-from a3_jax.training import run
+from a3_jax.training import heldout as evaluation
 from a3_jax.training.config import RunConfig
+from a3_jax.training.train import train
 from tests.training_fixtures import LINES, TINY, one_device, tiny_run
 
 pytestmark = pytest.mark.slow
@@ -35,7 +36,7 @@ def runs(tmp_path_factory):
             str(directory / "text.txt"), stages=stages, schedule="constant", keep=3,
             compilation_cache=str(directory / "compiled"),
         )  # fmt: skip
-        run.train(config, directory / name, devices=jax.devices()[:1])
+        train(config, directory / name, devices=jax.devices()[:1])
     return directory
 
 
@@ -82,11 +83,13 @@ def test_held_out_losses_take_as_given_what_training_does(monkeypatch, bos_given
     stages = [{"name": "a", "steps": 1, "orders": [order]}]
     stages += [{"name": "b", "steps": 1, "orders": [order], "bos_given": bos_given}]
     config = RunConfig.from_config(tiny_run("", stages=stages, seq_len=6))
-    monkeypatch.setattr(run, "held_out_losses", lambda losses, params, batches, should_stop: batches)
+    monkeypatch.setattr(evaluation, "held_out_losses", lambda losses, params, batches, should_stop: batches)
     first = {}
     for name, table in heldout.items():
         sharding = batch_sharding(one_device())
-        batches = run._evaluation(config, TwoStream(TINY), table, lambda rows: rows, sharding, 7)(None, None)
+        batches = evaluation.make_evaluator(config, TwoStream(TINY), table, lambda rows: rows, sharding, 7)(
+            None, None
+        )
         first[name] = {kind: next(iter(batches(kind, "l2r", 1))) for kind in ("any_order", "ar")}
     assert first["bos"]["any_order"]["weights"][0].tolist() == [not bos_given, 1, 1, 1, 1, 1]
     expected = [0, 1, 2, 3, 4, 5] if context == "l2r" else [0, 0, 0, 1, 2, 3]

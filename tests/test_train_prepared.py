@@ -11,7 +11,7 @@ from a3_jax.checkpoints.a3_format import load_checkpoint_tokenizer
 from a3_jax.cli import main
 from a3_jax.errors import InputError
 from a3_jax.tokenizer import bytes_tokenizer
-from a3_jax.training import run as training
+from a3_jax.training import train as training
 from tests.checkpoint_fixtures import reseal
 from tests.prepared_fixtures import make_prepared, rows
 from tests.training_fixtures import tiny_run

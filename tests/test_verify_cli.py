@@ -9,9 +9,9 @@ import pytest
 
 from a3_jax.checkpoints import verify as module
 from a3_jax.checkpoints.a3_format import save_checkpoint
-from a3_jax.checkpoints.holder import process_start
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from a3_jax.cli import main
+from a3_jax.runtime.lease import process_start
 from tests.checkpoint_fixtures import META, params, write_run
 from tests.tiny_hf import write_tiny_llama
 

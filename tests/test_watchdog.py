@@ -12,11 +12,11 @@ import time
 import pytest
 
 from a3_jax.errors import EXIT_HUNG
-from a3_jax.training.watchdog import PHASES, Limits, Watchdog
+from a3_jax.runtime.watchdog import PHASES, Limits, Watchdog
 
 HANG = """
 import sys, threading, time
-from a3_jax.training.watchdog import Limits, Watchdog
+from a3_jax.runtime.watchdog import Limits, Watchdog
 
 def waiting_for_a_peer():
     time.sleep(60)
@@ -55,7 +55,7 @@ def ends():
 def clock(monkeypatch):
     """`time.monotonic` with a hand that tests move."""
     real, offset = time.monotonic, [0.0]
-    monkeypatch.setattr("a3_jax.training.watchdog.time.monotonic", lambda: real() + offset[0])
+    monkeypatch.setattr("a3_jax.runtime.watchdog.time.monotonic", lambda: real() + offset[0])
 
     def move(seconds):
         offset[0] += seconds
@@ -161,7 +161,7 @@ def test_stacks_in_a_bucket(tmp_path, ends, monkeypatch):
         def write_bytes(self, content):
             written[str(self)] = content
 
-    monkeypatch.setattr("a3_jax.training.watchdog.absolute", lambda path: File(path))
+    monkeypatch.setattr("a3_jax.runtime.watchdog.absolute", lambda path: File(path))
     place = tmp_path / "gs:" / "" / "bucket"
     monkeypatch.setattr(File, "__str__", lambda self: "gs://bucket/" + self.name)
     with Watchdog(place, 0, Limits(step=0.05), ends.on_hang, ends.exit) as watchdog:

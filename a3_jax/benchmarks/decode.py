@@ -19,12 +19,12 @@ from a3_jax.benchmarks.measurement import MeasurementError, Row, alternate, note
 from a3_jax.benchmarks.settings import Settings, thread_count
 from a3_jax.benchmarks.train import why_no_torch
 from a3_jax.decoding.filling import Task, first_state, make_program
-from a3_jax.decoding.loop import decode, lay_out, two_stream
+from a3_jax.decoding.loop import decode, lay_out
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
 from a3_jax.decoding.sampling import map_rows
 from a3_jax.decoding.state import State
-from a3_jax.model.two_stream import Rows, init_params, logits, run_rows
+from a3_jax.model.two_stream import Rows, init_params, logits, make_two_stream, run_rows
 from a3_jax.ordering.intervals import bounds, sort_order, take_rows, unsort
 from a3_jax.ordering.ranks import order_ranks
 
@@ -238,7 +238,7 @@ def _check_greedy(ours, checkpoint, tokens, ranks, length) -> float:
 
 def _below_best(checkpoint, tokens, ranks) -> np.ndarray:
     """[B, T] float32: the best logit less that of the token, from the query rows of one forward."""
-    config, model = checkpoint.config, two_stream(checkpoint.config, "float32")
+    config, model = checkpoint.config, make_two_stream(checkpoint.config, "float32")
     segment_ids, positions = np.ones_like(tokens), np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     order = sort_order(ranks, segment_ids)
     tokens, positions, ranks = (

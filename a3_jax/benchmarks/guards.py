@@ -13,10 +13,10 @@ from a3_jax.benchmarks.settings import Settings, draw_rows, sort_rows
 from a3_jax.benchmarks.steps import Steps
 from a3_jax.checkpoints.fingerprint import fingerprints
 from a3_jax.model.sharding import make_mesh
-from a3_jax.training.events import Events
-from a3_jax.training.lease import Lease
-from a3_jax.training.processes import Votes
-from a3_jax.training.watchdog import Limits, Watchdog
+from a3_jax.runtime.distributed import ProcessFlags
+from a3_jax.runtime.lease import Lease
+from a3_jax.runtime.watchdog import Limits, Watchdog
+from a3_jax.training.records import Events
 
 SAVE_EVERY = 100  # steps, as the paper's configs do
 _CALLS = 200
@@ -37,13 +37,13 @@ def _measure_length(settings, length):
     with tempfile.TemporaryDirectory() as workdir, Lease(workdir) as lease:
         events = Events(f"{workdir}/events.jsonl")
         with Watchdog(workdir, 0, Limits()) as watchdog:
-            votes = Votes(make_mesh(devices=jax.devices()[:1]))
+            votes = ProcessFlags(make_mesh(devices=jax.devices()[:1]))
 
             def guards():
                 for number in range(_CALLS):
                     watchdog.enter("data")
                     watchdog.enter("step")
-                    votes.cast(False, False)
+                    votes.any(False, False)
                     lease.check()
                     events.write("step", step=number, seconds=1.0, data_seconds=0.0, tokens=length)
 

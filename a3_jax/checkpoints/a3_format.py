@@ -12,10 +12,8 @@ process its own part, and compared with their fingerprints there.
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import logging
-import platform
 import sys
 import threading
 import time
@@ -25,7 +23,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from a3_jax.checkpoints.agreement import TIMEOUT_SECONDS, agree, by_first
 from a3_jax.checkpoints.directories import new_directory
 from a3_jax.checkpoints.fingerprint import hexadecimal, start_fingerprints, tree_name, tree_names
 from a3_jax.checkpoints.manifest import (
@@ -59,19 +56,11 @@ from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import abstract_params, param_shardings
 from a3_jax.paths import absolute, as_path, read_json
+from a3_jax.runtime.coordination import TIMEOUT_SECONDS, barrier, gather_and_decide, run_on_process_zero
+from a3_jax.runtime.versions import software_versions
 from a3_jax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 FORMAT = "a3"
-_VERSIONED = ("a3_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide what a checkpoint holds."""
-    versions = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +298,7 @@ class StepWriter:
         started = time.monotonic()
         self.wait()  # one save at a time, and its failure must not be lost
         place = self.directory / str(step)
-        if self._by_first("save", lambda: _make_room(place)):
+        if self._run_on_process_zero("save", lambda: _make_room(place)):
             return False
         described, sums, problem = {}, {}, None
         self._barriers = 0
@@ -395,7 +384,7 @@ class StepWriter:
         """
         self._join()
         damages = []
-        for step in by_first("steps", lambda: with_manifest(self.directory)):
+        for step in run_on_process_zero("steps", lambda: with_manifest(self.directory)):
             if at_most is not None and step > at_most:
                 continue
             try:
@@ -403,7 +392,7 @@ class StepWriter:
             except DamagedCheckpoint as damage:
                 damages.append((step, damage))
                 continue
-            self._by_first("aside", lambda: [self._set_aside(*damaged) for damaged in damages])
+            self._run_on_process_zero("aside", lambda: [self._set_aside(*damaged) for damaged in damages])
             return step, *restored
         if damages:
             raise damages[0][1]
@@ -418,7 +407,7 @@ class StepWriter:
                 if newer > step:
                     _remove(self.directory / str(newer))
 
-        self._by_first("discard", discard)
+        self._run_on_process_zero("discard", discard)
 
     def close(self) -> None:
         """Waits, then ends the background threads."""
@@ -438,19 +427,19 @@ class StepWriter:
             self._thread.join()
             self._thread = None
 
-    def _by_first(self, what: str, action: Callable[[], Any]) -> Any:
+    def _run_on_process_zero(self, what: str, action: Callable[[], Any]) -> Any:
         """`action`, which changes the directory, in process 0."""
 
         def checked():
             self._may_write()
             return action()
 
-        return by_first(what, checked)
+        return run_on_process_zero(what, checked)
 
     def _barrier(self, **_) -> None:
         """Of orbax, which calls it twice in a save: all have written, process 0 has put it together."""
         self._barriers += 1
-        agree("barrier", None, lambda _: None)
+        barrier("barrier")
 
     def _finish(self, step, started, described, sums, problem) -> None:
         """The background: waits for orbax, then process 0 writes the manifest if all is well everywhere."""
@@ -472,7 +461,9 @@ class StepWriter:
                 "problem": [not isinstance(problem, OSError), one_line(problem)] if problem else None,
                 "files": {name: dataclasses.astuple(file) for name, file in files.items()},
             }
-            told = agree("saved", mine, lambda all_: self._commit(step, started, described, sums, all_))
+            told = gather_and_decide(
+                "saved", mine, lambda all_: self._commit(step, started, described, sums, all_)
+            )
         except Exception as error:  # another process is gone
             problem, told = error, one_line(error)
         if told is not None:

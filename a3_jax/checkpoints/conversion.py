@@ -5,7 +5,6 @@ import dataclasses
 import jax
 
 from a3_jax.checkpoints.a3_format import Meta, load_params
-from a3_jax.checkpoints.agreement import agree, by_first, together
 from a3_jax.checkpoints.check import Checked, check_conversion, is_checked
 from a3_jax.checkpoints.conversion_sources import Source, open_source
 from a3_jax.checkpoints.destination import check_space, shared_directory
@@ -19,6 +18,7 @@ from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES
 from a3_jax.checkpoints.streaming import finish_checkpoint, write_params
 from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.paths import as_path
+from a3_jax.runtime.coordination import gather_and_decide, run_on_all, run_on_process_zero
 
 FORMATS = ("a3", "hf", "release")
 
@@ -68,18 +68,18 @@ def convert(
         raise InputError(f"must be one of {', '.join(FORMATS)}, got {to!r}{nearest(to, FORMATS)}", field="to")
     check_seed(seed)
     dtype = parse_dtype(dtype)
-    together("convert", lambda: check_free(dst))
-    source = together("convert", lambda: open_source(src, dtype, seed, allow_nonfinite))
+    run_on_all("convert", lambda: check_free(dst))
+    source = run_on_all("convert", lambda: open_source(src, dtype, seed, allow_nonfinite))
     if check is None and (allow_nonfinite or jax.process_count() > 1):  # one would check, the others wait
         check = False
     hf_directory = source.hf_directory if to == "a3" else as_path(dst)
-    checks: bool = by_first("convert", lambda: is_checked(check, source.config, hf_directory, dst))
+    checks: bool = run_on_process_zero("convert", lambda: is_checked(check, source.config, hf_directory, dst))
     sums = None if sha256 is None else _compared(source, sha256)
     if to == "a3":
         return _to_a3(source, dst, dtype, checks, sums)
     checked: list[Checked | None] = []
-    target = together("convert", lambda: _target(source.meta, to, dtype, query_vector))
-    by_first(
+    target = run_on_all("convert", lambda: _target(source.meta, to, dtype, query_vector))
+    run_on_process_zero(
         "convert", lambda: checked.append(_to_hf(source, dst, target, dtype, max_shard_bytes, checks, sums))
     )
     return checked[0] if checked else None
@@ -88,7 +88,7 @@ def convert(
 def _to_a3(source: Source, dst, dtype, check: bool, sums) -> Checked | None:
     """Every process reads and writes its share."""
     total = sum(leaf.nbytes for leaf in source.leaves.values())
-    by_first("convert", lambda: check_space(dst, total))
+    run_on_process_zero("convert", lambda: check_space(dst, total))
     checked: list[Checked] = []
     with shared_directory(dst) as temporary:
         with (
@@ -96,7 +96,7 @@ def _to_a3(source: Source, dst, dtype, check: bool, sums) -> Checked | None:
             Progress("converted", total // jax.process_count()) as progress,
         ):
             manifest = write_params(temporary, source.leaves, source.pieces, source.read, progress.add)
-            found = _merged(together("convert", hashing.result))
+            found = _merged(run_on_all("convert", hashing.result))
 
         def finish():
             meta = _with_sums(source.meta, found if sums is None else sums)
@@ -106,7 +106,7 @@ def _to_a3(source: Source, dst, dtype, check: bool, sums) -> Checked | None:
                 params = load_params(temporary)
                 checked.append(check_conversion(params, source.config, source.hf_directory, dtype, dst))
 
-        by_first("convert", finish)
+        run_on_process_zero("convert", finish)
     return checked[0] if checked else None
 
 
@@ -135,7 +135,7 @@ def _compared(source: Source, sha256) -> dict[str, str]:
     if not source.files:
         why = "sums are of a Hugging Face directory; an A3 checkpoint has its own: a3 verify"
         raise InputError(why, field="sha256")
-    found = _merged(together("convert", lambda: sha256_of(_share(source))))
+    found = _merged(run_on_all("convert", lambda: sha256_of(_share(source))))
     compare_sha256(source.directory, found, wanted, sha256)
     return found
 
@@ -146,7 +146,9 @@ def _share(source: Source):
 
 
 def _merged(own: dict[str, str]) -> dict[str, str]:
-    return agree("convert", own, lambda all_: dict(sorted(item for one in all_ for item in one.items())))
+    return gather_and_decide(
+        "convert", own, lambda all_: dict(sorted(item for one in all_ for item in one.items()))
+    )
 
 
 def _with_sums(meta: Meta, sums: dict[str, str]) -> Meta:

@@ -5,19 +5,19 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from a3_jax.checkpoints.agreement import by_first, together
 from a3_jax.checkpoints.directories import new_directory
 from a3_jax.errors import InputError
 from a3_jax.paths import absolute, as_path
+from a3_jax.runtime.coordination import run_on_all, run_on_process_zero
 
 
 @contextlib.contextmanager
 def shared_directory(path) -> Iterator[Any]:
     """As `new_directory`, of which all processes of a run get the same; every process makes the call."""
     with contextlib.ExitStack() as stack:
-        place = by_first("directory", lambda: str(stack.enter_context(new_directory(path))))
+        place = run_on_process_zero("directory", lambda: str(stack.enter_context(new_directory(path))))
         yield as_path(place)
-        together("directory", stack.close)
+        run_on_all("directory", stack.close)
 
 
 def check_space(path, nbytes: int) -> None:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from a3_jax.errors import EXIT_STORAGE, InputError, RunError
+from a3_jax.errors import EXIT_STORAGE, DamagedCheckpoint, InputError, RunError
 from a3_jax.paths import POINTER_BYTES, POINTER_MESSAGE, as_path, is_pointer, write_text
 
 MANIFEST_FILE = "manifest.json"
@@ -23,19 +23,6 @@ SMALL = 1 << 20  # bytes of a file that every reader checks whole
 _READ_AT_ONCE, _THREADS = 1 << 22, 8
 # Other errors are the file system's, and say nothing of the file.
 _NO_SUCH_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-
-
-class DamagedCheckpoint(InputError):
-    """A checkpoint whose bytes are not those that were written.
-
-    Attributes:
-      step: of the run, None outside of one or where it isn't known.
-      leaf: `params/...` or `train/...`, None where a file is meant.
-    """
-
-    def __init__(self, message, *, file, leaf: str | None = None, step: int | None = None):
-        super().__init__(message, file=file, field=leaf)
-        self.leaf, self.step = leaf, step
 
 
 @dataclasses.dataclass(frozen=True)

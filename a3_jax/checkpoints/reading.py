@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from a3_jax.checkpoints.agreement import together
 from a3_jax.checkpoints.fingerprint import fingerprints, tree_names
 from a3_jax.checkpoints.manifest import (
     DamagedCheckpoint,
@@ -21,6 +20,7 @@ from a3_jax.checkpoints.manifest import (
     step_of,
 )
 from a3_jax.errors import EXIT_STORAGE, InputError, RunError
+from a3_jax.runtime.coordination import run_on_all
 
 
 def read_items(directory, make_targets: Callable[[Manifest], Mapping[str, Any]], alone: bool = True):
@@ -71,9 +71,9 @@ def read_items(directory, make_targets: Callable[[Manifest], Mapping[str, Any]],
             if _as_stored(manifest.item(item), targets[item]):
                 check_fingerprints(directory, manifest, item, tree_names(tree))
 
-    manifest, targets = together("read", check, alone)
-    restored = together("read", read, alone)
-    together("read", prove, alone)
+    manifest, targets = run_on_all("read", check, alone)
+    restored = run_on_all("read", read, alone)
+    run_on_all("read", prove, alone)
     return restored
 
 

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from a3_jax.checkpoints.agreement import agree, by_first, together
 from a3_jax.checkpoints.fingerprint import hexadecimal
 from a3_jax.checkpoints.manifest import (
     File,
@@ -33,6 +32,7 @@ from a3_jax.checkpoints.pieces import LeafPlan, Piece
 from a3_jax.checkpoints.reading import one_line
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path
+from a3_jax.runtime.coordination import gather_and_decide, run_on_all, run_on_process_zero
 
 _MAX_THREADS = 8
 _ROWS_AT_ONCE = 16  # of a transposition: as many cache lines as one core holds easily
@@ -72,8 +72,8 @@ def write_params(
             "files": {f"{own}/{name}": dataclasses.astuple(file) for name, file in files.items()},
         }
 
-    told = agree("convert", together("convert", work), list)
-    by_first("convert", lambda: _merge(as_path(directory) / PARAMS, leaves))
+    told = gather_and_decide("convert", run_on_all("convert", work), list)
+    run_on_process_zero("convert", lambda: _merge(as_path(directory) / PARAMS, leaves))
     sums = {name: sum(np.array(one["sums"][name], np.uint32) for one in told) for name in told[0]["sums"]}
     described = {
         f"{PARAMS}/{'/'.join(path)}": Leaf(leaf.shape, leaf.dtype.name, fingerprint)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from a3_jax.errors import EXIT_FAILED, EXIT_OK, InputError
@@ -11,6 +12,14 @@ _EPILOG = """examples:
   a3 data prepare 'fineweb/*.parquet' fineweb-2048 --tokenizer=Llama-3.2-1B --seq_len=2048 --holdout=2000
   a3 data prepare notes.txt notes --tokenizer=bytes --seq_len=512
   a3 data prepare fineweb-2048 --verify
+"""
+
+_SHOW_EPILOG = """\
+examples:
+  a3 data show fineweb-2048 --stage=random4 --n=3
+  a3 data show stories --stage=random --config=configs/tiny.py --tokens=40
+
+Each row of the picture is a token, in the order in which the stage predicts them; each column a key.
 """
 
 _PREPARE_EPILOG = """\
@@ -29,11 +38,11 @@ examples:
 """
 
 
-def add_data(subparsers, *others) -> None:
+def add_data(subparsers, run_defaults: Callable[[], Mapping[str, Any]]) -> None:
     """Adds `a3 data`.
 
     Args:
-      others: functions that add further commands of it (those of rooms to the right).
+      run_defaults: returns the fields of a run's config that have defaults, for `a3 data show`.
     """
     parser = subparsers.add_parser(
         "data",
@@ -44,8 +53,41 @@ def add_data(subparsers, *others) -> None:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
-    for add in (_add_prepare, *others):
-        add(commands)
+    _add_prepare(commands)
+    _add_show(commands, run_defaults)
+
+
+def _add_show(commands, run_defaults) -> None:
+    parser = commands.add_parser(
+        "show",
+        help="rows as the model sees them",
+        description="Shows rows of prepared data as the model sees them: groups, and what each may see.",
+        epilog=_SHOW_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("directory", metavar="DST", help="made by `a3 data prepare`")
+    parser.add_argument(
+        "--stage", default="random4", metavar="NAME", help="a stage of the presets or of --config"
+    )
+    parser.add_argument("--config", metavar="FILE.py", help="take the stages of this run's config")
+    parser.add_argument("--split", default="train", metavar="train|heldout")
+    parser.add_argument("--n", type=int, default=3, metavar="N", help="how many examples; default 3")
+    parser.add_argument(
+        "--tokens", type=int, default=24, metavar="N", help="tokens of each example, at most; default 24"
+    )
+    parser.add_argument(
+        "--step", type=int, default=0, metavar="N", help="step of the stream; default 0, its start"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of rows and orders")
+    parser.add_argument("--json", action="store_true", help="one object per row, whole rows")
+    parser.set_defaults(run=_show, run_defaults=run_defaults, takes_config_flags=True)
+
+
+def _show(args) -> int:
+    from a3_jax.data.show import run_show
+
+    return run_show(args)
 
 
 def _add_prepare(commands) -> None:

@@ -11,12 +11,13 @@ from jax.experimental.multihost_utils import process_allgather
 
 from a3_jax.borders import BlankText
 from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.loop import Program, decode, default_dtype, lay_out
+from a3_jax.decoding.loop import Program, decode, lay_out
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.sampling import Sampling
 from a3_jax.decoding.state import State, final_eos, finished
 from a3_jax.decoding.strategies import Rule
 from a3_jax.model.sharding import axis_parts, constrain, mesh_of
+from a3_jax.model.two_stream import default_dtype
 from a3_jax.ordering.ranks import context_first, contiguous, l2r, order_ranks
 
 _LAWS_BYTES = 2**29  # of speculative decoding's distributions

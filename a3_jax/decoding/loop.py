@@ -22,7 +22,7 @@ from a3_jax.decoding.state import State, finished
 from a3_jax.decoding.strategies import ONE_BEST, Rule, Strategy, dynamic, groupwise
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import platform
-from a3_jax.model.two_stream import TwoStream, init_cache, lay_out_for_few_rows, logits, logits_of_table
+from a3_jax.model.two_stream import init_cache, lay_out_for_few_rows, logits, logits_of_table, make_two_stream
 
 TABLE = "head_table"  # [V, D], in place of a head [D, V]
 
@@ -106,17 +106,6 @@ def step(state: State, network: Network, program: Program) -> State:
         return strategy.accept(state, offer, judge)
 
 
-def default_dtype() -> str:
-    """float32 on CPU, bfloat16 on accelerators."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def two_stream(config: ModelConfig, dtype: str) -> TwoStream:
-    """The model in a dtype by name; float32 means float32 proper, on accelerators too."""
-    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-    return TwoStream(config, dtype=jnp.dtype(dtype), precision=precision)
-
-
 def start_state(state: State, program: Program) -> State:
     """The state with what the strategy and the cache need, all empty."""
     batch, columns = state.tokens.shape
@@ -146,7 +135,7 @@ def _strategy(program: Program) -> Strategy:
 
 
 def make_network(params, program: Program, content_rows: int) -> Network:
-    model = two_stream(program.config, program.dtype)
+    model = make_two_stream(program.config, program.dtype)
     if TABLE in params:
         model = model.clone(few_rows=True)
     if program.model == "ar":

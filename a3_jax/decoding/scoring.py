@@ -18,13 +18,12 @@ import numpy as np
 from flax import struct
 
 from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.loop import default_dtype, two_stream
 from a3_jax.decoding.options import ScoreOptions, make_options
 from a3_jax.decoding.requests import ScoreRequest, item_lines, score_requests
 from a3_jax.decoding.sampling import map_rows
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, mesh_of
-from a3_jax.model.two_stream import Rows, logits, run_rows
+from a3_jax.model.two_stream import Rows, default_dtype, logits, make_two_stream, run_rows
 from a3_jax.ordering.intervals import bounds, sort_order, take_rows
 
 
@@ -225,7 +224,7 @@ def _pack(passes: list[PassRows], shape, batch_size) -> Batch:
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def any_order_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str):
     """`Scored`: log p(scored token | tokens of lower rank), from query rows of the scored tokens."""
-    model = two_stream(config, dtype)
+    model = make_two_stream(config, dtype)
     content, visible, order = _sorted_rows(batch)
     place = jnp.take_along_axis(jnp.argsort(order, axis=1), batch.scored, axis=1)
     limit = jnp.where(batch.is_scored, jnp.take_along_axis(visible.query_limit, place, axis=1), 0)
@@ -244,7 +243,7 @@ def left_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str):
 
     `batch.ranks` are the reading order; the first token of a request is never scored.
     """
-    model = two_stream(config, dtype)
+    model = make_two_stream(config, dtype)
     content, _, order = _sorted_rows(batch)
     place = jnp.take_along_axis(jnp.argsort(order, axis=1), batch.scored, axis=1)
     out = run_rows(model, params, content, outputs="content")

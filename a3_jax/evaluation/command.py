@@ -121,7 +121,7 @@ def _add_how(parser) -> None:
 def _evaluate(args):
     from a3_jax.decoding.commands import mesh_of
     from a3_jax.evaluation.runner import evaluate
-    from a3_jax.training.preemption import StopRequest
+    from a3_jax.runtime.preemption import StopRequest
 
     scorer, options = _scorer(args.scorer)
     with StopRequest() as stop:

@@ -11,12 +11,12 @@ import numpy as np
 from a3_jax.decoding.batching import bucket
 from a3_jax.decoding.filling import BlankRequest, Task, decoding_params, fill
 from a3_jax.decoding.generation import context_of
-from a3_jax.decoding.loop import default_dtype
 from a3_jax.decoding.options import GenerateOptions, make_options, one_of, whole_number
 from a3_jax.decoding.scoring import PassRows, PassScores, run_passes
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.batching import length_bucket, padded_count
 from a3_jax.evaluation.requests import Blank, Target
+from a3_jax.model.two_stream import default_dtype
 from a3_jax.tokenizer import Tokenizer
 
 MODELS = ("a3", "ar")

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a3_jax.decoding.loop import default_dtype
 from a3_jax.decoding.options import DTYPES, one_of, whole_number
 from a3_jax.errors import InputError
 from a3_jax.evaluation.masked_diffusion_estimators import (
@@ -22,6 +21,7 @@ from a3_jax.evaluation.masked_diffusion_estimators import (
 from a3_jax.evaluation.masked_diffusion_forward import run_masks
 from a3_jax.evaluation.masked_diffusion_sampler import Sampler, fill_blanks, make_sampler, usual_sampler
 from a3_jax.evaluation.requests import Blank, Target
+from a3_jax.model.two_stream import default_dtype
 from a3_jax.tokenizer import Tokenizer
 
 _NOTHING = np.zeros(0, np.int32)

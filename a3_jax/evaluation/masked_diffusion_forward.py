@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.loop import two_stream
 from a3_jax.decoding.sampling import map_rows
 from a3_jax.evaluation.batching import length_bucket
 from a3_jax.evaluation.masked_diffusion_estimators import Masks
 from a3_jax.evaluation.requests import Target
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, mesh_of
-from a3_jax.model.two_stream import Rows, TwoStream, logits, run_rows
+from a3_jax.model.two_stream import Rows, TwoStream, logits, make_two_stream, run_rows
 
 FEWEST_QUERIES = 8  # of a bucket of masked tokens
 
@@ -58,7 +57,7 @@ def masked_logprobs(params, tokens, lengths, columns, targets, *, config: ModelC
     Returns:
       [B, Q] float32, in nats.
     """
-    model = two_stream(config, dtype)
+    model = make_two_stream(config, dtype)
     hidden_BQD = predicting_rows(model, params, tokens, lengths, columns)
 
     def one_row(hidden_D, target):

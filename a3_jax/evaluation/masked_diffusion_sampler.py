@@ -28,7 +28,6 @@ import numpy as np
 from flax import struct
 
 from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.loop import two_stream
 from a3_jax.decoding.options import make_options, one_of, whole_number
 from a3_jax.decoding.sampling import Sampling, candidate_score, draw, filtered_logprobs, map_rows
 from a3_jax.errors import InputError
@@ -37,7 +36,7 @@ from a3_jax.evaluation.masked_diffusion_forward import FEWEST_QUERIES, predictin
 from a3_jax.evaluation.requests import Blank
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, constrain, mesh_of
-from a3_jax.model.two_stream import logits
+from a3_jax.model.two_stream import logits, make_two_stream
 
 _LAST_TIME = 1e-3  # of Dream
 
@@ -270,7 +269,7 @@ def _program(config, dtype, sampler: Sampler, queries: int) -> _Program:
 def _sample(params, text: Text, *, program: _Program) -> State:
     """Steps until nothing is masked."""
     config, queries = program.config, program.queries
-    model, mask_token = two_stream(config, program.dtype), cast(int, config.mask_token)
+    model, mask_token = make_two_stream(config, program.dtype), cast(int, config.mask_token)
     place = jnp.arange(queries, dtype=jnp.int32)
     inside = place < text.count[:, None]
     columns = text.first[:, None] + place

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from a3_jax.checkpoints.a3_format import software_versions
 from a3_jax.decoding.options import whole_number
 from a3_jax.errors import EXIT_PREEMPTED, InputError, RunError, check_seed
 from a3_jax.evaluation.downloading import fetch_data
@@ -32,6 +31,7 @@ from a3_jax.evaluation.subjects import kind_of, open_subject
 from a3_jax.evaluation.switches import profile_for
 from a3_jax.evaluation.tasks import PERPLEXITY, Task, task_named
 from a3_jax.evaluation.work import Run, Work, example_work, text_work
+from a3_jax.runtime.versions import software_versions
 
 Stop = Callable[[], bool]
 Tell = Callable[[str], None]

@@ -375,6 +375,17 @@ class TwoStream(nn.Module):
         return carry
 
 
+def default_dtype() -> str:
+    """Returns the default dtype of inference: float32 on CPU, bfloat16 on accelerators."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def make_two_stream(config: ModelConfig, dtype: str) -> TwoStream:
+    """Makes the model in a dtype given by name; float32 implies full precision on accelerators too."""
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    return TwoStream(config, dtype=jnp.dtype(dtype), precision=precision)
+
+
 def lay_out_for_few_rows(params, config: ModelConfig):
     """The layers' parameters for a model with `few_rows`: each layer's weights by themselves, as [out, in].
 

@@ -7,9 +7,9 @@ import jax
 
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
-from a3_jax.training.ahead import step_arguments
 from a3_jax.training.config import RunConfig
-from a3_jax.training.parts import network_of, optimizer_of
+from a3_jax.training.optimizer import make_optimizer
+from a3_jax.training.setup import make_model, step_arguments
 from a3_jax.training.step import make_train_step
 
 # What libtpu needs to compile where there is no TPU, and where others compile at the same time.
@@ -47,20 +47,20 @@ def compile_step(
     objective: str,
     content_loss_weight: float = 0.0,
 ) -> Any:
-    """The step that `training.run` would compile for this run and mesh; nothing is computed.
+    """Compiles the step that `training.train` would run on this mesh; nothing is computed.
 
     Args:
       run: batch, length, dtype, remat, attention and optimiser are read.
-      model: of the run.
-      mesh: of `run.open_mesh`, over present devices or those of `topology_devices`.
-      objective, content_loss_weight: of the stage.
+      model: the run's.
+      mesh: made by `setup.open_mesh`, over present devices or those of `topology_devices`.
+      objective, content_loss_weight: the stage's.
 
     Returns:
       `jax.stages.Compiled`.
     """
-    network, optimizer = network_of(run, model), optimizer_of(run)
+    optimizer = make_optimizer(run.optimizer, **run.optimizer_options)
     step = make_train_step(
-        network, optimizer, mesh,
+        make_model(run, model), optimizer, mesh,
         objective=objective, microbatches=run.microbatches, content_loss_weight=content_loss_weight,
     )  # fmt: skip
     arguments = step_arguments(run, model, mesh)

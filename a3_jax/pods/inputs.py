@@ -32,13 +32,13 @@ def check_inputs(run: RunConfig) -> Inputs:
 
 
 def _model(run: RunConfig) -> tuple[ModelConfig, list[str]]:
+    from a3_jax.training.setup import check_context
+
     if not run.init_from:
         return _new_model(run)
     if _is_here(run.init_from):
         model, note = _check_checkpoint(run.init_from)
-        if run.seq_len > model.max_length:
-            message = f"{run.seq_len} is longer than the context of {run.init_from}: {model.max_length}"
-            raise InputError(message, field="seq_len")
+        check_context(run, model)
         return model, [note]
     if not run.model:
         raise InputError(f"{run.init_from} is not here, and config.model is empty", field="init_from")
@@ -47,14 +47,14 @@ def _model(run: RunConfig) -> tuple[ModelConfig, list[str]]:
 
 def _new_model(run: RunConfig) -> tuple[ModelConfig, list[str]]:
     """The model of a run that begins from nothing: its vocabulary is its tokenizer's."""
-    from a3_jax.training.start import open_start
+    from a3_jax.training.setup import init_from_config
 
     instead = "the vocabulary is that of config.model"
     if run.tokenizer not in ("", "bytes") and not _is_here(run.tokenizer):
         return model_config(run), [_missing("tokenizer", run.tokenizer, instead)]
     if run.data and not run.tokenizer and not _is_here(run.data):
         return model_config(run), [_missing("tokenizer", f"that of {run.data}", instead)]
-    return open_start(run, None).model, []
+    return init_from_config(run, None).model, []
 
 
 def _check_checkpoint(path: str) -> tuple[ModelConfig, str]:

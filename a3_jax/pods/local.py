@@ -1,22 +1,29 @@
-"""`a3 launch local`: several processes on this machine, started again as long as that leads anywhere.
+"""`a3 launch local`: several processes on this machine, restarted for as long as that brings progress.
 
-The supervisor knows its children by exit status alone (`a3_jax.errors`), and progress by the checkpoints
-in the run directory. It computes nothing itself, so that whatever ends a run leaves it standing. What makes
-the next attempt quick outlives this one: imports in the process that all are forked from, and compiled
-programs in a directory that lasts as long as the supervisor.
+The supervisor computes nothing itself, so that it survives whatever ends a run. It knows its children by
+their exit statuses (`a3_jax.errors`), and progress by the checkpoints in the run directory:
+
+    all end with 0                      it ends with 0
+    one ends with 75, 76 or 77, or is   it ends the others and restarts all; after `max_restarts` restarts in
+    killed                              a row without a new checkpoint it ends with 78
+    one ends with another status        it ends the others, and ends with that status
+    one ends with 1 after another left  that is a consequence: the other one's status counts
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from a3_jax.errors import (
     EXIT_FAILED,
@@ -28,18 +35,20 @@ from a3_jax.errors import (
     InputError,
     nearest,
 )
-from a3_jax.paths import check_parents
-from a3_jax.pods.no_progress import clear_report, write_report
-from a3_jax.pods.prepared import Prepared, run_a3
-from a3_jax.pods.records import append_event, newest_step
+from a3_jax.paths import check_parents, write_json
+from a3_jax.pods.records import CONFIG, append_event, newest_step, position, read_events, read_object
 
+REPORT = "no_progress.json"
+PROGRAMS = "A3_COMPILATION_CACHE"  # an environment variable, see `runtime.compile_cache`
 _RESTARTABLE = (EXIT_PREEMPTED, EXIT_HUNG, EXIT_STORAGE)
 _POLL = 0.1  # seconds between two looks at the children
-_LEAVE = 20.0  # seconds in which the others leave by themselves when one has left to be started again
+_LEAVE = 20.0  # seconds in which the others may leave by themselves after one has left
 _END, _STOP = 5.0, 10.0  # seconds from SIGTERM to SIGKILL: before a restart, at the end
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled while nothing comes of it
-PROGRAMS = "A3_COMPILATION_CACHE"  # an environment variable, of `training.compilation`
-_TAIL = 1 << 16  # bytes of a log in which a process's last word is looked for
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled as long as there is no progress
+_TAIL = 1 << 16  # bytes at the end of a log that are searched for a process's last message
+_ATTEMPTS_SHOWN = 5
+_IN_FLIGHT = 2  # a step is recorded only after the next one was dispatched
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +56,11 @@ class Launch:
     """What to keep running.
 
     Attributes:
-      arguments: of each process's function.
+      arguments: those of `a3` in each process.
       workdir: the run's directory, local.
       processes: how many. devices: virtual CPU devices of each.
       max_restarts: restarts in a row that may bring no new checkpoint.
-      function: what each process runs: `a3`.
+      command: the program that gets the arguments.
     """
 
     arguments: Sequence[str]
@@ -59,18 +68,18 @@ class Launch:
     processes: int = 1
     devices: int = 1
     max_restarts: int = 3
-    function: Callable[[Sequence[str]], int] = run_a3
+    command: Sequence[str] = (sys.executable, "-m", "a3_jax.cli")
 
 
 def run_local(args) -> int:
-    """`a3 launch local`: the exit status."""
+    """Runs `a3 launch local`; returns the exit status."""
     _check(args)
     arguments = ["train", f"--config={args.config}", f"--workdir={args.workdir}", *args.config_flags]
     return supervise(Launch(arguments, args.workdir, args.processes, args.devices, args.max_restarts))
 
 
 def _check(args) -> None:
-    """What is cheap to see here; the rest is the children's to say."""
+    """Checks what can be seen without JAX; the children check the rest."""
     for name, least in (("processes", 1), ("devices", 1), ("max_restarts", 0)):
         if (value := getattr(args, name)) < least:
             raise InputError(f"must be at least {least}, got {value}", field=f"--{name}", file="launch local")
@@ -79,7 +88,7 @@ def _check(args) -> None:
             flags = ("--processes", "--devices", "--config", "--workdir", "--max_restarts")
             near = nearest(argument.split("=")[0], flags)
             raise InputError(f"unknown argument {argument!r}{near}", file="launch local")
-    if not os.path.isfile(args.config.partition(":")[0]):  # a string behind a colon is get_config's
+    if not os.path.isfile(args.config.partition(":")[0]):  # a string after a colon is get_config's argument
         raise InputError("no such config file, or it can't be read", file=args.config)
     if "://" in args.workdir:
         raise InputError("must be a directory of this machine", file=args.workdir, field="--workdir")
@@ -89,179 +98,157 @@ def _check(args) -> None:
 
 
 def supervise(launch: Launch) -> int:
-    """Runs the processes to their end; to be called in the main thread.
+    """Runs the processes to their end; must be called in the main thread.
 
-    SIGTERM and SIGINT are passed on, and then nothing is started any more. If the supervisor is killed,
-    its children send themselves a SIGTERM.
+    SIGTERM and SIGINT are passed on, after which nothing is restarted. If the supervisor is killed, its
+    children receive SIGTERM.
 
     Returns:
-      0 when all have ended well; the status of the one that must not be started again; 75 or the worst
-      status after a signal; 78 after `max_restarts` restarts without a new checkpoint; 77 when this process
-      itself can't go on.
+      0, 78 or a child's status as in the table above; after a signal 75, or the worst status if none is
+      75; 77 if this process itself can't go on.
 
     Raises:
       InputError: the run's directory can't be written.
     """
     try:
         os.makedirs(os.path.join(launch.workdir, "logs"), exist_ok=True)
-        clear_report(launch.workdir)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(launch.workdir, REPORT))  # the last launch's
     except OSError as error:
         raise InputError(f"can't be written: {error.strerror or error}", file=launch.workdir) from error
     try:
         with _signals() as received, _programs() as programs:
-            return _Supervisor(launch, received, programs).run()
-    except OSError as error:  # no room for a log, no process to be had
+            return _restart_while_useful(launch, received, programs)
+    except OSError as error:  # no room for a log, or no process can be started
         _say(f"a3 launch: {error}")
         return EXIT_STORAGE
 
 
-class _Supervisor:
-    """Attempt after attempt.
-
-    Attributes:
-      received: signals so far, in the order they came; grows by itself.
-    """
-
-    def __init__(self, launch: Launch, received: list[int], programs: str):
-        self._launch, self.received, self._programs = launch, received, programs
-
-    def run(self) -> int:
-        launch, restarts, fruitless = self._launch, 0, 0
-        failures: list[list[int | None]] = []
-        while True:
-            newest = self._newest()
-            group = _Group(launch, restarts + 1, self._programs)
-            try:
-                left, fatal = self._watch(group)
-            finally:
-                group.end(0)
-            statuses = group.statuses()
-            if self.received:
-                return _status_after_signal(statuses.values())
-            if fatal:
-                return group.tell(*next(iter(fatal.items())))
-            if not any(left.values()):
-                return EXIT_OK
-            process, status = _first_cause(left)
-            failures.append([left.get(process) for process in range(launch.processes)])
-            fruitless = 0 if self._newest() > newest else fruitless + 1
-            if fruitless > launch.max_restarts:
-                report = write_report(launch.workdir, restarts, launch.max_restarts, failures)
-                _say("\n".join(report))
-                return EXIT_NO_PROGRESS
-            self._pause(min(_FIRST_PAUSE * 2 ** max(0, fruitless - 1), _LONGEST_PAUSE), process, status)
-            if self.received:
-                return EXIT_PREEMPTED
-            restarts += 1
-            self._record(status, process, fruitless)
-
-    def _newest(self) -> int:
-        newest = newest_step(self._launch.workdir)
-        return -1 if newest is None else newest
-
-    def _watch(self, group: "_Group") -> tuple[dict[int, int], dict[int, int]]:
-        """Waits until an attempt is over, and sees to its end.
-
-        Returns:
-          {process: status} of those that left by themselves, in that order; those of them that end it all.
-        """
-        left: dict[int, int] = {}
-        fatal: dict[int, int] = {}
-        passed_on, deadline = 0, None
-        while True:
-            new = {process: status for process, status in group.statuses().items() if process not in left}
-            # One that fails when another has gone, fails for that; a death by signal is nobody's echo.
-            is_echo = any(left.values()) or min(new.values(), default=0) < 0
-            for process, status in new.items():
-                if _is_fatal(status) and not (is_echo and status == EXIT_FAILED):
-                    fatal[process] = status
-            left.update(new)
-            group.relay()
-            if len(left) == self._launch.processes:
-                return left, fatal
-            while passed_on < len(self.received):
-                passed_on += 1
-                group.signal(signal.SIGTERM)
-                deadline = time.monotonic() + _STOP if passed_on > 1 else None
-            if self.received:  # one that saves takes its time; told twice, or alone, it has had it
-                if left:
-                    deadline = deadline or time.monotonic() + _LEAVE
-                if deadline is not None and time.monotonic() > deadline:
-                    group.end(0)
-            elif fatal:
-                group.end(_STOP)
-                return left, fatal
-            elif any(left.values()):
-                deadline = deadline or time.monotonic() + _LEAVE
-                if time.monotonic() > deadline:
-                    group.end(_END)
-                    return left, fatal
-            time.sleep(_POLL)
-
-    def _pause(self, seconds: float, process: int, status: int) -> None:
-        _say(f"a3 launch: process {process} {_in_words(status)}; all start again in {seconds:g} s")
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self.received:
-            time.sleep(min(_POLL, seconds))
-
-    def _record(self, status: int, process: int, fruitless: int) -> None:
+def _restart_while_useful(launch: Launch, received: list[int], programs: str) -> int:
+    """Runs attempt after attempt; `received` grows with each signal, `programs` is their cache."""
+    restarts, fruitless = 0, 0
+    failures: list[list[int | None]] = []
+    while True:
+        newest = newest_step(launch.workdir)
+        attempt = _Attempt(launch, restarts + 1, programs)
+        try:
+            left, fatal = _watch(attempt, received)
+        finally:
+            attempt.end(0)
+        if received:
+            return _status_after_signal(attempt.statuses().values())
+        if fatal:
+            return attempt.explain(*next(iter(fatal.items())))
+        if not any(left.values()):
+            return EXIT_OK
+        process, status = _first_cause(left)
+        failures.append([left.get(process) for process in range(launch.processes)])
+        now = newest_step(launch.workdir)
+        fruitless = 0 if now is not None and (newest is None or now > newest) else fruitless + 1
+        if fruitless > launch.max_restarts:
+            _say("\n".join(write_report(launch.workdir, restarts, launch.max_restarts, failures)))
+            return EXIT_NO_PROGRESS
+        pause = min(_FIRST_PAUSE * 2 ** max(0, fruitless - 1), _LONGEST_PAUSE)
+        _say(f"a3 launch: process {process} {_in_words(status)}; all start again in {pause:g} s")
+        end = time.monotonic() + pause
+        while time.monotonic() < end and not received:
+            time.sleep(min(_POLL, pause))
+        if received:
+            return EXIT_PREEMPTED
+        restarts += 1
         event = {"time": round(time.time(), 3), "event": "restart", "exit_status": status, "process": process,
                  "restarts_without_progress": fruitless}  # fmt: skip
         try:
-            append_event(self._launch.workdir, event)
+            append_event(launch.workdir, event)
         except OSError as error:
             _say(f"a3 launch: warning: the restart is not on record: {error}")
 
 
-class _Group:
+def _watch(attempt: "_Attempt", received: list[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """Waits until an attempt is over, and ends what is left of it.
+
+    Returns:
+      {process: status} of those that left by themselves, in that order; those of them that are fatal.
+    """
+    left: dict[int, int] = {}
+    fatal: dict[int, int] = {}
+    passed_on, deadline = 0, None
+    while True:
+        new = {process: status for process, status in attempt.statuses().items() if process not in left}
+        # A process that fails after another has left fails for want of it; a death by signal is a cause.
+        is_consequence = any(left.values()) or min(new.values(), default=0) < 0
+        for process, status in new.items():
+            if _is_fatal(status) and not (is_consequence and status == EXIT_FAILED):
+                fatal[process] = status
+        left.update(new)
+        attempt.relay()
+        if len(left) == len(attempt.children):
+            return left, fatal
+        while passed_on < len(received):
+            passed_on += 1
+            attempt.signal(signal.SIGTERM)
+            deadline = time.monotonic() + _STOP if passed_on > 1 else None
+        if any(left.values()) or (received and left):
+            deadline = deadline or time.monotonic() + _LEAVE
+        is_late = deadline is not None and time.monotonic() > deadline
+        if received:  # saving may take its time, unless this is the second signal or the others have left
+            if is_late:
+                attempt.end(0)
+        elif fatal or is_late:
+            attempt.end(_STOP if fatal else _END)
+            return left, fatal
+        time.sleep(_POLL)
+
+
+class _Attempt:
     """The processes of one attempt, each with a log."""
 
-    def __init__(self, launch: Launch, attempt: int, programs: str):
+    def __init__(self, launch: Launch, number: int, programs: str):
         directory = os.path.join(launch.workdir, "logs")
+        self.children: list[subprocess.Popen] = []
         self._logs = [os.path.join(directory, f"process-{n}.log") for n in range(launch.processes)]
-        self._children: list[Prepared] = []
-        self._begins: list[int] = []  # byte of each log where this attempt's lines begin
-        self._relayed = 0  # bytes of process 0's
-        what = f"attempt {attempt}: {launch.processes} x {launch.devices} CPU devices"
+        self._begins: list[int] = []  # byte of each log at which this attempt's lines begin
+        self._relayed = 0  # bytes of process 0's log
+        what = f"attempt {number}: {launch.processes} x {launch.devices} CPU devices"
         _say(f"a3 launch: {what}, logs in {directory}, process 0 also here:")
         began, port = time.strftime("%Y-%m-%d %H:%M:%S %z"), _free_port()
-        command = shlex.join(["a3", *launch.arguments])
         try:
             for process, log in enumerate(self._logs):
-                heading = f"=== attempt {attempt}, process {process}, {began}: {command}\n"
+                command = shlex.join(["a3", *launch.arguments])
                 with open(log, "ab") as file:
-                    file.write(heading.encode())
+                    file.write(f"=== attempt {number}, process {process}, {began}: {command}\n".encode())
+                    file.flush()
                     self._begins.append(file.tell())
-                environment = child_environment(launch, process, port, programs)
-                self._children.append(Prepared(launch.function, launch.arguments, environment, log))
+                    environment = child_environment(launch, process, port, programs)
+                    self.children.append(start_child([*launch.command, *launch.arguments], environment, file))
         except BaseException:
             self.end(0)
             raise
 
     def statuses(self) -> dict[int, int]:
-        """{process: status} of those that have ended; minus the signal's number for a death by signal."""
-        polled = {process: child.poll() for process, child in enumerate(self._children)}
+        """Returns {process: status} of those that have ended; -N after a death by signal N."""
+        polled = {process: child.poll() for process, child in enumerate(self.children)}
         return {process: status for process, status in polled.items() if status is not None}
 
     def signal(self, number: int) -> None:
-        """To all that live."""
-        for child in self._children:
-            child.send_signal(number)  # looks first whether it lives
+        """Sends a signal to all that are alive."""
+        for child in self.children:
+            child.send_signal(number)
 
     def end(self, seconds: float) -> None:
-        """Ends all that live, by force after so many seconds."""
+        """Ends all that are alive, by force after so many seconds."""
         if seconds:
             self.signal(signal.SIGTERM)
         end = time.monotonic() + seconds
-        while len(self.statuses()) < len(self._children) and time.monotonic() < end:
+        while len(self.statuses()) < len(self.children) and time.monotonic() < end:
             time.sleep(_POLL)
         self.signal(signal.SIGKILL)
-        for child in self._children:
+        for child in self.children:
             child.wait()
         self.relay()
 
     def relay(self) -> None:
-        """Passes on what process 0 has written since, in whole lines."""
+        """Prints what process 0 has written since the last call, in whole lines."""
         if not self._begins:  # it could not be started
             return
         lines = _read(self._logs[0], self._begins[0] + self._relayed)
@@ -270,25 +257,47 @@ class _Group:
         if lines:
             _say(lines.decode("utf-8", errors="replace").rstrip("\n"))
 
-    def tell(self, process: int, status: int) -> int:
-        """Says why a process ended, its own last word as the last line; the status."""
+    def explain(self, process: int, status: int) -> int:
+        """Prints why a process ended, with its own last message as the last line; returns the status."""
         log, begin = self._logs[process], self._begins[process]
         _say(f"a3 launch: process {process} {_in_words(status)}; its log: {log}")
         tail = _read(log, max(begin, os.path.getsize(log) - _TAIL)).decode("utf-8", errors="replace")
         lines = [line for line in tail.splitlines() if line.strip()]
         words = [line for line in lines if re.match("a3: (?!warning)", line, re.IGNORECASE)]
-        _say((words or lines or ["a3: it said nothing"])[-1])
+        _say((words or lines or ["a3: it printed nothing"])[-1])
         return status
 
 
+def start_child(command: Sequence[str], environment: dict[str, str], log) -> subprocess.Popen:
+    """Starts a process that writes into an open log and, on Linux, receives SIGTERM when this one dies."""
+    return subprocess.Popen(
+        list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+        preexec_fn=_bound_to_this_process() if sys.platform == "linux" else None,
+        start_new_session=True,  # Ctrl-C in a terminal is for the supervisor, which passes it on once
+    )  # fmt: skip
+
+
+def _bound_to_this_process() -> Callable[[], None]:
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+
+    def bind():
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(EXIT_PREEMPTED)
+
+    return bind
+
+
 def child_environment(launch: Launch, process: int, port: int, programs: str) -> dict[str, str]:
-    """The variables that tell a process its place.
+    """Returns the environment of a process.
 
     Args:
+      launch: what to run.
+      process: its index.
       port: the coordinator's.
       programs: directory for compiled programs, unless the config names one.
     """
-    environment = dict(os.environ, JAX_PLATFORMS="cpu")
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
     environment[PROGRAMS] = programs
     for name in ("JAX_COORDINATOR_ADDRESS", "A3_NUM_PROCESSES", "A3_PROCESS_ID"):
         environment.pop(name, None)
@@ -303,7 +312,7 @@ def child_environment(launch: Launch, process: int, port: int, programs: str) ->
 
 @contextlib.contextmanager
 def _programs() -> Iterator[str]:
-    """A directory for compiled programs, unless the user has named one; "off" where there is no room."""
+    """Gives a directory for compiled programs, unless the user has named one; "off" if there is no room."""
     if os.environ.get(PROGRAMS):
         yield os.path.expanduser(os.environ[PROGRAMS])
         return
@@ -317,7 +326,7 @@ def _programs() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The list that SIGTERM and SIGINT are added to as they come."""
+    """Gives the list to which SIGTERM and SIGINT are added as they arrive."""
     received: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _: received.append(number))
@@ -331,22 +340,65 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _is_fatal(status: int) -> bool:
-    """Whether starting again would only lead there again."""
+    """Returns whether a restart would only fail in the same way."""
     return status > 0 and status not in _RESTARTABLE
 
 
 def _first_cause(left: dict[int, int]) -> tuple[int, int]:
-    """The (process, status) to blame: 75 and 1 are mostly what the others say after one has gone."""
+    """Returns the (process, status) to blame: 75 and 1 are mostly consequences of another one's end."""
     failed = [(process, status) for process, status in left.items() if status]
     return next((pair for pair in failed if pair[1] not in (EXIT_PREEMPTED, EXIT_FAILED)), failed[0])
 
 
 def _status_after_signal(statuses) -> int:
-    """75 if any says so; else the worst, where a death by signal is one that can be started again."""
+    """Returns 75 if any status is that, else the worst one; a death by signal counts as 75."""
     statuses = [EXIT_PREEMPTED if status < 0 else status for status in statuses]
     if EXIT_PREEMPTED in statuses:
         return EXIT_PREEMPTED
     return max(statuses, key=lambda status: (_is_fatal(status), status))
+
+
+def write_report(
+    workdir, restarts: int, fruitless: int, failures: Sequence[Sequence[int | None]]
+) -> list[str]:
+    """Writes `no_progress.json`, and returns the same as lines of text; the last one is the summary.
+
+    Examples are numbered in the order in which the run reads them: step n reads `batch_size` of them from
+    (n - 1) * batch_size on, shifted by those that a rollback skipped.
+
+    Args:
+      workdir: the run's directory.
+      restarts: number of restarts in all. fruitless: of the last ones, without a new checkpoint.
+      failures: exit status of each process, for each attempt; None: ended by the supervisor.
+    """
+    try:
+        step, skipped = position(read_events(workdir)[0])
+    except (InputError, OSError):
+        step, skipped = None, 0
+    newest = newest_step(workdir)
+    size: Any = read_object(os.path.join(workdir, CONFIG)).get("batch_size")
+    last, in_flight = list(failures)[-_ATTEMPTS_SHOWN:], []
+    shown = [", ".join("ended from here" if s is None else str(s) for s in statuses) for statuses in last]
+    lines = [f"a3 launch: exit statuses by process, of the last attempts: {'; '.join(shown)}"]
+    if step is not None:
+        lines.append(f"a3 launch: the step after {step} was in flight")
+        in_flight = [{"step": number} for number in range(step + 1, step + 1 + _IN_FLIGHT)]
+    for entry in in_flight if isinstance(size, int) else ():
+        first = (entry["step"] + skipped - 1) * size
+        entry |= {"first_example": first, "last_example": first + size - 1}
+        examples = f"{first} to {first + size - 1} (running numbers)"
+        lines.append(f"a3 launch: step {entry['step']} has the examples {examples}")
+    report = {
+        "restarts": restarts, "restarts_without_progress": fruitless,
+        "exit_statuses": [list(statuses) for statuses in last],
+        "newest_checkpoint": newest, "last_step": step, "in_flight": in_flight,
+    }  # fmt: skip
+    try:
+        write_json(os.path.join(workdir, REPORT), report)
+    except InputError as error:  # a full disk may be the cause of all this
+        lines.append(f"a3 launch: warning: {error}")
+    since = "no checkpoint" if newest is None else f"no checkpoint after step {newest}"
+    return [*lines, f"a3: {workdir}: no progress: {since} in {fruitless} restarts in a row"]
 
 
 def _in_words(status: int) -> str:
@@ -365,7 +417,7 @@ def _free_port() -> int:
 
 
 def _read(path, begin: int) -> bytes:
-    """The bytes of a file from one on; none if it has gone."""
+    """Returns the bytes of a file from one on; empty if the file is gone."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         file.seek(begin)
         return file.read()
@@ -373,5 +425,5 @@ def _read(path, begin: int) -> bytes:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read along has left: no reason to end a run
+    with contextlib.suppress(OSError):  # a reader that has left is no reason to end a run
         print(text, file=sys.stderr, flush=True)

@@ -26,10 +26,10 @@ COMPILED_BY_SEARCH = 3
 def run_preflight(args) -> int:
     """Runs `a3 preflight`; the exit status says whether everything fits."""
     from a3_jax.pods.preflight_report import show
-    from a3_jax.training.command import read_config
+    from a3_jax.training.config import read_run_config
 
     path, flags, pod = _what(args)
-    config = read_config(path, flags)
+    config = read_run_config(path, flags)
     check_mesh(dict(config.mesh), _rows(config), pod)
     programs = _programs(args.programs)
     if args.search:
@@ -102,7 +102,7 @@ def _compiled(run, inputs, pod: Pod, programs: list[str]) -> dict[str, Any]:
     from a3_jax.pods.compiler import check_flags, compile_program
     from a3_jax.pods.preflight_report import make_report
     from a3_jax.pods.programs import other_programs, train_programs
-    from a3_jax.training.run import open_mesh
+    from a3_jax.training.setup import open_mesh
 
     check_flags(pod.slice.name)
     mesh = open_mesh(run, topology_devices(pod.slice.name, pod.slices))
@@ -119,8 +119,7 @@ def _search(config, path, flags, pod: Pod) -> dict[str, Any]:
     from a3_jax.pods.inputs import check_inputs
     from a3_jax.pods.preflight_report import describe_candidates
     from a3_jax.pods.search import search
-    from a3_jax.training.command import read_config
-    from a3_jax.training.config import RunConfig
+    from a3_jax.training.config import RunConfig, read_run_config
 
     run = RunConfig.from_config(config)
     model = check_inputs(run).model
@@ -130,7 +129,7 @@ def _search(config, path, flags, pod: Pod) -> dict[str, Any]:
     tried, report = [], {"fits": False}
     for candidate in [candidate for candidate in candidates if candidate.fits][:COMPILED_BY_SEARCH]:
         chosen = [*flags, *candidate.layout.flags]
-        report = _preflight(read_config(path, chosen), path, chosen, pod, [], again=False)
+        report = _preflight(read_run_config(path, chosen), path, chosen, pod, [], again=False)
         tried.append({"flags": candidate.layout.flags, "fits": report["fits"]})
         if report["fits"]:
             break

@@ -10,11 +10,10 @@ from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, batch_sharding
 from a3_jax.model.two_stream import abstract_params, param_shardings
 from a3_jax.pods.chips import compile_step
-from a3_jax.training.ahead import placed, placed_state
 from a3_jax.training.config import RunConfig
-from a3_jax.training.loop import step_kind
-from a3_jax.training.parts import network_of, optimizer_of
-from a3_jax.training.step import make_reset
+from a3_jax.training.optimizer import make_optimizer
+from a3_jax.training.setup import make_model, sharded_state, with_shardings
+from a3_jax.training.step import make_reset, step_kind
 
 Makers = dict[str, Callable[[], Any]]  # name -> a function that gives a `jax.stages.Compiled`
 
@@ -41,7 +40,7 @@ def _fingerprint(run, model, mesh):
     """The checksums of a checkpoint's arrays, over the whole state at once."""
     from a3_jax.checkpoints import fingerprint
 
-    return fingerprint._sums.lower(jax.tree.leaves(placed_state(run, model, mesh))).compile()
+    return fingerprint._sums.lower(jax.tree.leaves(sharded_state(run, model, mesh))).compile()
 
 
 def _restore(run, model, mesh):
@@ -49,8 +48,9 @@ def _restore(run, model, mesh):
 
     Reading itself is no program: arrays go to the chips as they are.
     """
-    reset = make_reset(optimizer_of(run), network_of(run, model), mesh)
-    state = placed_state(run, model, mesh)
+    optimizer = make_optimizer(run.optimizer, **run.optimizer_options)
+    reset = make_reset(optimizer, make_model(run, model), mesh)
+    state = sharded_state(run, model, mesh)
     with jax.set_mesh(mesh):
         return reset.lower(state).compile()
 
@@ -64,8 +64,8 @@ def _decode(run, model, mesh):
     options, columns = GenerateOptions(dtype="bfloat16"), run.seq_len
     group = min(options.group_size, columns)
     program = make_program(model, options, None, (columns, max(1, columns // 2), group, group))
-    params = placed(abstract_params(model, jnp.bfloat16), param_shardings(mesh, model))
+    params = with_shardings(abstract_params(model, jnp.bfloat16), param_shardings(mesh, model))
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda: first_state([], columns, axis_parts("batch"), 0))
-        state = placed(state, jax.tree.map(lambda _: batch_sharding(mesh), state))
+        state = with_shardings(state, jax.tree.map(lambda _: batch_sharding(mesh), state))
         return decode.lower(params, state, program=program).compile()

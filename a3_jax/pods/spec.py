@@ -123,12 +123,12 @@ def check_config(spec: Spec, path) -> str:
     Raises:
       InputError: the config can't be read, or contradicts the topology.
     """
-    from a3_jax.training.command import read_config
+    from a3_jax.training.config import read_run_config
 
     if not pathlib.Path(spec.config).exists():
         raise InputError(f"there is no {spec.config}", file=path, field="config")
     try:
-        config = read_config(spec.config, spec.override_flags)
+        config = read_run_config(spec.config, spec.override_flags)
     except InputError as error:  # an override that the config doesn't have
         raise InputError(str(error), file=path) from error
     check_mesh(dict(config.mesh), config.batch_size // config.microbatches, spec.pod, path)
@@ -139,12 +139,12 @@ def config_hash(config, pod: Pod) -> str:
     """By what a preflight is known: config, slices, this code, its libraries and the compiler's flags.
 
     Args:
-      config: of `training.command.read_config`.
+      config: of `training.config.read_run_config`.
 
     Returns:
       64 hexadecimal digits.
     """
-    from a3_jax.training.processes import software
+    from a3_jax.runtime.versions import software
 
     versions: dict[str, str] = software()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

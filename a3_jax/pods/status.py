@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from a3_jax.checkpoints.holder import is_alive
 from a3_jax.checkpoints.manifest import find_damage, read_manifest
 from a3_jax.errors import EXIT_OK, InputError
 from a3_jax.paths import as_path
@@ -24,6 +23,7 @@ from a3_jax.pods.records import (
     read_object,
     sort_steps,
 )
+from a3_jax.runtime.lease import is_alive
 from a3_jax.tables import duration, print_table
 
 _ENDS = {

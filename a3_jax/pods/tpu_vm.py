@@ -1,6 +1,6 @@
 """`a3 launch tpu-vm`: the commands of a run on TPU VMs by queued resources, printed, never run.
 
-Every host runs the same unit of systemd; they find each other by themselves (`training.pod_environment`).
+Every host runs the same unit of systemd; they find each other by themselves (`runtime.tpu_hosts`).
 """
 
 import shlex

@@ -95,7 +95,7 @@ def quickstart(workdir, *, smoke: bool = False, text: str | None = None) -> Outc
 def _walk(run: RunConfig, workdir) -> None:
     """Training, export, conversion, adaptation; each is skipped where it is done already."""
     from a3_jax.checkpoints.conversion import convert
-    from a3_jax.training.run import train
+    from a3_jax.training.train import train
 
     source, converted = workdir / "source", workdir / "converted"
     ar_stages = tuple(stage for stage in run.stages if stage.objective == "ar")

@@ -2,18 +2,20 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from a3_jax.config_file import read_config
 from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.model.attention import IMPLEMENTATIONS
 from a3_jax.model.config import PRESETS, ModelConfig
 from a3_jax.model.two_stream import REMAT_POLICIES
 from a3_jax.ordering.curriculum import SCHEDULES, Stage, stages_from_config, total_steps
+from a3_jax.runtime.coordination import differences
 from a3_jax.training.optimizer import MOMENT_DTYPES, OPTIMIZERS
-from a3_jax.training.processes import differences
 
 DTYPES = ("float32", "bfloat16")
 MESH = {"data": 0, "fsdp": -1, "tensor": 1}
@@ -161,6 +163,12 @@ class RunConfig:
     def compute_dtype(self):
         return jnp.dtype(self.dtype)
 
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """The options of `optimizer.make_optimizer`."""
+        names = ("b1", "b2", "eps", "weight_decay", "clip", "moment_dtype")
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: `from_config(run.to_dict()) == run`."""
         return _plain(dataclasses.asdict(self))
@@ -188,6 +196,22 @@ class RunConfig:
                 fields[name] = ",".join(os.path.expanduser(part.strip()) for part in parts)
         fields["stages"] = stages_from_config(fields["stages"])
         return cls(**fields)
+
+
+def default_fields() -> dict[str, Any]:
+    """Returns the fields of `RunConfig` that have defaults, with these."""
+    defaults: dict[str, Any] = {}
+    for field in dataclasses.fields(RunConfig):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = ConfigDict(field.default_factory())
+    return defaults
+
+
+def read_run_config(path: str, overrides: Sequence[str]) -> Any:
+    """Reads the config file of a run, with overrides; see `config_file.read_config`."""
+    return read_config(path, overrides, default_fields())
 
 
 def model_config(run: RunConfig, vocab_size: int | None = None) -> ModelConfig:

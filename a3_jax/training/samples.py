@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from a3_jax.borders import completion
-from a3_jax.training.metrics import JsonLines
+from a3_jax.training.records import JsonLines
 
 SAMPLES = 4
 MAX_TOKENS = 64
@@ -14,7 +14,7 @@ _LOOKED_AT = 64  # rows
 
 
 def blanked(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The beginning of a text, and a blank in its middle.
+    """Returns the beginning of a text, and a blank in its middle.
 
     Returns:
       tokens [n] int32, n at most `MAX_TOKENS`, 0 at the blank; blank [n] bool, about a sixth of them.
@@ -30,15 +30,15 @@ def blanked(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def make_sampler(
     table, config, tokenizer, log: JsonLines, note: Callable[[str], None], seed: int
 ) -> Callable:
-    """A function (steps done, params) that fills the same blanks each time and writes them down.
+    """Returns a function (steps done, params) that fills the same blanks each time and writes them down.
 
     Args:
-      table: rows, as `data.table.Table`; the first document of the first rows is used.
-      config: of the model.
+      table: rows, as `data.table.Table`; the first document of each of the first rows is used.
+      config: the model's.
       tokenizer: makes the text.
-      log: gets {"step", "text", "filled", "truth"} a sample.
-      note: shows a line, the first sample, to whoever watches.
-      seed: of the sampling.
+      log: gets {"step", "text", "filled", "truth"} per sample.
+      note: shows the user the first sample.
+      seed: the sampling's.
     """
     rows = table.take(np.arange(min(table.num_rows, _LOOKED_AT)))
     documents = [tokens[segments == 1] for tokens, segments in zip(rows["tokens"], rows["segment_ids"])]
@@ -65,7 +65,7 @@ def make_sampler(
 
 
 def _readable(document, blank, filled, tokenizer) -> dict[str, str]:
-    """The text with what was filled in brackets, the filled part and the true one."""
+    """Returns the text with the filled part in brackets, that part, and the true one."""
     first, last = int(blank.argmax()), len(blank) - int(blank[::-1].argmax())
     filled = filled[: len(blank)]
     before, middle = (

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from a3_jax.model.sharding import replicated
 from a3_jax.model.two_stream import Rows, TwoStream, run_rows
+from a3_jax.ordering.curriculum import Stage
 from a3_jax.ordering.intervals import bounds
 from a3_jax.training.loss import cross_entropy
 from a3_jax.training.state import TrainState, state_shardings
@@ -113,6 +114,11 @@ def next_token_weights(batch: Batch) -> jax.Array:
 LOSSES: dict[str, Callable] = {
     "any_order": any_order_loss, "ar": ar_loss, "masked_diffusion": masked_loss,
 }  # fmt: skip
+
+
+def step_kind(stage: Stage) -> tuple[str, float]:
+    """Returns what makes a stage's step another program: (objective, content loss weight)."""
+    return stage.objective, stage.content_loss_weight
 
 
 def step_loss(objective: str, content_loss_weight: float = 0.0) -> Callable[..., tuple[jax.Array, Pairs]]:

@@ -1,26 +1,27 @@
 """Starts runs of one or several processes, watches what they write, and hurts them.
 
-Processes start without imports, as under `a3 launch local`. Compiled programs are shared through a cache, and
-so are prepared rows: to open text takes longer than all steps.
+Compiled programs are shared through a cache, and so are prepared rows: to open text takes longer than all
+steps.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
 import socket
+import subprocess
+import sys
 import time
 
-from a3_jax.pods import prepared
-from a3_jax.pods.prepared import Prepared, run_a3
+from a3_jax.pods.local import start_child
 from tests import prepared_fixtures
 
 CONFIG = str(pathlib.Path(__file__).parent / "config.py")
 TIMEOUT = 240  # seconds, of anything that a healthy machine does in ten
 
 TOKENS, LAST_STEP = 24, 16  # rows of an example, steps of the drills' config
-
-prepared.context.set_forkserver_preload([*prepared.PRELOAD, "a3_jax.decoding.filling", __name__])
+A3 = (sys.executable, "-m", "a3_jax.cli")
 
 
 def rows_beside(cache) -> str:
@@ -65,7 +66,8 @@ class Run:
                         "A3_NUM_PROCESSES": str(self.processes), "A3_PROCESS_ID": str(process)}  # fmt: skip
             arguments = ["train", f"--config={CONFIG}", f"--workdir={self.workdir}", *self._overrides,
                          *overrides, *(overrides_of or {}).get(process, ())]  # fmt: skip
-            self.children.append(Prepared(run_a3, arguments, env, str(self.log(process))))
+            with open(self.log(process), "ab") as log:
+                self.children.append(start_child([*A3, *arguments], env, log))
         return self
 
     def log(self, process=0):
@@ -75,7 +77,8 @@ class Run:
         """The exit statuses, negative for signals; a process that is still there fails the drill."""
         end = time.monotonic() + timeout
         for child in self.children:
-            child.wait(max(0.0, end - time.monotonic()))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, end - time.monotonic()))
         alive = [process for process, child in enumerate(self.children) if child.poll() is None]
         assert not alive, f"processes {alive} didn't end in {timeout} s\n{self.told()}"
         return [child.poll() for child in self.children]

@@ -4,12 +4,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_STORAGE
-from a3_jax.pods.prepared import Prepared, run_a3
+from a3_jax.pods.local import start_child
 from tests.drills import harness
 
 pytestmark = pytest.mark.drill
@@ -70,19 +71,23 @@ def test_a_full_disk(run):
     assert [row["step"] for row in full.rows()] == list(range(1, harness.LAST_STEP + 1))
 
 
-def _convert_slowly(arguments):
-    """`a3 convert` in this process, which takes a minute between its arrays and its manifest."""
-    from a3_jax.checkpoints import streaming
-
-    streaming.write_manifest = lambda *_: time.sleep(60)
-    return run_a3(["convert", *arguments])
+# `a3 convert`, which takes a minute between its arrays and its manifest.
+CONVERT_SLOWLY = """
+import sys, time
+from a3_jax.checkpoints import streaming
+from a3_jax.cli import console
+streaming.write_manifest = lambda *_: time.sleep(60)
+sys.exit(console())
+"""
 
 
 def test_a_request_to_stop_a_conversion(run, tmp_path):
     """Exit status 75, and nothing half-written."""
     short = run(processes=1).finish()
     paths = str(short.workdir), str(tmp_path / "converted")
-    child = Prepared(_convert_slowly, paths, {**os.environ, "JAX_PLATFORMS": "cpu"}, str(short.log()))
+    command = [sys.executable, "-c", CONVERT_SLOWLY, "convert", *paths]
+    with open(short.log(), "ab") as log:
+        child = start_child(command, {**os.environ, "JAX_PLATFORMS": "cpu"}, log)
     short.wait_for(lambda: list(tmp_path.glob(".*.tmp*/params")), alive=False)
     time.sleep(0.5)
     child.send_signal(signal.SIGTERM)

@@ -11,11 +11,11 @@ import jax
 import pytest
 
 from a3_jax.errors import EXIT_PREEMPTED, InputError, RunError
-from a3_jax.training import pod_environment, processes
+from a3_jax.runtime import distributed, tpu_hosts
 
 GKE = {"TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a3-0.a3,a3-1.a3"}
 ALONE_ON_GKE = GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 30}
+TIMES = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 20, "shutdown_timeout_seconds": 30}
 NAMES = (
     "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "A3_NUM_PROCESSES", "A3_PROCESS_ID",
     "TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_ID",
@@ -62,19 +62,19 @@ def joined(monkeypatch, tmp_path):
     told, settings = [], {}
     machine = tmp_path / "product_name"
     machine.write_text("Google Compute Engine\n")
-    monkeypatch.setattr(pod_environment, "_MACHINE", str(machine))
+    monkeypatch.setattr(tpu_hosts, "_MACHINE", str(machine))
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: told.append(given))
-    monkeypatch.setattr(processes.ctypes, "CDLL", lambda _: mock.Mock())
+    monkeypatch.setattr(distributed.ctypes, "CDLL", lambda _: mock.Mock())
 
     def join(environment, on="tpu,cpu", product=None):
         told.clear()
-        monkeypatch.setattr(pod_environment, "_platforms", lambda: on)
+        monkeypatch.setattr(tpu_hosts, "_platforms", lambda: on)
         if product is not None:
             machine.write_text(product)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        assert processes.join() == bool(told)
+        assert distributed.join() == bool(told)
         if told:
             assert settings["jax_enable_preemption_service"] is False
         return told[0] if told else None
@@ -146,7 +146,7 @@ def test_nobody_is_asked_without_a_tpu_or_elsewhere(joined, metadata, monkeypatc
     assert joined({}, product="Standard PC (Q35 + ICH9, 2009)\n") is None
     assert joined({"TPU_SKIP_MDS_QUERY": "1"}, product="Google Compute Engine\n") is None
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
-    monkeypatch.setattr(pod_environment.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tpu_hosts.importlib.util, "find_spec", lambda name: None)
     assert joined({}) is None
     assert metadata.asked == []
 
@@ -171,9 +171,9 @@ def client(address, own, **_):
     found.append((address, own))
     return 1 / 0
 distributed._jax.get_distributed_runtime_client = client
-from a3_jax.training import processes
+from a3_jax.runtime.distributed import join
 try:
-    processes.join()
+    join()
 except ZeroDivisionError:
     print(*found[0], distributed.global_state.num_processes)
 """

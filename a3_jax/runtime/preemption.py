@@ -8,21 +8,21 @@ import threading
 from collections.abc import Callable
 
 from a3_jax.errors import EXIT_PREEMPTED
-from a3_jax.training.processes import leave
-from a3_jax.training.watchdog import briefly
+from a3_jax.runtime.distributed import leave
+from a3_jax.runtime.watchdog import briefly
 
 
 class StopRequest(contextlib.AbstractContextManager):
-    """Whether this process was told to stop; a context manager that listens for SIGTERM.
+    """True once this process was told to stop; a context manager that listens for SIGTERM.
 
-    The first one is a request: the run saves at the end of its step and leaves. While nothing was done
-    that a restart would have to do again (`anything_to_save` is false: opening, restoring, compiling),
-    it leaves at once, and so it does at the second. The system tells a thread of ours, so that it also
-    works while the main thread is inside a compiler or waits for a device.
+    The first SIGTERM is a request: the run saves at the end of its step and leaves. If a restart would lose
+    nothing (`anything_to_save` is false: opening, restoring, compiling), the process leaves at once, as it
+    does at the second SIGTERM. A thread receives the signals, so that this also works while the main thread
+    is inside a compiler or waits for a device.
 
     Attributes:
-      anything_to_save: set by the loop once a step has begun.
-      received: SIGTERMs so far.
+      anything_to_save: set by the training loop once a step has begun.
+      received: number of SIGTERMs so far.
     """
 
     def __init__(self, before_leaving: Callable[[], None] = lambda: None):
@@ -33,10 +33,10 @@ class StopRequest(contextlib.AbstractContextManager):
         self._listens = False
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # no other may listen for signals
+        if threading.current_thread() is threading.main_thread():  # no other thread may listen for signals
             self._systems.setblocking(False)
             self._wakeup = signal.set_wakeup_fd(self._systems.fileno(), warn_on_full_buffer=False)
-            self._handler = signal.signal(signal.SIGTERM, lambda *_: None)  # second, lest one is lost
+            self._handler = signal.signal(signal.SIGTERM, lambda *_: None)  # second, so that none is lost
             threading.Thread(target=self._listen, name="a3 stop request", daemon=True).start()
             self._listens = True
         return self
@@ -46,7 +46,7 @@ class StopRequest(contextlib.AbstractContextManager):
             signal.signal(signal.SIGTERM, self._handler)
             signal.set_wakeup_fd(self._wakeup)
             self._listens = False
-        self._systems.close()  # ends the thread, where there is one
+        self._systems.close()  # ends the thread, if there is one
 
     def __bool__(self):
         return self.received > 0

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
+from a3_jax.config_file import read_config
 from a3_jax.data.manifest import SPLITS, TRAIN
 from a3_jax.errors import EXIT_OK, InputError, check_seed, nearest
 
@@ -16,9 +19,9 @@ _LEGEND = (
 
 
 def run_show(args) -> int:
-    """`a3 data show`: the exit status."""
+    """Runs `a3 data show`; returns the exit status."""
     _check(args)
-    stage = find_stage(args.stage, args.config, args.config_flags)
+    stage = find_stage(args.stage, args.config, args.config_flags, args.run_defaults)
     from a3_jax.data.prepared import find_prepared, prepared_tokenizer
 
     found = find_prepared(args.directory)
@@ -36,21 +39,28 @@ def run_show(args) -> int:
     return EXIT_OK
 
 
-def find_stage(name: str, config: str | None, overrides: list[str]):
-    """A stage by name, of a config file or else of the presets.
+def find_stage(
+    name: str, config: str | None, overrides: list[str], run_defaults: Callable[[], Mapping[str, Any]]
+):
+    """Finds a stage by name, in a config file or else among the presets.
+
+    Args:
+      name: the stage's.
+      config: file of a run; None for the presets.
+      overrides: `--config.FIELD=VALUE` arguments.
+      run_defaults: returns the fields of a run's config that have defaults.
 
     Raises:
       InputError: no such stage, with the nearest name.
     """
     from a3_jax.ordering.curriculum import PRESETS, stages_from_config
-    from a3_jax.training.command import read_config
 
     if config is None:
         if overrides:
             raise InputError(f"unknown argument {overrides[0]!r}", file="data show")
         stages = [stage for preset in PRESETS.values() for stage in preset()]
     else:
-        stages = stages_from_config(read_config(config, overrides).stages)
+        stages = stages_from_config(read_config(config, overrides, run_defaults()).stages)
     named = {stage.name: stage for stage in stages}
     if name not in named:
         raise InputError(
@@ -60,7 +70,7 @@ def find_stage(name: str, config: str | None, overrides: list[str]):
 
 
 def example_rows(found, stage, args, bos_id) -> list[dict[str, np.ndarray]]:
-    """The examples of one step of `args.n`, sorted as in training, with their intervals.
+    """Returns the examples of one step of `args.n`, sorted as in training, with their intervals.
 
     Returns:
       For each: tokens, positions, segment_ids, ranks, start, content_limit, query_limit: [T] int32;
@@ -81,12 +91,12 @@ def example_rows(found, stage, args, bos_id) -> list[dict[str, np.ndarray]]:
 
 
 def picture(row: dict[str, np.ndarray], tokenizer, most: int, number: int) -> list[str]:
-    """Lines of text that show the beginning of a row's first document.
+    """Draws the beginning of a row's first document, in lines of text.
 
     Args:
-      row: of `example_rows`.
-      most: tokens shown, the first of the document.
-      number: of the example.
+      row: one of `example_rows`.
+      most: how many of the document's tokens to show.
+      number: the example's.
     """
     length = int(np.count_nonzero(row["segment_ids"] == 1))
     shown = np.flatnonzero((row["segment_ids"] == 1) & _among_first(row["positions"], length, most))
@@ -114,7 +124,7 @@ def picture(row: dict[str, np.ndarray], tokenizer, most: int, number: int) -> li
 
 
 def _among_first(positions, length, most):
-    """Which of a document's tokens are among its first; positions may have gaps."""
+    """Marks a document's first tokens; positions may have gaps."""
     return positions < most if length > most else positions >= 0
 
 
@@ -125,7 +135,7 @@ def _mark(key, start, content, query) -> str:
 
 
 def _readable(tokenizer, token) -> str:
-    """A token on one line; one that decodes to nothing by its number."""
+    """Returns a token as one line of text, or its number if it decodes to nothing."""
     piece = repr(tokenizer.decode([int(token)]))[1:-1]
     return piece.replace(" ", "␣") or f"<{int(token)}>"
 

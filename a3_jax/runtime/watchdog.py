@@ -1,7 +1,7 @@
-"""Ends a process in which nothing happens any more, after writing down where its threads stand.
+"""Ends a process in which nothing happens, after writing down the stacks of its threads.
 
-The loop says what it does; a thread looks at how long that has taken. It needs the interpreter lock,
-as all Python does: what hangs while holding it is not noticed.
+The training loop names its phase; a thread checks how long that phase has taken. It needs the interpreter
+lock, as all Python does: code that hangs while holding the lock isn't noticed.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from a3_jax.paths import absolute
 PHASES = ("step", "compile", "evaluate", "sample", "save", "restore", "data")
 _STEPS_KEPT, _STEPS_NEEDED = 50, 5
 _FIRST_STEPS, _LEAST, _FACTOR = 1800.0, 120.0, 20  # seconds, seconds, times the median step
-_PAUSE = 5.0  # seconds that the thread's own wait took too long: the process was suspended
+_PAUSE = 5.0  # seconds by which the thread's own wait may overrun; beyond that the process was suspended
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Seconds that a phase may take; infinity: any.
+    """Seconds that each phase may take; infinity for no limit.
 
     Attributes:
-      step: 0: 120, or 20 times the median of the last 50 steps if that is more, and 1800 until 5 steps
-        were seen.
-      compile: of compiling. other: of every other phase.
+      step: 0 means the larger of 120 and 20 times the median of the last 50 steps, and 1800 until 5 steps
+        have been seen.
+      compile, other: for compiling, and for each of the other phases.
     """
 
     step: float = 0
@@ -53,13 +53,13 @@ class Watchdog:
         on_hang: Callable[[str, float, str], None] | None = None,
         exit: Callable[[int], object] = os._exit,
     ):
-        """Starts to watch.
+        """Starts watching.
 
         Args:
-          directory: of the run; the stacks of all threads go to `stacks/PROCESS-UNIXTIME.txt` there.
-          process: its number.
-          on_hang: called before the end with phase, seconds and the name of that file; what it raises is
-            dropped, and it isn't waited for longer than 2 s.
+          directory: the run's; the stacks of all threads go to `stacks/PROCESS-UNIXTIME.txt` there.
+          process: index of this process.
+          on_hang: called before the end with phase, seconds and the name of that file, for 2 s at most;
+            its errors are dropped.
           exit: ends the process.
         """
         self._directory, self._process = absolute(directory), process
@@ -86,7 +86,7 @@ class Watchdog:
             self.enter(self._present[0])
 
     def limit(self, phase: str) -> float:
-        """Seconds that a phase may take now."""
+        """Returns the seconds that a phase may take now."""
         if phase != "step":
             return self._limits.compile if phase == "compile" else self._limits.other
         if self._limits.step > 0:
@@ -127,7 +127,7 @@ class Watchdog:
     def _end(self, phase: str, seconds: float) -> None:
         # Disk and terminal may be what hangs: nothing here is waited for without a limit.
         file = self._directory / "stacks" / f"{self._process}-{int(time.time())}.txt"
-        told = f"a3: hung: '{phase}' has taken {seconds:.0f} s; where every thread stands: {file}"
+        told = f"a3: hung: '{phase}' has taken {seconds:.0f} s; stacks of all threads: {file}"
         briefly(10.0, lambda: _write_stacks(file))
         briefly(2.0, lambda: print(told, file=sys.stderr, flush=True))
         on_hang = self._on_hang
@@ -137,7 +137,7 @@ class Watchdog:
 
 
 def briefly(seconds: float, function: Callable[[], object]) -> None:
-    """Calls a function, goes on without it after some seconds, and drops what it raises."""
+    """Calls a function for at most `seconds`, then goes on without it; drops its errors."""
 
     def call():
         with contextlib.suppress(Exception):
@@ -149,9 +149,9 @@ def briefly(seconds: float, function: Callable[[], object]) -> None:
 
 
 def _write_stacks(file) -> None:
-    """The stacks of all threads as text; to standard error where the file can't be written."""
+    """Writes the stacks of all threads as text, to standard error if the file can't be written."""
     try:
-        if "://" in str(file):  # stacks are written by a file's number, which a bucket's has not
+        if "://" in str(file):  # faulthandler needs a file descriptor, which a bucket's file doesn't have
             with tempfile.TemporaryFile() as local:
                 faulthandler.dump_traceback(local, all_threads=True)
                 local.seek(0)

@@ -1,8 +1,8 @@
-"""One writer a run directory: `WORKDIR/lease.json`, renewed for as long as the run lives.
+"""One writer per run directory: `WORKDIR/lease.json`, renewed for as long as the run lives.
 
-A holder on this host is alive or gone, which its process id and start time tell at once. One on
-another host is watched: a live one renews its lease before two of its renewals have passed. Clocks of
-hosts are never compared. What can't be read counts as another host's.
+Whether a holder on this host is alive is known at once from its process id and start time. A holder on
+another host is watched: if it is alive, it renews its lease within two of its renewal intervals. Clocks of
+different hosts are never compared. A lease that can't be read counts as another host's.
 """
 
 import contextlib
@@ -15,15 +15,50 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
-from a3_jax.checkpoints.holder import pid_namespace, process_start
 from a3_jax.errors import InputError
 from a3_jax.paths import absolute, write_text
 
 LEASE_FILE = "lease.json"
-_MAX_BYTES = 1 << 16  # of the file; ours has some hundred
+_MAX_BYTES = 1 << 16  # of the file, which has a few hundred
 _MAX_RENEW = 600.0  # seconds; a damaged file must not make anyone wait for days
+_FRESH = 60.0  # seconds since its renewal during which another host's lease counts as held
+
+
+def is_alive(lease: Mapping[str, Any]) -> bool:
+    """Returns whether the holder of a lease is alive, without waiting.
+
+    Args:
+      lease: the fields of `lease.json`; empty, or arbitrary, if it is absent or damaged: nobody holds it.
+    """
+    here = _is_alive_here(lease)
+    if here is not None:
+        return here
+    renewed = lease.get("renewed")
+    return isinstance(renewed, int | float) and time.time() - renewed < _FRESH
+
+
+def process_start(pid: int) -> str | None:
+    """Returns when a process of this host started, in the kernel's ticks; None if gone, "" if unknown."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            state, *fields = file.read().rpartition(")")[2].split()  # the name before it may hold spaces
+    except ProcessLookupError:
+        return None
+    except (OSError, ValueError):
+        return ""
+    return None if state in ("Z", "X") else fields[18]  # Z, X: it has ended but wasn't collected
+
+
+def pid_namespace() -> str:
+    """Returns this process's PID namespace: containers may share a host's name, but not its process ids."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 class Lease:
@@ -31,11 +66,11 @@ class Lease:
 
     Attributes:
       file: the path of `lease.json`.
-      lost: another run took over, after this one had not renewed for long; see `check`.
+      lost: whether another run took over because this one hadn't renewed for too long; see `check`.
     """
 
     def __init__(self, workdir, renew_seconds: float = 20.0):
-        """`workdir` is made on entering, local or in a bucket; `renew_seconds` lie between renewals."""
+        """Prepares a lease on `workdir`, local or in a bucket, which is made on entering."""
         self._directory = absolute(workdir)
         self.file = self._directory / LEASE_FILE
         self.renew_seconds, self.lost = renew_seconds, False
@@ -46,7 +81,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="a3-lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        """Takes the lease, at once or after having watched another host's for two renewals.
+        """Takes the lease, at once or after watching another host's for two renewal intervals.
 
         Raises:
           InputError: another run holds it, or the directory can't be written.
@@ -63,7 +98,7 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Gives it back: the file goes, unless it is another run's by now."""
+        """Gives the lease back: removes the file, unless it is another run's by now."""
         self._stop.set()
         self._thread.join(5.0)  # it may hang in a write
         with contextlib.suppress(OSError):
@@ -71,7 +106,7 @@ class Lease:
                 self.file.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """To be called before anything of the run is written.
+        """Must be called before anything of the run is written.
 
         Raises:
           InputError: the lease is lost.
@@ -84,7 +119,10 @@ class Lease:
 
     def _take(self) -> None:
         found = self._read()
-        is_foreign = found is not None and self._is_foreign(_fields(found))
+        alive = False if found is None else _is_alive_here(_fields(found))
+        if alive:
+            raise self._refusal(_fields(found))
+        is_foreign = alive is None
         if found is not None and is_foreign:
             found = self._watched(found)
         with _locked(None if self._is_remote else self._directory):
@@ -105,24 +143,8 @@ class Lease:
         if self.lost:
             raise self._refusal(_fields(self._read()))
 
-    def _is_foreign(self, holder: dict[str, Any]) -> bool:
-        """Whether only watching can tell if the holder lives; False: it is gone.
-
-        Raises:
-          InputError: it is alive, on this host.
-        """
-        pid = holder.get("pid")
-        is_here = holder.get("host") == socket.gethostname()
-        is_here &= holder.get("pid_namespace", pid_namespace()) == pid_namespace()
-        if not is_here or type(pid) is not int or not 0 < pid < 2**31:
-            return True
-        start = process_start(pid)
-        if start is None or (start and start != holder.get("process_start")):
-            return False
-        raise self._refusal(holder)
-
     def _watched(self, found: bytes) -> bytes | None:
-        """What is there after two renewals in which nothing changed; None where it was given back.
+        """Returns the content after two intervals without a renewal; None if the lease was given back.
 
         Raises:
           InputError: it was renewed.
@@ -165,7 +187,7 @@ class Lease:
             write_text(self.file, self._text())
 
     def _look(self) -> None:
-        """Sets `lost` where the file is another's. Absent or damaged it is nobody's."""
+        """Sets `lost` if the file is another run's. An absent or damaged one is nobody's."""
         self.lost |= _fields(self._read()).get("owner", self._owner) != self._owner
         self._confirmed = time.monotonic()
 
@@ -186,12 +208,23 @@ class Lease:
 
 
 def _fields(content: bytes | None) -> dict[str, Any]:
-    """The lease's fields; none where it is absent or damaged."""
+    """Returns the lease's fields; empty if it is absent or damaged."""
     try:
         fields = json.loads(content or b"{}")
     except (ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
+
+
+def _is_alive_here(lease: Mapping[str, Any]) -> bool | None:
+    """Returns whether the holder's process on this host is alive; None if the holder is on another host."""
+    pid = lease.get("pid")
+    is_here = lease.get("host") == socket.gethostname()
+    is_here &= lease.get("pid_namespace", pid_namespace()) == pid_namespace()
+    if not is_here or type(pid) is not int or not 0 < pid < 2**31:
+        return None
+    start = process_start(pid)
+    return start is not None and start in ("", lease.get("process_start", start))
 
 
 def _named(holder: dict[str, Any]) -> str:
@@ -207,7 +240,7 @@ def _named(holder: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _locked(directory):
-    """Keeps starters on one host apart; file systems without locks have only the reading again after it."""
+    """Locks out other starters on this host. Without file locks, `_take` reads again after it has written."""
     if directory is None:
         yield
         return

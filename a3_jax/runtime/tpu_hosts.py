@@ -1,11 +1,11 @@
-"""Which hosts a TPU pod has, as far as this one is told: by GKE in the environment, on TPU VMs by a server.
+"""Finds the hosts of this host's TPU pod: from GKE's environment variables, or a TPU VM's metadata server.
 
     GKE (JobSet, xpk)     TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES: the hosts of this slice;
                           MEGASCALE_NUM_SLICES: how many slices, where there are several
     TPU VM                worker-network-endpoints of the metadata server: the hosts of this slice;
                           tpu-env: MEGASCALE_NUM_SLICES and others, a line each
 
-Which of them is process 0, and which one this is, jax finds out by itself in the same places
+jax itself finds out, in the same places, which of them is process 0 and which one this is
 (`cluster_detection_method`).
 """
 
@@ -30,18 +30,18 @@ _PORT = "8482"  # the one that jax takes for its coordinator
 
 
 def find_pod(address: str | None = None) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` must be told to join the hosts of this pod.
+    """Returns what `jax.distributed.initialize` must be told to join the hosts of this pod.
 
-    Asks no server but the metadata server of a TPU VM.
+    Asks no server except the metadata server of a TPU VM.
 
     Args:
-      address: HOST:PORT of the coordinator, or HOST, where the manifest names it; jax finds it otherwise.
+      address: HOST:PORT or HOST of the coordinator, if the manifest names it; otherwise jax finds it.
 
     Returns:
-      Keyword arguments, none where this host is alone; None where no pod is to be seen.
+      Keyword arguments, empty if this host is alone; None if it is in no pod.
 
     Raises:
-      InputError: a number of slices that is none.
+      InputError: the number of slices isn't a whole number.
       RunError: the metadata server doesn't answer.
     """
     if importlib.util.find_spec("libtpu") is None or "tpu" not in _platforms():
@@ -88,13 +88,13 @@ def _slices_of_vm() -> str | None:
 
 
 def _attribute(name: str) -> str:
-    """A value of the metadata server; empty where it has none of this name."""
+    """Returns a value of the metadata server; empty if it has none of this name."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         f"http://{server}/computeMetadata/v1/instance/attributes/{name}",
         headers={"Metadata-Flavor": "Google"},
     )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is next door
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
     try:
         with opener.open(request, timeout=_METADATA_SECONDS) as answer:
             return answer.read().decode()
