@@ -21,6 +21,7 @@ LINE = [
     {"benchmarks"},
     {"quickstart"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LINE) for room in rooms}
 
