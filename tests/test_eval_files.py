@@ -12,6 +12,7 @@ from a3_jax.evaluation.files import find_data, read_rows
 from a3_jax.evaluation.tasks import TASKS, task_named, task_records
 from tests import eval_fixtures as fixtures
 from tests.eval_fixtures import write_csv, write_jsonl, write_parquet
+from tests.prepare_fixtures import POINTER
 
 WITH_FILES = [name for name, task in TASKS.items() if task.files]
 ROWS = {
@@ -241,3 +242,24 @@ def test_the_list_tells_of_every_task():
     with pytest.raises(InputError, match="did you mean 'hellaswag'") as caught:
         task_named("helaswag")
     assert caught.value.field == "tasks"
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.parquet"])
+def test_two_columns_of_one_name(tmp_path, name):
+    """Which of them is meant can't be told."""
+    names, cells = ["sentence", "sentence", "option1", "option2", "answer"], ["a _ b", "c _ d", "e", "f", "1"]
+    if name.endswith(".csv"):
+        (tmp_path / name).write_text(",".join(names) + "\n" + ",".join(cells) + "\n")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table([[cell] for cell in cells], names=names), tmp_path / name)
+    task = task_named("winogrande")
+    with pytest.raises(InputError, match="sentence: the table has 2 columns of this name"):
+        list(read_rows(task, find_data(task, tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.parquet", "a.json", "a.csv"])
+def test_a_git_lfs_pointer(tmp_path, name):
+    (tmp_path / name).write_bytes(POINTER)
+    task = task_named("winogrande")
+    with pytest.raises(InputError, match=f"{name}: is a Git LFS pointer"):
+        list(read_rows(task, find_data(task, tmp_path / name)))

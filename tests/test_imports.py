@@ -22,6 +22,7 @@ LINE = [
     {"benchmarks"},
     {"quickstart"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LINE) for room in rooms}
 
