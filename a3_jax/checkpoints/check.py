@@ -203,10 +203,11 @@ def _their_run(model: HFModel, tokens, dtype) -> _Run:
     doing = "open"
     with _quiet(transformers.utils.logging):
         try:
-            theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+            opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 str(model.directory), dtype=torch.float32, attn_implementation="eager", local_files_only=True,
                 trust_remote_code=False, use_safetensors=True, output_loading_info=True,
             )  # fmt: skip
+            theirs, told = opened
             _check_whole(model, told)
             doing = "run"
             return _run_theirs(theirs.eval(), tokens, dtype)
