@@ -72,15 +72,17 @@ def convert(
     source = run_on_all("convert", lambda: open_source(src, dtype, seed, allow_nonfinite))
     if check is None and (allow_nonfinite or jax.process_count() > 1):  # one would check, the others wait
         check = False
-    hf_directory = source.hf_directory if to == "a3" else as_path(dst)
-    checks: bool = run_on_process_zero("convert", lambda: is_checked(check, source.config, hf_directory, dst))
+    target, hf_directory = None, source.hf_directory
+    if to != "a3":
+        target = run_on_all("convert", lambda: _target(source.meta, to, dtype, query_vector))
+        hf_directory = as_path(dst)
+    checking: bool = run_on_process_zero("convert", lambda: is_checked(check, source.config, hf_directory, dst))
     sums = None if sha256 is None else _compared(source, sha256)
-    if to == "a3":
-        return _to_a3(source, dst, dtype, checks, sums)
+    if target is None:
+        return _to_a3(source, dst, dtype, checking, sums)
     checked: list[Checked | None] = []
-    target = run_on_all("convert", lambda: _target(source.meta, to, dtype, query_vector))
     run_on_process_zero(
-        "convert", lambda: checked.append(_to_hf(source, dst, target, dtype, max_shard_bytes, checks, sums))
+        "convert", lambda: checked.append(_to_hf(source, dst, target, dtype, max_shard_bytes, checking, sums))
     )
     return checked[0] if checked else None
 

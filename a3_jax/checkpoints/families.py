@@ -206,13 +206,6 @@ class Tensor:
         return array if self.part is None else np.moveaxis(array, self.part[0], 0)[self.part[1]]
 
 
-def join(parts: tuple[Tensor, ...], leaves) -> np.ndarray:
-    """The inverse of `Tensor.to_leaf`: the stored tensor that consists of these leaves."""
-    arrays = [leaf.transpose(np.argsort(part.order)) for part, leaf in zip(parts, leaves, strict=True)]
-    first = parts[0]
-    return (arrays[0] if first.part is None else np.stack(arrays, axis=first.part[0])).reshape(first.shape)
-
-
 @functools.cache
 def tensor_table(config: ModelConfig) -> dict[str, tuple[Tensor, ...]]:
     """Every tensor of a model by its name in the file, the embedding first, each with its parts."""

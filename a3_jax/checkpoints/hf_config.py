@@ -1,15 +1,15 @@
 """`config.json` of Hugging Face models to `ModelConfig`; `hf_export` is the way back.
 
-Every field is read, refused, or listed in `config_fields.json` as without effect on the numbers; the reader
-names those that are none of the three, which transformers doesn't know either.
+What differs from one architecture to the next is in `architectures.json`. Every field is read, refused, or
+listed there as without effect on the numbers; the reader names those that are none of the three, which
+transformers doesn't know either.
 """
 
 import dataclasses
-import functools
 import importlib.resources
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from a3_jax.errors import InputError, nearest
@@ -33,124 +33,40 @@ class Architecture:
       switches: fields of ModelConfig in which the family differs from Llama.
       defaults: of absent fields of `config.json`, where transformers has others than for Llama.
       names: fields of `config.json` that are called otherwise than Llama's; "": there is none.
-      local: whether layer i is a local one, given the config's fields; None: no layer is.
+      local: which layers are local ones, a key of `_LOCAL`; None: none is.
       refused: fields that have to be absent, null or false, and what they would mean.
       fixed: the one value that fields may have where they are present.
-      types: what `model_type` may be; (): the family, with `_text` behind it or without.
+      types: what `model_type` may be; empty: the family, with `_text` behind it or without.
     """
 
     family: str
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    local: Callable[[Any, int], bool] | None = None
+    local: str | None = None
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    types: tuple[str, ...] = ()
+    types: Sequence[str] = ()
 
     @property
-    def model_types(self) -> tuple[str, ...]:
+    def model_types(self) -> Sequence[str]:
         return self.types or (self.family, f"{self.family}_text")
 
 
-def _late(fields, layer):
-    return layer >= fields.count("max_window_layers", least=0)
-
-
+_TABLE = json.loads(
+    importlib.resources.files("a3_jax.checkpoints").joinpath("architectures.json").read_text("utf-8")
+)
+ARCHITECTURES = {name: Architecture(**fields) for name, fields in _TABLE["architectures"].items()}
+_LOCAL: Mapping[str | None, Callable[[Any, int], bool]] = {  # where no `layer_types` say
+    "all": lambda fields, layer: True,
+    "even": lambda fields, layer: layer % 2 == 0,
+    "late": lambda fields, layer: layer >= fields.count("max_window_layers", least=0),
+    "pattern": lambda fields, layer: (layer + 1) % fields.count("sliding_window_pattern") > 0,
+    "unrotated": lambda fields, layer: layer in _unrotated(fields),
+}
 _LLAMA_DEFAULTS = {
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
     "tie_word_embeddings": False,
-}  # fmt: skip
-_QWEN_DEFAULTS = {
-    "num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False,
-    "sliding_window": 4096, "max_window_layers": 28,
-}  # fmt: skip
-_GEMMA = {"norm": "rms_offset", "norm_place": "both", "scale_embedding": True}
-_GEMMA_DEFAULTS = {
-    "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
-}  # fmt: skip
-_BIDIRECTIONAL = {"use_bidirectional_attention": "attention that is not causal"}
-_MISTRAL = Architecture(
-    "mistral",
-    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    local=lambda fields, layer: True, types=("mistral", "ministral"),
-)  # fmt: skip
-ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama"),
-    RELEASE_ARCHITECTURE: Architecture("llama", {"residual": "release"}),
-    "MistralForCausalLM": _MISTRAL,
-    "MinistralForCausalLM": _MISTRAL,  # with `layer_types` transformers takes a Mistral for one, too
-    "Qwen2ForCausalLM": Architecture("qwen2", {"qkv_bias": True}, _QWEN_DEFAULTS, local=_late),
-    "Qwen3ForCausalLM": Architecture(
-        "qwen3", {"qk_norm": "head"}, {**_QWEN_DEFAULTS, "head_dim": 128}, local=_late
-    ),
-    "SmolLM3ForCausalLM": Architecture(
-        "smollm3", defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768,
-                             "rope_theta": 2e6, "tie_word_embeddings": True, "use_sliding_window": False,
-                             "sliding_window": None, "no_rope_layer_interval": 4},
-        local=lambda fields, layer: layer in _unrotated(fields),
-    ),
-    "Olmo2ForCausalLM": Architecture(
-        "olmo2", {"norm_place": "post", "qk_norm": "full"}, {"rms_norm_eps": 1e-5}
-    ),
-    "Gemma2ForCausalLM": Architecture(
-        "gemma2", _GEMMA,
-        {**_GEMMA_DEFAULTS, "max_position_embeddings": 8192, "final_logit_softcapping": 30.0,
-         "attn_logit_softcapping": 50.0},
-        {"hidden_act": "hidden_activation"},
-        local=lambda fields, layer: layer % 2 == 0,
-    ),
-    "Gemma3ForCausalLM": Architecture(
-        "gemma3", {**_GEMMA, "qk_norm": "head"},
-        {**_GEMMA_DEFAULTS, "max_position_embeddings": 131072, "rope_theta": 1e6,
-         "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
-        {"hidden_act": "hidden_activation"},
-        local=lambda fields, layer: (layer + 1) % fields.count("sliding_window_pattern") > 0,
-        refused={"attn_logit_softcapping": "softcaps in attention, which transformers leaves out here,"},
-    ),
-    "GPT2LMHeadModel": Architecture(
-        "gpt2",
-        {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "gated_mlp": False,
-         "positions": "learned"},
-        {"n_positions": 1024, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-         "tie_word_embeddings": True},
-        {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-         "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
-         "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function",
-         "num_key_value_heads": "", "head_dim": ""},
-        refused={"scale_attn_by_inverse_layer_idx": "scores scaled by layer",
-                 "add_cross_attention": "cross-attention layers"},
-    ),
-    "LLaDAModelLM": Architecture(
-        "llada",
-        defaults={"max_sequence_length": 1024, "rms_norm_eps": 1e-5, "weight_tying": True,
-                  "mask_token_id": 126336},
-        names={"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
-               "num_key_value_heads": "n_kv_heads", "intermediate_size": "mlp_hidden_size",
-               "max_position_embeddings": "max_sequence_length", "hidden_act": "activation_type",
-               "tie_word_embeddings": "weight_tying", "head_dim": ""},
-        refused=dict.fromkeys(
-            ("include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm", "alibi",
-             "input_emb_norm", "scale_logits", "clip_qkv", "multi_query_attention"),
-            "options that no published LLaDA has"),
-        fixed={"block_type": "llama", "layer_norm_type": "rms", "rope": True, "block_group_size": 1,
-               "layer_norm_with_affine": True},
-    ),
-    "DreamModel": Architecture(
-        "qwen2", {"qkv_bias": True}, {**_QWEN_DEFAULTS, "mask_token_id": 151666}, local=_late,
-        types=("Dream", "dream"),
-    ),
-    "DiscreteDiffusionModel": Architecture(  # or GPT-2, see below
-        "llama", defaults={"mask_token_id": 811}, types=("llama", "gpt2")
-    ),
-}  # fmt: skip
-_REFUSED = {
-    **dict.fromkeys(("quantization_config", "compression_config", "quantization"),
-                    "quantised weights (dequantise them first)"),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "mixtures of experts"),
-    "per_layer_config": "layers of different shapes", "pruned_heads": "layers of different shapes",
-    "transformers_weights": "weights in a file of another name", **_BIDIRECTIONAL,
 }  # fmt: skip
 # Spellings that transformers takes beside a family's own.
 _ALIASES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -204,15 +120,16 @@ def read_config(config: Mapping[str, Any], file=None) -> tuple[ModelConfig, list
         values |= _rope(fields, architecture.family)
     if values.get("scale_embedding"):  # a vector at the scale of what the content rows start from
         values["query_init_scale"] = 0.02 * math.sqrt(width)
+    listed = _TABLE["without_effect"]
     try:
-        return ModelConfig(**values), fields.unread(_without_effect(architecture.family))
+        return ModelConfig(**values), fields.unread({*listed["all"], *listed.get(architecture.family, [])})
     except InputError as error:  # sizes that don't go together
         raise InputError(error.message, file=file, field=error.field) from error
 
 
 def _check_switches(fields, architecture) -> None:
     """Refuses what would change the numbers and isn't implemented."""
-    for field, meaning in {**_REFUSED, **architecture.refused}.items():
+    for field, meaning in {**_TABLE["refused"], **architecture.refused}.items():
         if fields.get(field):
             fields.refuse(field, f"{meaning} are not supported, got {fields.get(field)!r}"[:200])
     causal = {} if fields.get("mask_token_id") is not None else {"is_causal": True}
@@ -227,14 +144,6 @@ def _check_switches(fields, architecture) -> None:
         fields.read.add(alias)
 
 
-@functools.cache
-def _without_effect(family: str) -> frozenset[str]:
-    """Fields that change no number, whatever their value: of files, training, generation, other heads."""
-    text = importlib.resources.files("a3_jax.checkpoints").joinpath("config_fields.json").read_text("utf-8")
-    table = json.loads(text)
-    return frozenset([*table["all"], *table.get(family, [])])
-
-
 class _Fields:
     """Fields of a JSON object, checked as they are read; absent ones have defaults, null ones stay null."""
 
@@ -247,7 +156,7 @@ class _Fields:
         self.read.add(self.names.get(field, field))
         return self.values.get(self.names.get(field, field))
 
-    def unread(self, without_effect=frozenset()) -> list[str]:
+    def unread(self, without_effect: Set[str] = frozenset()) -> list[str]:
         """Fields that hold something and were not asked for, those of objects inside among them."""
         known = self.read | without_effect
         mine = [name for name, value in self.given.items() if value and name not in known]
@@ -392,7 +301,7 @@ def _layers(fields, architecture) -> dict[str, Any]:
     if window is None and architecture.family != "gemma3":
         return values
     is_local = (
-        [architecture.local(fields, layer) for layer in range(layers)]
+        [_LOCAL[architecture.local](fields, layer) for layer in range(layers)]
         if kinds is None
         else [kind == "sliding_attention" for kind in kinds]
     )

@@ -144,12 +144,19 @@ def tree_reader(params) -> Read:
     return read
 
 
+def _join(parts: tuple[Tensor, ...], leaves) -> np.ndarray:
+    """The inverse of `Tensor.to_leaf`: the stored tensor that consists of these leaves."""
+    arrays = [leaf.transpose(np.argsort(part.order)) for part, leaf in zip(parts, leaves, strict=True)]
+    first = parts[0]
+    return (arrays[0] if first.part is None else np.stack(arrays, axis=first.part[0])).reshape(first.shape)
+
+
 def _read_pieces(name: str, target: Target, read: Read) -> Iterator[np.ndarray]:
     """A tensor, cut along the first of its axes."""
     parts, spec = target.parts[name], target.tensors[name]
     for piece in pieces_of(name, parts[0], spec.nbytes):
         leaves = [read(part.leaf, index_of(part, piece)) for part in parts]
-        stored = families.join(tuple(cut(part, piece) for part in parts), leaves)
+        stored = _join(tuple(cut(part, piece) for part in parts), leaves)
         yield cast(stored, spec.dtype, name)
 
 
