@@ -28,13 +28,17 @@ LEVEL = {room: level for level, rooms in enumerate(LINE) for room in rooms}
 
 
 def imports_of(path):
-    """(line, module) of every import of ours in a file, those inside functions too."""
+    """Yields (line, module) for every import of ours in a file, inside functions and by importlib too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "a3_jax":
             for alias in node.names:
                 yield node.lineno, f"{node.module}.{alias.name}"
         elif isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names if alias.name.startswith("a3_jax"))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            name = ast.unparse(node.args[0]).lstrip("f").strip("'")
+            if name.startswith("a3_jax"):
+                yield node.lineno, name
 
 
 def test_rooms_import_to_their_left_only():

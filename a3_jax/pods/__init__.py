@@ -1,7 +1,10 @@
-"""Start it, watch it: runs on several processes, and what became of them.
+"""Prove that a run fits, start it, watch it.
 
-`local` keeps the processes of one machine going. `goodput` and `status` tell of a run from the files that
-it wrote (`records`) and from nothing else: they work beside a live run and after its death alike. Training
-never imports this room, and this room never loads JAX: its answers come at once, and what kills a run
-can't kill its supervisor.
+    preflight    compiles the run's step for a pod that is not attached, and compares memory and time with
+                 formulas (`chips`, `compiler`, `programs`, `collectives`, `memory_estimate`, `roofline`)
+    local        keeps the processes of one machine running; `xpk` and `tpu_vm` prepare those of a pod
+    status, goodput   report on a run from the files that it wrote (`records`), during it and afterwards
+
+Training never imports this room. `local`, `status` and `goodput` don't load JAX: they answer at once, and
+what kills a run can't kill its supervisor.
 """

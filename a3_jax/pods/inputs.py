@@ -1,4 +1,4 @@
-"""What a run reads, as far as it can be seen from here: the model, weights and data that its config names."""
+"""Checks what a run reads, if it can be seen from here: the model, weights and data that its config names."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ class Inputs:
 
 
 def check_inputs(run: RunConfig) -> Inputs:
-    """The run's model; weights and data that are here are checked, without reading them whole.
+    """Returns the run's model; checks weights and data that are here, without reading them whole.
 
     Raises:
       InputError: something that is here is damaged or contradicts the config, or there is no model.

@@ -1,6 +1,7 @@
 """Batches to checkpoints.
 
-`run.train(config, workdir)` opens a run: data, parameters, mesh, the newest checkpoint. `loop.train` is
-the run itself, straight, in the order things happen, over any iterator of batches. One compiled step
-serves a whole curriculum: stages change the ranks in the batch and the learning rate, never a shape.
+`train.train(config, workdir)` is a run from top to bottom: config, processes, mesh, model, rows, optimiser,
+restore, loop. `setup` makes its parts, `step` and `loss` compute one step, `saving` and `records` write.
+One compiled step serves a whole curriculum: stages change the ranks in the batch and the learning rate,
+never a shape.
 """

@@ -31,45 +31,45 @@ PATH_FIELDS = {"init_from", "data", "tokenizer", "compilation_cache"}  # `~` in 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A run, whole: with the code and the data it names, this gives the same losses.
+    """A whole run: with the code and the data that it names, it gives the same losses.
 
     Attributes:
-      seed: of parameters, rows and orders.
+      seed: decides parameters, rows and orders.
       init_from: checkpoint to begin with (A3 or Hugging Face); empty for random parameters.
       start_stage: name of the stage to begin at; empty for the first.
-      model: name of a preset, or the fields of a `ModelConfig` (vocabulary and context are the
-        tokenizer's and `seq_len`'s where left out). The model of `init_from` takes its place.
-      mask_token: id that stands for masked tokens, of objective "masked_diffusion"; the size of the
-        tokenizer's vocabulary adds one to a new model; -1: the checkpoint's, if it has one.
-      logit_shift: with it, as in `ModelConfig`.
+      model: name of a preset, or the fields of a `ModelConfig` (vocabulary and context are by default the
+        tokenizer's and `seq_len`). It is ignored with `init_from`.
+      mask_token: id of the mask token, for objective "masked_diffusion"; the size of the tokenizer's
+        vocabulary adds one to a new model; -1: the checkpoint's, if it has one.
+      logit_shift: for masked diffusion, as in `ModelConfig`.
       data: text or JSONL file, or a pattern of them; empty for the embedded corpus.
       tokenizer: "bytes", a tokenizer.json or its directory; empty for that of `init_from`, else of the
         embedded corpus, else (with `data`) bytes.
       holdout: share (below 1) or number of the documents kept for held-out losses.
-      seq_len: rows of an example.
-      packing: several documents a row; otherwise one, cut to `seq_len`.
-      batch_size: examples a step, over all devices. microbatches: in how many pieces.
+      seq_len: tokens per example.
+      packing: several documents per example; otherwise one, cut to `seq_len`.
+      batch_size: examples per step, over all devices. microbatches: into how many parts a batch is split.
       stages: the curriculum, see `ordering.curriculum.Stage`.
       learning_rate, warmup_steps, schedule: for stages without their own.
-      optimizer: "adamw" or "adafactor", which keeps far less, see `training.optimizer`.
-      moment_dtype: of AdamW's first moment, "float32" or "bfloat16".
-      weight_decay, clip: of either optimiser; clip is the largest gradient norm (0 = any).
+      optimizer: "adamw", or "adafactor" with far less memory, see `training.optimizer`.
+      moment_dtype: dtype of AdamW's first moment, "float32" or "bfloat16".
+      weight_decay, clip: for either optimiser; clip is the largest gradient norm (0 = no limit).
       b1, b2, eps: AdamW's.
-      dtype: of the computation; parameters are float32.
-      remat: what the backward pass computes again, see `model.two_stream`.
-      attention: how attention is computed, see `model.attention`; "auto" is the best that there is.
+      dtype: that of the computation; parameters are float32.
+      remat: what the backward pass recomputes, see `model.two_stream`.
+      attention: how attention is computed, see `model.attention`; "auto" is the best available.
       mesh: devices along data, fsdp and tensor; -1 = all that remain, data 0 = the number of slices.
-      compilation_cache: directory of compiled programs, which spare a run that goes on its minutes of
-        compiling; empty for one in the user's cache directory (on CPU a launch's own or none), "off": none.
+      compilation_cache: directory of compiled programs, so that a run that goes on doesn't compile for
+        minutes; empty for one in the user's cache directory (on CPU a launch's own or none), "off": none.
       checkpoint_every, eval_every, sample_every: steps; 0 = at the end of each stage for the first,
         never for the others.
-      keep: checkpoints kept. eval_batches: held-out batches an evaluation.
-      max_skipped: after so many steps in a row whose loss or gradient is no finite number, and which
-        therefore changed nothing, the run goes back to its last checkpoint before them and passes over
-        these rows; after as many once more it ends.
+      keep: number of checkpoints kept. eval_batches: held-out batches per evaluation.
+      max_skipped: after so many steps in a row without a finite loss and gradient, which therefore changed
+        nothing, the run goes back to its last checkpoint before them and skips their rows; after as many
+        once more it ends.
       save_attempts: failed saves in a row that end the run.
-      hang_seconds: without the end of a step, after which the process ends; 0: 20 times the median step,
-        at least 120.
+      hang_seconds: seconds without the end of a step after which the process ends; 0: 20 times the median
+        step, at least 120.
       log_every: steps between plain progress lines and TensorBoard points.
       profile_steps: first and last step whose profile is written to `profile/`; () for none.
     """
@@ -170,12 +170,12 @@ class RunConfig:
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: `from_config(run.to_dict()) == run`."""
+        """Returns JSON-able fields: `from_config(run.to_dict()) == run`."""
         return _plain(dataclasses.asdict(self))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "RunConfig":
-        """A `ConfigDict` or dictionary, checked; absent fields take their defaults.
+        """Checks a `ConfigDict` or dictionary; absent fields take their defaults.
 
         Raises:
           InputError: an unknown or missing field, a value of another type or out of range.
@@ -215,10 +215,11 @@ def read_run_config(path: str, overrides: Sequence[str]) -> Any:
 
 
 def model_config(run: RunConfig, vocab_size: int | None = None) -> ModelConfig:
-    """The model of a run without `init_from`.
+    """Returns the model of a run without `init_from`.
 
     Args:
-      vocab_size: the tokenizer's; None leaves the preset's.
+      run: the run.
+      vocab_size: the tokenizer's; None for the preset's.
     """
     if vocab_size is not None and run.mask_token == vocab_size:
         vocab_size += 1
@@ -237,10 +238,10 @@ def model_config(run: RunConfig, vocab_size: int | None = None) -> ModelConfig:
 
 
 def with_mask(run: RunConfig, model: ModelConfig) -> ModelConfig:
-    """The model with the run's mask token, if it has one.
+    """Returns the model with the run's mask token, if it has one.
 
     Raises:
-      InputError: no token of the model's, or none where a stage needs one.
+      InputError: it isn't in the model's vocabulary, or is missing although a stage needs it.
     """
     if run.mask_token >= 0:
         model = dataclasses.replace(model, mask_token=run.mask_token, logit_shift=run.logit_shift)
@@ -251,9 +252,9 @@ def with_mask(run: RunConfig, model: ModelConfig) -> ModelConfig:
 
 
 def check_unchanged(saved: Mapping[str, Any], run: RunConfig, file) -> None:
-    """A run goes on with the config it began with, but for `FREE_FIELDS` and added steps.
+    """Checks that a run goes on with the config it began with, except for `FREE_FIELDS` and added steps.
 
-    Steps are added to the last stage, or as stages after it.
+    Steps may be added to the last stage, or as stages after it.
 
     Raises:
       InputError: with every difference.
@@ -286,13 +287,13 @@ _LEAST = {
 
 
 def _is_range(steps, least, most) -> bool:
-    """Whether `steps` are two whole numbers, least <= first <= last <= most."""
+    """Returns whether `steps` are two whole numbers, least <= first <= last <= most."""
     whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
     return len(steps) == 2 and whole and least <= steps[0] <= steps[1] <= most
 
 
 def _typed(name, value, expected):
-    """The value as its field's type, whole numbers as floats where one is wanted."""
+    """Returns the value in its field's type; whole numbers become floats where the field is one."""
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if expected in (int, float, bool, str):
@@ -311,7 +312,7 @@ def _typed(name, value, expected):
 
 
 def _plain(value) -> Any:
-    """ConfigDicts and mappings as dictionaries, tuples as lists, all the way down."""
+    """Turns ConfigDicts and mappings into dictionaries and tuples into lists, all the way down."""
     if isinstance(value, Stage):
         return _plain(dataclasses.asdict(value))
     if hasattr(value, "items"):
@@ -322,7 +323,7 @@ def _plain(value) -> Any:
 
 
 def _without_added_steps(old, new):
-    """The saved stages, and the new ones with what was added to them taken away."""
+    """Returns the saved stages, and the new ones without what was added to them."""
     new = new[: len(old)]
     if len(new) == len(old) and new[-1]["steps"] > old[-1]["steps"]:
         new = new[:-1] + [new[-1] | {"steps": old[-1]["steps"]}]

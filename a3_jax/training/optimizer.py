@@ -28,7 +28,7 @@ def make_optimizer(
     moment_dtype: str = "float32",
     factored_from: int = 128,
 ) -> optax.GradientTransformation:
-    """An optimiser up to its learning rate: `updates` are multiplied by `-learning_rate` in the step.
+    """Makes an optimiser up to its learning rate: `updates` are multiplied by `-learning_rate` in the step.
 
     Bytes of state for a matrix [D, F] of float32: AdamW 8 D F, with a bfloat16 first moment 6 D F,
     Adafactor 4 (D + F).
@@ -67,7 +67,7 @@ def make_optimizer(
 
 
 def is_matrix(params) -> dict:
-    """True for the leaves that decay. By name: a stack of layers' norms has two axes as well."""
+    """Marks the leaves that decay, by name: a stack of layers' norms has two axes as well."""
 
     def decays(path, leaf):
         del leaf
@@ -79,7 +79,7 @@ def is_matrix(params) -> dict:
 def learning_rate(
     stages: Sequence[Stage], step: int, *, learning_rate: float, warmup_steps: int, schedule: str
 ) -> float:
-    """The learning rate of the step with this number, counted from 0 over all stages.
+    """Returns the learning rate of the step with this number, counted from 0 over all stages.
 
     A schedule spans consecutive stages until one that restarts it. A stage's own rate, warm-up or
     schedule takes the place of the run's.
@@ -106,7 +106,7 @@ def learning_rate(
 
 
 def decay(schedule: str, step: int, *, warmup_steps: int, steps: int) -> float:
-    """The share of the full rate, 0 to 1, at `step` (from 0) of `steps`.
+    """Returns the share of the full rate, 0 to 1, at `step` (from 0) of `steps`.
 
     Rises by 1 / warmup_steps a step to 1, then falls to 0, which it would reach at `steps`: no step
     is spent at rate zero.

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and how it is laid out over the mesh."""
+"""The state that a run carries from step to step, and its layout over the mesh."""
 
 import dataclasses
 from typing import Any
@@ -16,12 +16,12 @@ from a3_jax.model.two_stream import abstract_params, init_params, param_sharding
 
 @struct.dataclass
 class Numerics:
-    """What became of steps whose loss or gradient was no finite number; int32 scalars, replicated.
+    """Counts of steps without a finite loss and gradient; int32 scalars, replicated.
 
     Attributes:
-      in_a_row: skipped steps just before; 0 after a step that counted.
+      in_a_row: consecutive skipped steps up to the last one; 0 after a step that counted.
       skipped: steps skipped since the run began.
-      rows_ahead: batches passed over for good by a roll-back: step s reads the rows of step s + this.
+      rows_ahead: batches skipped for good by a roll-back: step s reads the rows of step s + this.
     """
 
     in_a_row: Any
@@ -51,7 +51,7 @@ class TrainState:
 
 
 def create(params, optimizer: optax.GradientTransformation, step: int = 0) -> TrainState:
-    """A fresh state around given parameters."""
+    """Makes a fresh state around given parameters."""
     return TrainState(jnp.asarray(step, jnp.int32), params, optimizer.init(params), Numerics.create())
 
 
@@ -64,11 +64,11 @@ def init_state(
     step: int = 0,
     params=None,
 ) -> TrainState:
-    """A state created where it will live: no device ever holds more than its share.
+    """Makes a state where it will live: no device ever holds more than its share.
 
     Args:
       params: parameters to begin with; None draws them from `seed`.
-      step: the number of steps that count as done (a run that begins at a later stage).
+      step: number of steps that count as done, for a run that begins at a later stage.
     """
     shardings = state_shardings(config, optimizer, mesh)
     if params is None:
@@ -83,12 +83,12 @@ def init_state(
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """The same tree of `ShapeDtypeStruct`, without computing anything."""
+    """Returns the state as a tree of `ShapeDtypeStruct`, without computing anything."""
     return jax.eval_shape(lambda params: create(params, optimizer), abstract_params(config))
 
 
 def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The same tree of `NamedSharding`: moments as their parameters, counters replicated.
+    """Returns the state as a tree of `NamedSharding`: moments as their parameters, counters replicated.
 
     A mean over one axis of a parameter (Adafactor) is laid out as the axes that are left.
     """

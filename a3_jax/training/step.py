@@ -33,7 +33,7 @@ Pairs = dict[str, tuple[jax.Array, jax.Array]]  # loss -> (sum in nats, sum of w
 
 
 def any_order_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of every token given the groups before its own, from the query stream.
+    """Returns the cross-entropy of every token given the groups before its own, from the query stream.
 
     Returns:
       (sum in nats, sum of weights), float32 scalars.
@@ -44,7 +44,7 @@ def any_order_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, j
 
 
 def ar_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each document's next token, from the content stream alone.
+    """Returns the cross-entropy of each document's next token, from the content stream alone.
 
     Rows must be in reading order with rank = position (`Stage.objective == "ar"`). A document's
     first token is not predicted.
@@ -62,7 +62,7 @@ def ar_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Arra
 
 
 def masked_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of masked tokens given the rest of their documents, each over its document's t.
+    """Returns the cross-entropy of masked tokens given the rest, each over its document's t.
 
     Content rows alone, which all see their whole document, as LLaDA (arXiv 2502.09992, equation 3) has
     it; with `ModelConfig.logit_shift` the row before a token predicts it, but for the first.
@@ -81,7 +81,7 @@ def masked_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.
 
 
 def mixed_loss(model: TwoStream, params, batch: Batch, content_loss_weight: float) -> tuple[jax.Array, Pairs]:
-    """The any-order loss, and the next-token loss of the content rows that may have one, in one pass.
+    """Returns the any-order loss, and the next-token loss of the content rows that may have one, in one pass.
 
     Returns:
       (sum of both, the content rows' times `content_loss_weight`; each loss by itself).
@@ -94,7 +94,7 @@ def mixed_loss(model: TwoStream, params, batch: Batch, content_loss_weight: floa
 
 
 def next_token_weights(batch: Batch) -> jax.Array:
-    """Which content rows are trained on their next token, float32 [B, T].
+    """Marks the content rows that are trained on their next token, float32 [B, T].
 
     Those of examples in which every rank is the position: in a larger group, or in another order, a
     content row sees what it would have to predict. Of these, rows that are followed by the next
@@ -122,7 +122,7 @@ def step_kind(stage: Stage) -> tuple[str, float]:
 
 
 def step_loss(objective: str, content_loss_weight: float = 0.0) -> Callable[..., tuple[jax.Array, Pairs]]:
-    """What a step minimises: (model, params, batch) -> (sum in nats, the losses it is made of)."""
+    """Returns what a step minimises: (model, params, batch) -> (sum in nats, the losses it consists of)."""
     if content_loss_weight:
         return functools.partial(mixed_loss, content_loss_weight=content_loss_weight)
 
@@ -134,7 +134,7 @@ def step_loss(objective: str, content_loss_weight: float = 0.0) -> Callable[...,
 
 
 def gradients(loss: Callable, params, batch: Batch, microbatches: int):
-    """The losses of a batch and the gradient of what is minimised, a microbatch at a time.
+    """Returns the losses of a batch and the gradient of what is minimised, one microbatch at a time.
 
     Args:
       loss: (params, batch) -> (sum, pairs), see `step_loss`; the pair "loss" has the weight that the
@@ -144,7 +144,7 @@ def gradients(loss: Callable, params, batch: Batch, microbatches: int):
       microbatches: how many pieces; activations of one piece are alive at a time.
 
     Returns:
-      (pairs of the whole batch, gradient of the sum a predicted token).
+      (pairs of the whole batch, gradient of the sum per predicted token).
     """
 
     def split(array):  # row b goes to piece b % M: the rows of a device stay on it
@@ -168,7 +168,7 @@ def gradients(loss: Callable, params, batch: Batch, microbatches: int):
 
 
 def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: Batch, learning_rate):
-    """One optimiser step; parameters and optimiser stay as they are without a finite loss and gradient.
+    """Does one optimiser step; parameters and optimiser stay as they are without a finite loss and gradient.
 
     So they do in a batch with nothing to predict, which counts as a step all the same.
 
@@ -179,8 +179,8 @@ def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: B
       learning_rate: float32 scalar, traced: another rate is no other program.
 
     Returns:
-      (new state, metrics), metrics being float32 scalars: `loss` in nats a predicted token (and
-      `content_loss`, if there is one, in nats a content row that counts; 0 where none does),
+      (new state, metrics), metrics being float32 scalars: `loss` in nats per predicted token (and
+      `content_loss`, if there is one, in nats per content row that counts; 0 where none does),
       `grad_norm` before clipping, `tokens`: rows that are not padding, `predicted`: the weight of those
       whose loss it is (at 0 there is no loss, and `loss` says nothing), `skipped`: how many steps in a
       row, up to this one, had no finite loss and gradient.
@@ -223,7 +223,7 @@ def make_train_step(
     microbatches: int,
     content_loss_weight: float = 0.0,
 ):
-    """The compiled `(state, batch, learning_rate) -> (state, metrics)` of an objective, on a mesh."""
+    """Returns the compiled `(state, batch, learning_rate) -> (state, metrics)` of an objective, on a mesh."""
     loss = step_loss(objective, content_loss_weight)
 
     def step(state, batch, learning_rate):
@@ -234,7 +234,7 @@ def make_train_step(
 
 
 def make_reset(optimizer: optax.GradientTransformation, model: TwoStream, mesh: Mesh):
-    """The compiled `state -> state` with a fresh optimiser: zero moments, count 0."""
+    """Returns the compiled `state -> state` with a fresh optimiser: zero moments, count 0."""
     shardings = state_shardings(model.config, optimizer, mesh)
     return jax.jit(
         lambda state: dataclasses.replace(state, opt_state=optimizer.init(state.params)),
@@ -243,7 +243,7 @@ def make_reset(optimizer: optax.GradientTransformation, model: TwoStream, mesh: 
 
 
 def make_loss(model: TwoStream, *, objective: str):
-    """The compiled `(params, batch) -> (sum in nats, weight)` of an objective, without gradient."""
+    """Returns the compiled `(params, batch) -> (sum in nats, weight)` of an objective, without gradient."""
 
     def loss(params, batch):
         return LOSSES[objective](model, params, batch)
@@ -256,12 +256,12 @@ def _divisor(weight):
 
 
 def _next_row(array):
-    """What stands one row later; in the last row, the first."""
+    """Returns an array shifted by one row: each row's successor, and the first row after the last."""
     return jnp.roll(array, shift=-1, axis=1)
 
 
 def _rows(batch):
-    """Content and query rows of a sorted batch: the same tokens, seen from their own group or before it."""
+    """Returns content and query rows of a sorted batch: the same tokens, with or without their own group."""
     with jax.named_scope("intervals"):
         start, content_limit, query_limit = bounds(batch["ranks"], batch["ranks"], batch["segment_ids"])
     positions = batch["positions"]
