@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from a3_jax.checkpoints.a3_format import load_checkpoint_tokenizer, load_meta, with_manifest
+from a3_jax.checkpoints.a3_format import load_meta, with_manifest
 from a3_jax.checkpoints.manifest import DamagedCheckpoint
 from a3_jax.checkpoints.special_tokens import check_eos_ids
 from a3_jax.errors import InputError
@@ -56,12 +56,14 @@ def open_start(run, mesh) -> Start:
 
 def reopen_start(checkpoints) -> Start:
     """A run that goes on: everything is in its own checkpoints, `init_from` may be gone."""
+    from a3_jax.checkpoints.opening import a3_tokenizer
+
     damages = []
     for step in with_manifest(checkpoints):
         checkpoint = checkpoints / str(step)
         try:
             meta = load_meta(checkpoint)
-            tokenizer = load_checkpoint_tokenizer(checkpoint, meta)
+            tokenizer = a3_tokenizer(checkpoint, meta)
             break
         except DamagedCheckpoint as damage:  # the restore sets it aside; all steps have the same tokenizer
             damages.append(damage)
