@@ -51,7 +51,6 @@ from a3_jax.checkpoints.orbax_items import (
     without_numpy_scalars,
 )
 from a3_jax.checkpoints.reading import check_same_dtypes, check_same_tree, describe, one_line, read_items
-from a3_jax.checkpoints.special_tokens import with_all_eos
 from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import abstract_params, param_shardings
@@ -129,23 +128,16 @@ def load_meta(directory) -> Meta:
     return Meta(model=model, **{name: value for name, value in fields.items() if name in known})
 
 
-def load_checkpoint_tokenizer(directory, meta: Meta | None = None) -> Tokenizer | None:
+def load_checkpoint_tokenizer(directory) -> Tokenizer | None:
     """The tokenizer of an A3 checkpoint, None where it has none.
 
-    Args:
-      directory: the checkpoint.
-      meta: what it says of itself: every id that ends a text there is the tokenizer's then.
-
     Raises:
-      InputError: it is damaged, or an id that ends a text is outside the model's vocabulary.
+      InputError: it is damaged.
     """
     place, manifest = as_path(directory) / TOKENIZER, read_manifest(directory)
     raise_damage(directory, manifest, deep=True, only=f"{TOKENIZER}/")
     written = any(name.startswith(f"{TOKENIZER}/") for name in manifest.files)
-    tokenizer = load_tokenizer(place) if written and has_tokenizer(place) else None
-    if meta is None:
-        return tokenizer
-    return with_all_eos(tokenizer, meta, directory, described_in=as_path(directory) / META / META_FILE)
+    return load_tokenizer(place) if written and has_tokenizer(place) else None
 
 
 def load_params(directory, mesh=None, dtype=None):

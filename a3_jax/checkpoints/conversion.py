@@ -76,7 +76,9 @@ def convert(
     if to != "a3":
         target = run_on_all("convert", lambda: _target(source.meta, to, dtype, query_vector))
         hf_directory = as_path(dst)
-    checking: bool = run_on_process_zero("convert", lambda: is_checked(check, source.config, hf_directory, dst))
+    checking: bool = run_on_process_zero(
+        "convert", lambda: is_checked(check, source.config, hf_directory, dst)
+    )
     sums = None if sha256 is None else _compared(source, sha256)
     if target is None:
         return _to_a3(source, dst, dtype, checking, sums)

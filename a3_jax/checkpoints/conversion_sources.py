@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from a3_jax.checkpoints import families
-from a3_jax.checkpoints.a3_format import Meta, load_checkpoint_tokenizer, load_meta, load_params
+from a3_jax.checkpoints.a3_format import Meta, load_meta, load_params
 from a3_jax.checkpoints.families import Tensor, tensor_table
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
 from a3_jax.checkpoints.hf_export import check_source
@@ -25,7 +25,7 @@ from a3_jax.checkpoints.hf_format import (
     read_params,
 )
 from a3_jax.checkpoints.model_card import Facts
-from a3_jax.checkpoints.opening import find_checkpoint, hf_tokenizer
+from a3_jax.checkpoints.opening import a3_tokenizer, find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.orbax_items import META, META_FILE
 from a3_jax.checkpoints.pieces import Piece, cut, index_of, plan, stored_rows
 from a3_jax.checkpoints.run_facts import run_facts
@@ -173,7 +173,7 @@ class A3Source(Source):
             tuple(name.split("/")): np.dtype(dtype or jnp.dtype(leaf.dtype))
             for name, leaf in self._params.leaves.items()
         }
-        super().__init__(directory, meta, load_checkpoint_tokenizer(directory, meta), dtypes, allow_nonfinite)
+        super().__init__(directory, meta, a3_tokenizer(directory, meta), dtypes, allow_nonfinite)
         order = {path: number for number, path in enumerate(self.leaves)}
         self.pieces = sorted(self.pieces, key=lambda piece: order[self._table[piece.name][0].leaf])
 

@@ -6,14 +6,14 @@ import json
 import math
 from typing import Any
 
-from a3_jax.checkpoints.a3_format import Meta, load_checkpoint_tokenizer, load_meta
+from a3_jax.checkpoints.a3_format import Meta, load_meta
+from a3_jax.checkpoints.export_ids import one_or_all
 from a3_jax.checkpoints.families import tensor_table
 from a3_jax.checkpoints.hf_export import check_source
 from a3_jax.checkpoints.hf_format import open_hf
 from a3_jax.checkpoints.manifest import Leaf, read_manifest
-from a3_jax.checkpoints.opening import find_checkpoint, hf_tokenizer
+from a3_jax.checkpoints.opening import a3_tokenizer, find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.orbax_items import META, META_FILE, PARAMS
-from a3_jax.checkpoints.special_tokens import one_or_all
 from a3_jax.errors import InputError
 from a3_jax.ordering.curriculum import stages_done, stages_from_config
 from a3_jax.tables import print_table
@@ -82,7 +82,7 @@ def _describe_a3(directory) -> dict[str, Any]:
         check_source(meta.source, directory / META / META_FILE)
     hf_config = {} if meta.source is None else meta.source["config"]
     return {
-        **_common(directory, "a3", meta.model, sizes, load_checkpoint_tokenizer(directory, meta)),
+        **_common(directory, "a3", meta.model, sizes, a3_tokenizer(directory, meta)),
         "curriculum": _curriculum(meta, directory),
         "fingerprint": fingerprint(leaves),
         "source": {

@@ -68,7 +68,7 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
     if not is_hf:
         meta = load_meta(directory)
         params = load_params(directory, mesh, dtype)
-        return Checkpoint(params, meta.model, load_checkpoint_tokenizer(directory, meta), meta)
+        return Checkpoint(params, meta.model, a3_tokenizer(directory, meta), meta)
     model = open_hf(directory)
     model.warn()
     meta = Meta(model.config, source=model.source())
@@ -142,7 +142,16 @@ def hf_tokenizer(directory, meta: Meta) -> Tokenizer | None:
       InputError: it is damaged, or an id that ends a text is outside the vocabulary of the model of `meta`.
     """
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
-    return with_all_eos(tokenizer, meta, directory)
+    return with_all_eos(tokenizer, meta, directory, is_a3=False)
+
+
+def a3_tokenizer(directory, meta: Meta) -> Tokenizer | None:
+    """The tokenizer of an A3 checkpoint, with every id that ends a text; None where it has none.
+
+    Raises:
+      InputError: as `hf_tokenizer`.
+    """
+    return with_all_eos(load_checkpoint_tokenizer(directory), meta, directory, is_a3=True)
 
 
 def _place(path, leaf: np.ndarray, shardings):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from a3_jax.checkpoints.a3_format import load_checkpoint_tokenizer, load_meta, with_manifest
+from a3_jax.checkpoints.a3_format import load_meta, with_manifest
 from a3_jax.checkpoints.special_tokens import check_eos_ids
 from a3_jax.errors import DamagedCheckpoint, InputError
 from a3_jax.model.accelerators import peak_flops
@@ -90,12 +90,14 @@ def init_from_config(run: RunConfig, mesh) -> Start:
 
 def init_from_checkpoint(checkpoints) -> Start:
     """Continues a run: everything is in its own checkpoints, `init_from` may be gone."""
+    from a3_jax.checkpoints.opening import a3_tokenizer
+
     damages = []
     for step in with_manifest(checkpoints):
         checkpoint = checkpoints / str(step)
         try:
             meta = load_meta(checkpoint)
-            tokenizer = load_checkpoint_tokenizer(checkpoint, meta)
+            tokenizer = a3_tokenizer(checkpoint, meta)
             break
         except DamagedCheckpoint as damage:  # the restore sets it aside; all steps have the same tokenizer
             damages.append(damage)
