@@ -18,8 +18,8 @@ LINE = [
     {"training"},
     {"evaluation"},
     {"pods"},
-    {"benchmarks"},
     {"quickstart"},
+    {"bench_command"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LINE) for room in rooms}
