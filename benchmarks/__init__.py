@@ -2,7 +2,7 @@
 
     command  settings  measurement     flags; contenders timed in turn; rows as JSON or as a table
     step_costs                         attention, train, memory, scaling, release, score, eval, guards
-    fill_times  forward_counts         decode, forwards (on a `markov_chain`)
+    fill_times  forward_counts         decode, forwards on a Markov chain
     data_rates  conversion_times  launch_times     data, convert, launch
     train_steps  torch_models  fresh_process       our step, PyTorch's, one in a process of its own
 

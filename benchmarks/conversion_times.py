@@ -1,7 +1,7 @@
 """`a3 bench convert`: a random Llama in bfloat16 to A3 and back, against a copy on the same disk.
 
-Each is a call in a fresh process, timed until all is on disk, with the process's peak memory. By default
-the shape is that of Llama 3.2 1B: 2.5 GB, which must fit into the temporary directory four times.
+Each is timed in a fresh process until all is on disk. The default is the shape of Llama 3.2 1B: 2.5 GB, which
+must fit into the temporary directory four times.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ def measure(settings: Settings) -> list[Row]:
     """Measures a copy and both directions: seconds over the copy's, peak bytes over a limit."""
     model = dataclasses.replace(settings.model(MAX_LENGTH), tie_embeddings=True)
     sizes = [2 * math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model))]
-    setting = {name: getattr(settings, name) for name in MODEL}
-    setting |= {"bytes": sum(sizes), "largest_leaf": max(sizes)}
+    setting = {name: getattr(settings, name) for name in MODEL} | {"bytes": sum(sizes)}
+    setting["largest_leaf"] = max(sizes)
     seconds, peaks = ({name: [] for name in TASKS} for _ in range(2))
     with tempfile.TemporaryDirectory() as directory:
         root = pathlib.Path(directory)
@@ -50,8 +50,7 @@ def measure(settings: Settings) -> list[Row]:
                 found = call()
             seconds[name].append(found["seconds"])
             peaks[name].append(found["process_peak"])
-            figures = f"{found['seconds']:.3g} s, {found['process_peak'] / 1e6:,.0f} MB"
-            note(f"convert: {number + 1} of {settings.repeats}: {name} {figures}")
+            note(f"convert: {number + 1} of {settings.repeats}: {name} {found['seconds']:.3g} s")
     limit, rows = [2 * max(sizes) + ALLOWED_BYTES] * settings.repeats, []
     for name in TASKS:
         rows.append(Row(f"{name}_time", "s", setting, seconds[name]))

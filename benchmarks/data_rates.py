@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pathlib
+import resource
 import tempfile
 
 import numpy as np
@@ -24,7 +25,6 @@ from a3_jax.model.accelerators import ACCELERATORS
 from a3_jax.model.config import PRESETS
 from a3_jax.model.flops import train_step_flops
 from a3_jax.ordering.curriculum import Order, Stage
-from benchmarks.fresh_process import resident_peak
 from benchmarks.measurement import Row, alternate, note, ratio
 from benchmarks.settings import Settings
 
@@ -144,7 +144,7 @@ def _measure_large(settings, table) -> list[Row]:
         for number in range(FLAT_STEPS):
             next(batches)
             if number in (FLAT_STEPS // 10, FLAT_STEPS - 1):
-                peaks.append(resident_peak())
+                peaks.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
                 note(f"data: {number + 1} batches: {peaks[-1] / 2**20:,.0f} MiB")
     setting = setting | {"batch": FLAT_BATCH, "batches": FLAT_STEPS}
     growth = Row("memory_growth", "bytes", setting, [peaks[1] - peaks[0]])

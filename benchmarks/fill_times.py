@@ -1,11 +1,11 @@
 """`a3 bench decode`: filling a whole length, against recomputation, the authors' code and a cached AR model.
 
-The first token is given, the rest is filled greedily in groups. The compiled loop is timed, not the reading
-and writing of lines.
+The first token is given, the rest is filled greedily in groups. Lines are read and written outside the time.
 """
 
 import dataclasses
 import statistics
+import types
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from a3_jax.decoding.filling import Task, first_state, make_program
 from a3_jax.decoding.loop import decode, lay_out, two_stream
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
+from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import Rows, logits, run_rows
 from a3_jax.ordering.intervals import bounds
 from a3_jax.ordering.ranks import order_ranks
@@ -41,10 +42,10 @@ def measure(settings: Settings) -> list[Row]:
         found = _measure_length(settings, length, checkpoint, model)
         per_token[length] = [s / (length - 1) for s in found[0].repeats]
         rows += found
-    shortest, longest = min(per_token), max(per_token)
-    if shortest != longest:
-        setting = settings.describe(longest, against_length=shortest)
-        rows.append(ratio("time_per_token_over_shorter", per_token[longest], per_token[shortest], setting))
+    short, long = min(per_token), max(per_token)
+    if short != long:
+        setting = settings.describe(long, against_length=short)
+        rows.append(ratio("time_per_token_over_shorter", per_token[long], per_token[short], setting))
     return rows
 
 
@@ -52,15 +53,12 @@ class Fill:
     """A call decodes a batch of lines of one shape; `cached=False` computes all keys anew each step."""
 
     def __init__(self, checkpoint: Any, items: list[dict], cached: bool = True, **options):
-        settings = GenerateOptions(context="flat", temperature=0.0, **options)
-        requests = blank_requests(item_lines(items), checkpoint, settings)
-        tasks = [Task(request, 0, "flat", settings) for request in requests]
-        program = make_program(checkpoint.config, settings, None, tasks[0].shape)
-        self._params = lay_out(checkpoint.params, checkpoint.config)
-        self._first = self._last = first_state(tasks, tasks[0].shape[0], len(tasks), settings.seed)
+        greedy = GenerateOptions(context="flat", temperature=0.0, **options)
+        program, self._first = make_fill(checkpoint.config, items, greedy)
         program = dataclasses.replace(program, cached=cached)
+        self._params = lay_out(checkpoint.params, checkpoint.config)
         self._compiled = decode.lower(self._params, self._first, program=program).compile()
-        self._length = len(items[0]["tokens"])
+        self._last, self._length = self._first, len(items[0]["tokens"])
 
     def __call__(self) -> None:
         self._last = jax.block_until_ready(self._compiled(self._params, self._first))
@@ -74,24 +72,29 @@ class Fill:
         return [value / int(np.max(self._last.forwards)) for value in seconds]
 
 
+def make_fill(config: ModelConfig, items: list[dict], options: GenerateOptions, samples: int = 1):
+    """Returns the decoding program and the first state for lines of one shape, `samples` times each."""
+    checkpoint = types.SimpleNamespace(config=config, tokenizer=None, meta=None)
+    requests = blank_requests(item_lines(items), checkpoint, options)
+    tasks = [Task(request, sample, "flat", options) for request in requests for sample in range(samples)]
+    program = make_program(config, options, None, tasks[0].shape)
+    return program, first_state(tasks, tasks[0].shape[0], len(tasks), options.seed)
+
+
 def _measure_length(settings, length, checkpoint, model) -> list[Row]:
     """Measures our loop and the AR model of the same weights, and others at lengths that they can do."""
-    label, setting = (
-        f"decode: length {length}",
-        settings.describe(length, residual=checkpoint.config.residual),
-    )
-    note(f"{label}: compiling")
+    setting = settings.describe(length, residual=checkpoint.config.residual)
+    note((label := f"decode: length {length}") + ": compiling")
     items, tokens = _draw_items(settings, length), settings.batch_at(length) * (length - 1)
     cached = Fill(checkpoint, items, dtype=settings.dtype)
     ar = Fill(checkpoint, [{"tokens": item["tokens"]} for item in items], dtype=settings.dtype, model="ar")
     both = alternate({"cached": cached, "ar": ar}, settings.repeats, label, warm_ups=1)
-    seconds, ar_seconds = both["cached"], both["ar"]
-    pair = cached.per_forward(seconds), ar.per_forward(ar_seconds)
+    seconds, per_forward = both["cached"], cached.per_forward(both["cached"])
     rows = [
         Row("cached_fill_time", "s", setting, seconds),
-        Row("ar_fill_time", "s", setting, ar_seconds),
+        Row("ar_fill_time", "s", setting, both["ar"]),
         Row("time_per_token", "s", setting, [s / tokens for s in seconds]),
-        ratio("fused_forward_time_over_ar_step", *pair, setting),
+        ratio("fused_forward_time_over_ar_step", per_forward, ar.per_forward(both["ar"]), setting),
     ]
     if length > LONGEST_COMPARED:
         note(f"{label}: neither recomputation nor others")
@@ -110,7 +113,7 @@ def _measure_length(settings, length, checkpoint, model) -> list[Row]:
     if reason:
         note(f"{label}: no transformers: {reason}")
         return rows
-    first = np.array([item["tokens"][:1] for item in items])
+    first = [item["tokens"][:1] for item in items]
     calls = {"transformers_ar": torch_models.llama_fill(settings, length, first), "ar": ar}
     both = alternate(calls, min(settings.repeats, 2), label, warm_ups=1)
     rows.append(Row("transformers_ar_fill_time", "s", setting, both["transformers_ar"]))
@@ -120,11 +123,11 @@ def _measure_length(settings, length, checkpoint, model) -> list[Row]:
 def _draw_items(settings, length) -> list[dict]:
     """Draws a batch of lines: one token given, the rest blank, with ranks as `a3 generate` draws them."""
     rng, items = np.random.default_rng(settings.seed), []
-    order = "random" if settings.order == "random" else "l2r"
+    order, blanks = "random" if settings.order == "random" else "l2r", [None] * (length - 1)
     for _ in range(settings.batch_at(length)):
         ranks = 1 + order_ranks(order, length - 1, settings.tokens_per_group, rng)
-        first = int(rng.integers(1, settings.vocab))
-        items.append({"tokens": [first, *[None] * (length - 1)], "ranks": [0, *ranks.tolist()]})
+        tokens = [int(rng.integers(1, settings.vocab)), *blanks]
+        items.append({"tokens": tokens, "ranks": [0, *ranks.tolist()]})
     return items
 
 

@@ -1,7 +1,7 @@
 """Work in a process of its own, done on request: its seconds and its peak memory.
 
-On CPU the peak is the resident set: the kernel's high-water mark, set back to the present size before each
-call. On accelerators it is the device's own count, from the start of the process.
+On CPU the peak is the resident set: Linux's high-water mark, set back to the present size before each call.
+On accelerators it is the device's own count, from the start of the process.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from benchmarks.measurement import MeasurementError, last_line
+from benchmarks.measurement import MeasurementError
 from benchmarks.settings import Settings
 
 ROOT = str(pathlib.Path(__file__).parent.parent)
@@ -26,19 +26,11 @@ CHILD = f"import sys; sys.path.insert(0, {ROOT!r}); from benchmarks.fresh_proces
 
 @contextlib.contextmanager
 def fresh_process(name: str, maker: Callable[..., Callable], warm_ups: int = 1, **arguments):
-    """Starts a process that makes a call of its own; yields a call that has it called there.
+    """Starts a process that makes a call of its own, by a module's function; yields a call of it from here.
 
-    Two contenders in one process would share an allocator and leave each other their idle threads. What is
-    yielded returns the "seconds" of a call, its "peak" and that of the whole process so far, in bytes.
-
-    Args:
-      name: what errors call it.
-      maker: a function of a module, which returns the call.
-      warm_ups: calls before the first on request.
-      arguments: those of `maker`: plain JSON, or `Settings`.
-
-    Raises:
-      MeasurementError: from a call: the process has failed (out of memory, for one).
+    It returns the "seconds" of a call, its "peak" and that of the whole process so far, in bytes, and raises
+    `MeasurementError` if the process has failed. Two contenders in one process would share an allocator and
+    leave each other their idle threads. The arguments of `maker` are plain JSON, or `Settings`.
     """
     task = json.dumps([maker.__module__, maker.__name__, warm_ups, arguments], default=dataclasses.asdict)
     with tempfile.TemporaryFile("w+") as errors:
@@ -55,7 +47,7 @@ def fresh_process(name: str, maker: Callable[..., Callable], warm_ups: int = 1, 
             if not line:
                 status = process.wait()
                 errors.seek(0)
-                raise MeasurementError(f"{name}: exit status {status} {last_line(errors.read())}".strip())
+                raise MeasurementError(f"{name}: exit status {status}", errors.read())
             return json.loads(line)
 
         try:
@@ -91,21 +83,8 @@ def serve() -> None:
 
 def peak_memory() -> float:
     """Returns bytes, of the accelerator where JAX has one; a PyTorch process loads no JAX to ask it."""
-    if "jax" in sys.modules:
-        import jax
-
-        device = jax.devices()[0]
-        if device.platform != "cpu":
-            return device.memory_stats()["peak_bytes_in_use"]
-    return resident_peak()
-
-
-def resident_peak() -> float:
-    """Returns bytes. On Linux `ru_maxrss` is inherited from the process that started this one."""
-    if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
-    import resource
-
-    unit = 1.0 if sys.platform == "darwin" else 1024.0
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    device = sys.modules["jax"].devices()[0] if "jax" in sys.modules else None
+    if device is not None and device.platform != "cpu":
+        return device.memory_stats()["peak_bytes_in_use"]
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))

@@ -1,7 +1,6 @@
 """`a3 bench launch`: how soon two processes under `a3 launch local` train, and train again after a kill.
 
-Each has two virtual CPU devices. Compiled programs are kept from one start to the next, as on a pod; the
-first start finds none.
+Each has two virtual CPU devices. As on a pod, all starts but the first find compiled programs.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ import tempfile
 import time
 
 from a3_jax.errors import InputError
-from benchmarks.measurement import MeasurementError, Row, last_line, note
+from benchmarks.measurement import MeasurementError, Row, note
 
 LONGEST = 600.0  # seconds to wait for anything
 SAVE_EVERY = 5  # steps
@@ -30,8 +29,8 @@ def measure(settings) -> list[Row]:
     setting, found = {"config": settings.config, "processes": 2, "devices": 2}, []
     for number in range(settings.repeats):
         found.append(_measure_once(settings))
-        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in zip(METRICS, found[-1], strict=True))
-        note(f"launch: {number + 1} of {settings.repeats}: {times}")
+        times = ", ".join(f"{seconds:.1f} s" for seconds in found[-1])
+        note(f"launch: {number + 1} of {settings.repeats}: {', '.join(METRICS)}: {times}")
     return [Row(name, "s", setting, times) for name, times in zip(METRICS, zip(*found), strict=True)]
 
 
@@ -53,8 +52,8 @@ def _measure_once(settings) -> tuple[float, float, float]:
 def _launched(settings, workdir):
     """Launches the run; yields a function that waits for the first event of a name in an attempt."""
     command = [sys.executable, "-m", "a3_jax.cli", "launch", "local", "--processes=2", "--devices=2"]
-    command += [f"--config={settings.config}", f"--workdir={workdir}", *settings.overrides]
-    command += [f"--config.checkpoint_every={SAVE_EVERY}"]
+    command += [f"--config={settings.config}", f"--workdir={workdir}", *settings.overrides,
+                f"--config.checkpoint_every={SAVE_EVERY}"]  # fmt: skip
     environment = {**os.environ, "A3_COMPILATION_CACHE": str(workdir.parent / "programs")}
     file, log = workdir / "events.jsonl", workdir.with_suffix(".log")
     with log.open("wb") as errors:
@@ -69,8 +68,8 @@ def _launched(settings, workdir):
             if found:
                 return found[0]
             if process.poll() is not None:
-                last = last_line(log.read_text(errors="replace"))
-                raise MeasurementError(f"launch: exit status {process.returncode} {last}".strip())
+                status = f"launch: exit status {process.returncode}"
+                raise MeasurementError(status, log.read_text(errors="replace"))
             time.sleep(0.05)
         raise MeasurementError(f"launch: nothing happened in {LONGEST:.0f} s")
 

@@ -18,24 +18,20 @@ PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers")
 
 
 class MeasurementError(Exception):
-    """A benchmark that cannot be finished; its text is one line."""
+    """A benchmark that cannot be finished: `what`, and the last line of what a process has printed."""
+
+    def __init__(self, what: str, printed: str = ""):
+        super().__init__(" ".join([what, *printed.strip().splitlines()[-1:]]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One figure: the measurements of a metric, in a unit, and the setting they were made on.
-
-    The metric of a ratio says which way is better, `..._speedup` or `A_over_B`; its measurements are those of
-    neighbours in time.
-    """
+    """The measurements of a metric. A ratio's says which way is better: `..._speedup` or `A_over_B`."""
 
     metric: str
     unit: str
     setting: Mapping[str, Any]
     repeats: Sequence[float]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "value": statistics.median(self.repeats)}
 
 
 def note(text: str) -> None:
@@ -44,14 +40,7 @@ def note(text: str) -> None:
 
 
 def alternate(calls: Mapping[str, Callable[[], Any]], repeats: int, label: str, warm_ups: int = 2):
-    """Returns name -> seconds of each call, taken in turn: A, B, ..., A, B, ...
-
-    Args:
-      calls: name -> a call that returns when its work is done.
-      repeats: calls of each that count.
-      label: start of the progress lines.
-      warm_ups: rounds before them that don't count.
-    """
+    """Returns name -> seconds of each call that counts, taken in turn: A, B, ..., A, B, ..."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(-warm_ups, repeats):
         for name, call in calls.items():
@@ -69,11 +58,6 @@ def ratio(metric: str, above: Iterable[float], below: Iterable[float], setting: 
     return Row(metric, "ratio", setting, [a / b for a, b in zip(above, below, strict=True)])
 
 
-def last_line(text: str) -> str:
-    """Returns the last line of what a process that failed has printed."""
-    return (text.strip().splitlines() or [""])[-1]
-
-
 def versions() -> dict[str, Any]:
     """Returns what the figures depend on: packages, the device and the cores in use."""
     import jax
@@ -89,27 +73,22 @@ def versions() -> dict[str, Any]:
 
 def to_json(name: str, rows: Sequence[Row]) -> str:
     """Returns the object of `a3 bench NAME --json`."""
-    result = {"bench": name, "rows": [row.to_dict() for row in rows], "versions": versions()}
-    return json.dumps(result, indent=2)
+    found = [{**dataclasses.asdict(row), "value": statistics.median(row.repeats)} for row in rows]
+    return json.dumps({"bench": name, "rows": found, "versions": versions()}, indent=2)
 
 
 def show(name: str, rows: Sequence[Row]) -> None:
-    """Prints a table: what differs between rows in columns, what they share below."""
-    scales = {"bytes": (2**20, ",.1f", "MiB"), "FLOPs": (1e9, ",.1f", "GFLOPs"),
-              "tokens/s": (1, ",.0f", "tokens/s"), "s": (1, ".4g", "s")}  # fmt: skip
-    keys = list(dict.fromkeys(key for row in rows for key in row.setting))
-    shared = [key for key in keys if len({str(row.setting.get(key)) for row in rows}) == 1]
-    varying = [key for key in keys if key not in shared]
-    table = [["metric", *varying, "minimum", "median", "maximum"]]
-    for row in rows:
+    """Prints a line per row: its figures, and what differs between rows; below, what they share."""
+    scales = {"bytes": (2**20, ",.1f", "MiB"), "FLOPs": (1e9, ",.1f", "GFLOPs"), "tokens/s": (1, ",.0f", "")}
+    settings = [{key: str(value) for key, value in row.setting.items()} for row in rows]
+    shared = dict(set.intersection(*(set(setting.items()) for setting in settings)))
+    width = max(len(row.metric) for row in rows)
+    print(f"{f'a3 bench {name}':<{width}} {'minimum':>13} {'median':>13} {'maximum':>13}")
+    for row, setting in zip(rows, settings, strict=True):
         scale, form, unit = scales.get(row.unit, (1, ".4g", ""))
         figures = min(row.repeats), statistics.median(row.repeats), max(row.repeats)
-        cells = [f"{figure / scale:{form}} {unit}".strip() for figure in figures]
-        table.append([row.metric, *(str(row.setting.get(key, "")) for key in varying), *cells])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print(f"a3 bench {name}")
-    for line in table:
-        metric, *cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join([metric.strip().ljust(widths[0]), *cells]))
-    print(", ".join(f"{key} {rows[0].setting[key]}" for key in shared))
+        cells = " ".join(f"{figure / scale:{form}}".rjust(13) for figure in figures)
+        own = ", ".join(f"{key} {value}" for key, value in setting.items() if key not in shared)
+        print(f"{row.metric:<{width}} {cells} {unit or row.unit:<8} {own}")
+    print(", ".join(f"{key} {settings[0][key]}" for key in settings[0] if key in shared))
     print(", ".join(f"{key} {value}" for key, value in versions().items()))

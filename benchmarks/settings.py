@@ -11,7 +11,6 @@ from a3_jax.ordering import ranks
 from a3_jax.ordering.curriculum import Order, Stage
 from a3_jax.ordering.ranks import TRAINING_ORDERS
 
-DTYPES = ("float32", "bfloat16")
 MODEL = ("d_model", "layers", "heads", "kv_heads", "mlp", "vocab")
 
 
@@ -21,8 +20,9 @@ def _flag(default, about: str, kind: type = int):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The values of the flags, each with its help, and of `--config.FIELD` as `overrides`."""
+    """A benchmark's name, the flags, each with its help, and those of `--config.FIELD` as `overrides`."""
 
+    name: str = ""
     d_model: int = _flag(512, "width of the model")
     layers: int = _flag(6, "blocks of the model")
     heads: int = _flag(8, "query heads")
@@ -48,18 +48,17 @@ class Settings:
         object.__setattr__(self, "lengths", tuple(self.lengths))  # a list from argparse or JSON
         if self.d_model % self.heads:
             raise InputError(f"{self.heads} does not divide d_model={self.d_model}", field="heads")
-        check_name("dtype", self.dtype, DTYPES)
+        check_name("dtype", self.dtype, ("float32", "bfloat16"))
         check_name("order", self.order, TRAINING_ORDERS)
         check_seed(self.seed)
         self.model(max(self.lengths))  # checks the rest of the shape
 
     def model(self, length: int, residual: str = "standard") -> ModelConfig:
         """Returns the model with a context of `length` tokens."""
-        return ModelConfig(
-            vocab_size=self.vocab, d_model=self.d_model, num_layers=self.layers, num_heads=self.heads,
-            num_kv_heads=self.kv_heads, head_size=self.d_model // self.heads, mlp_size=self.mlp,
-            max_length=length, residual=residual,
-        )  # fmt: skip
+        return ModelConfig(vocab_size=self.vocab, d_model=self.d_model, num_layers=self.layers,
+                           num_heads=self.heads, num_kv_heads=self.kv_heads, mlp_size=self.mlp,
+                           head_size=self.d_model // self.heads, max_length=length,
+                           residual=residual)  # fmt: skip
 
     def batch_at(self, length: int) -> int:
         """Returns the number of sequences per step at this length."""
@@ -84,26 +83,21 @@ def check_name(field: str, value: str, names) -> None:
 
 
 def draw_rows(settings: Settings, length: int, batch: int, objective: str = "any_order") -> dict:
-    """Draws random tokens, one document per row, with ranks as a training stage draws them; in reading order.
+    """Draws tokens, positions, segment_ids and ranks, int32 [B, T] each, in reading order.
 
-    Returns:
-      tokens, positions, segment_ids, ranks: int32 [B, T].
+    The tokens are random, one document per row; the ranks are those of a training stage.
     """
     order = Order(settings.order, (settings.tokens_per_group,))
     stage = Stage("bench", steps=1, objective=objective, orders=(order,))
-    positions, ones = np.arange(length, dtype=np.int32), np.ones(length, np.int32)
-    drawn = [ranks.draw(stage, positions, ones, settings.seed, index=row).ranks for row in range(batch)]
     tokens = np.random.default_rng(settings.seed).integers(0, settings.vocab, (batch, length), np.int32)
-    positions, segment_ids = np.tile(positions, (batch, 1)), np.tile(ones, (batch, 1))
-    return {"tokens": tokens, "positions": positions, "segment_ids": segment_ids, "ranks": np.stack(drawn)}
+    positions, ones = np.tile(np.arange(length, dtype=np.int32), (batch, 1)), np.ones_like(tokens)
+    drawn = [ranks.draw(stage, positions[n], ones[n], settings.seed, index=n).ranks for n in range(batch)]
+    return {"tokens": tokens, "positions": positions, "segment_ids": ones, "ranks": np.stack(drawn)}
 
 
 def sort_rows(rows: dict) -> dict:
     """Sorts rows as the train step takes them; without `weights`, float32 [B, T], these are one."""
-    from a3_jax.ordering.intervals import (
-        sort_order,
-        take_rows,
-    )  # loads JAX, which PyTorch's side does without
+    from a3_jax.ordering.intervals import sort_order, take_rows  # loads JAX, unlike PyTorch's side
 
     rows = {**rows, "weights": rows.get("weights", np.ones(rows["tokens"].shape, np.float32))}
     order = sort_order(rows["ranks"], rows["segment_ids"])

@@ -3,6 +3,7 @@
 Each name is a row of `STEP_BENCHMARKS`: the calls that take turns, the metrics of each, and the ratios.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,16 +24,13 @@ from a3_jax.model.sharding import batch_sharding, make_mesh
 from a3_jax.model.two_stream import TwoStream
 from a3_jax.ordering.intervals import bounds
 from a3_jax.tokenizer import bytes_tokenizer
-from a3_jax.training.events import Events
-from a3_jax.training.lease import Lease
-from a3_jax.training.processes import Votes
+from a3_jax.training import events, lease, processes, watchdog
 from a3_jax.training.step import make_loss
-from a3_jax.training.watchdog import Limits, Watchdog
 from benchmarks import torch_models
 from benchmarks.fresh_process import fresh_process
 from benchmarks.measurement import MeasurementError, Row, alternate, note, ratio
 from benchmarks.settings import Settings, draw_rows, sort_rows
-from benchmarks.train_steps import TrainStep, random_checkpoint, temporary_bytes, train_step
+from benchmarks.train_steps import TrainStep, random_checkpoint, train_step
 
 UNITS = {"time": "s", "rate": "tokens/s", "flops": "FLOPs", "temporary": "bytes", "peak": "bytes",
          "process_peak": "bytes", "loss_difference": "ratio", "grad_norm_difference": "ratio"}  # fmt: skip
@@ -44,58 +42,41 @@ TOLERANCES = {"loss": 1e-4, "grad_norm": 1e-3}  # relative, between the release 
 
 
 class Group(NamedTuple):
-    """Calls that take turns, and the `setting` of their rows.
-
-    Attributes:
-      calls: name -> call, which returns when its work is done, perhaps with quantities of `UNITS`.
-      constants: name -> quantities that no call changes.
-      tokens: name -> tokens per call, where these are not those of the setting.
-      times: name -> how often a call does what is timed, where that is not once.
-    """
+    """Named calls that take turns, and the `setting` of their rows."""
 
     setting: dict[str, Any]
-    calls: Mapping[str, Callable[[], Any]]
-    constants: Mapping[str, Mapping[str, float]] = {}
-    tokens: Mapping[str, int] = {}
-    times: Mapping[str, int] = {}
+    calls: Mapping[str, Callable[[], Any]]  # return when done, perhaps with quantities of `UNITS`
+    constants: Mapping[str, Mapping[str, float]] = {}  # quantities that no call changes
+    tokens: Mapping[str, int] = {}  # per call, where these are not those of the setting
+    times: Mapping[str, int] = {}  # how often a call does what is timed, where that is not once
 
 
-Groups = Iterator[Group]
 Measured = dict[tuple[str, int], dict[str, Any]]  # (name, length) -> quantity -> measurements, and "setting"
 
 
 class StepBenchmark(NamedTuple):
-    """One comparison of steps.
+    """One comparison of steps."""
 
-    Attributes:
-      groups: yields a length's groups, one after the other.
-      metrics: name of a metric, with {} for that of the call -> quantity of `UNITS`.
-      ratios: (metric, quantity, name above, name below), where both were measured.
-      more: returns a length's rows that are neither.
-      warm_ups: rounds that don't count.
-    """
-
-    groups: Callable[[Settings, int], Groups]
-    metrics: Mapping[str, str] = {}
-    ratios: Sequence[tuple[str, str, str, str]] = ()
-    more: Callable[[Settings, int, Measured], list[Row]] = lambda settings, length, measured: []
-    warm_ups: int = 1
+    groups: Callable[[Settings, int], Iterator[Group]]  # yields a length's, one after the other
+    metrics: Mapping[str, str] = {}  # metric, with {} for the call's name -> quantity of `UNITS`
+    ratios: Sequence[tuple[str, str, str, str]] = ()  # (metric, quantity, name above, name below)
+    more: Callable[[Settings, int, Measured], list[Row]] = lambda *_: []  # a length's further rows
+    warm_ups: int = 1  # rounds that don't count
 
 
-def measure(settings: Settings, name: str) -> list[Row]:
-    """Runs a benchmark of the table."""
-    benchmark, rows = STEP_BENCHMARKS[name], []
-    measured: Measured = {}
+def measure(settings: Settings) -> list[Row]:
+    """Runs the benchmark of the table that the settings name."""
+    benchmark, rows, measured = STEP_BENCHMARKS[settings.name], [], {}
     for length in settings.lengths:
         for group in benchmark.groups(settings, length):
-            found = _measure_group(group, settings.repeats, f"{name}: length {length}", benchmark.warm_ups)
+            found = _measure_group(settings, group, benchmark.warm_ups)
             del group  # before the memory of the next is taken
             for each, figures in found.items():
                 measured[each, length] = figures
-                for metric, quantity in benchmark.metrics.items():
-                    if quantity in figures:
-                        row = metric.format(each), UNITS[quantity], figures["setting"], figures[quantity]
-                        rows.append(Row(*row))
+                rows += [
+                    Row(metric.format(each), UNITS[quantity], figures["setting"], figures[quantity])
+                    for metric, quantity in benchmark.metrics.items() if quantity in figures
+                ]  # fmt: skip
     for length in settings.lengths:
         for metric, quantity, above, below in benchmark.ratios:
             if (above, length) in measured and (below, length) in measured:
@@ -105,12 +86,13 @@ def measure(settings: Settings, name: str) -> list[Row]:
     return rows
 
 
-def _measure_group(group: Group, repeats: int, label: str, warm_ups: int) -> dict[str, dict[str, Any]]:
+def _measure_group(settings: Settings, group: Group, warm_ups: int) -> dict[str, dict[str, Any]]:
     results, measured = {name: [] for name in group.calls}, {}
+    label = f"{settings.name}: length {group.setting['length']}"
     calls = {
         name: lambda call=call, into=results[name]: into.append(call()) for name, call in group.calls.items()
     }
-    for name, seconds in alternate(calls, repeats, label, warm_ups).items():
+    for name, seconds in alternate(calls, settings.repeats, label, warm_ups).items():
         tokens = group.tokens.get(name, group.setting["length"] * group.setting["batch"])
         known = UNITS.keys() & (results[name][-1] if isinstance(results[name][-1], dict) else {})
         measured[name] = {
@@ -123,7 +105,7 @@ def _measure_group(group: Group, repeats: int, label: str, warm_ups: int) -> dic
     return measured
 
 
-def _attention(settings: Settings, length: int) -> Groups:
+def _attention(settings: Settings, length: int) -> Iterator[Group]:
     """Yields each implementation in each pass: both streams' rows over the same keys."""
     size, batch = settings.d_model // settings.heads, settings.batch_at(length)
     setting = settings.describe(length, rows=2 * length, head_size=size)
@@ -136,13 +118,12 @@ def _attention(settings: Settings, length: int) -> Groups:
     shapes = ((batch, 2 * length, settings.heads, size), keys, keys)
     drawn = [rng.standard_normal(shape, np.float32).astype(settings.dtype) for shape in shapes]
     arrays = jax.device_put((*drawn, *intervals), jax.devices()[0])
-    note(f"attention: length {length}: compiling")
     absent, calls, constants = {"auto", *["splash"] * (jax.default_backend() != "tpu")}, {}, {}
     for direction in PASSES:
         for name in (name for name in IMPLEMENTATIONS if name not in absent):
-            compiled = _attention_pass(name, direction).lower(*arrays).compile()
+            compiled: Any = _attention_pass(name, direction).lower(*arrays).compile()
             calls[f"{name}_{direction}"] = lambda run=compiled: jax.block_until_ready(run(*arrays))
-            constants[f"{name}_{direction}"] = {"temporary": temporary_bytes(compiled)}
+            constants[f"{name}_{direction}"] = {"temporary": compiled.memory_analysis().temp_size_in_bytes}
     yield Group(setting, calls, constants)
 
 
@@ -157,14 +138,14 @@ def _attention_pass(implementation, direction):
     return jax.jit(forward if direction == "forward" else jax.grad(total, argnums=(0, 1, 2)))
 
 
-def _train(settings: Settings, length: int) -> Groups:
+def _train(settings: Settings, length: int) -> Iterator[Group]:
     """Yields the two-stream step, the AR step of the same model, and that of `transformers`."""
-    batch, reason = settings.batch_at(length), torch_models.why_no_torch(settings)
-    note(f"train: length {length}: compiling" + (f"; no transformers step: {reason}" if reason else ""))
-    calls: dict[str, Any] = {
-        name: train_step(settings, length, batch, objective) for name, objective in OBJECTIVES.items()
-    }
-    if not reason:
+    batch, calls = settings.batch_at(length), {}
+    for name, objective in OBJECTIVES.items():
+        calls[name] = train_step(settings, length, batch, objective)
+    if reason := torch_models.why_no_torch(settings):
+        note(f"train: no transformers step: {reason}")
+    else:
         calls["transformers_ar"] = torch_models.llama_step(settings, length, batch)
     yield Group(settings.describe(length), calls)
 
@@ -179,7 +160,7 @@ def _train_formula(settings, length, measured) -> list[Row]:
     ]
 
 
-def _memory(settings: Settings, length: int) -> Groups:
+def _memory(settings: Settings, length: int) -> Iterator[Group]:
     """Yields each step by itself, in a fresh process."""
     setting = settings.describe(length, _equal_tokens(settings, length))
     for name, objective in OBJECTIVES.items():
@@ -191,23 +172,22 @@ def _memory(settings: Settings, length: int) -> Groups:
 def _equal_tokens(settings, length) -> int:
     """Returns the batch at a length, where `settings.batch_at` counts sequences of the longest."""
     longest = max(settings.lengths)
-    for shorter in settings.lengths:
-        if longest % shorter:
-            raise InputError(f"{shorter} does not divide the longest, {longest}", field="lengths")
+    if broken := [shorter for shorter in settings.lengths if longest % shorter]:
+        raise InputError(f"{broken[0]} does not divide the longest, {longest}", field="lengths")
     return settings.batch_at(longest) * longest // length
 
 
 def _memory_growth(settings, length, measured) -> list[Row]:
     """Returns the peaks over those of the next shorter length, if there is one."""
-    shorter, rows = max((other for other in settings.lengths if other < length), default=None), []
-    for name in OBJECTIVES if shorter else ():
-        longer, other = measured[name, length], measured[name, shorter]
-        setting = longer["setting"] | {"against_length": shorter}
-        rows.append(ratio(f"{name}_peak_over_shorter", longer["peak"], other["peak"], setting))
+    rows, longer = [], {name: measured[name, length] for name in OBJECTIVES}
+    for shorter in sorted(other for other in settings.lengths if other < length)[-1:]:
+        for name, figures in longer.items():
+            setting, below = figures["setting"] | {"against_length": shorter}, measured[name, shorter]["peak"]
+            rows.append(ratio(f"{name}_peak_over_shorter", figures["peak"], below, setting))
     return rows
 
 
-def _scaling(settings: Settings, length: int) -> Groups:
+def _scaling(settings: Settings, length: int) -> Iterator[Group]:
     """Yields, at the longest length, the two-stream steps of all."""
     lengths, calls, constants = settings.lengths, {}, {}
     if len(set(lengths)) < 2:
@@ -216,11 +196,10 @@ def _scaling(settings: Settings, length: int) -> Groups:
         return
     tokens = {str(each): each * settings.batch_at(each) for each in lengths}
     for each in lengths:
-        note(f"scaling: length {each}: compiling")
         step = calls[str(each)] = train_step(settings, each, settings.batch_at(each))
         flops = train_step_flops(settings.model(each), each, group_size=settings.tokens_per_group).total
-        flops *= settings.batch_at(each)
-        constants[str(each)] = {"temporary": temporary_bytes(step.compiled), "flops": flops}
+        temporary = step.compiled.memory_analysis().temp_size_in_bytes
+        constants[str(each)] = {"temporary": temporary, "flops": flops * settings.batch_at(each)}
     yield Group(settings.describe(length, from_length=min(lengths)), calls, constants, tokens)
 
 
@@ -237,12 +216,11 @@ def _scaling_rows(settings, length, measured) -> list[Row]:
     return rows
 
 
-def _release(settings: Settings, length: int) -> Groups:
+def _release(settings: Settings, length: int) -> Iterator[Group]:
     """Yields the authors' step and ours from equal weights and ranks, each in a process of its own."""
     if not settings.release:
         raise InputError("give a directory that holds the authors' llama_xlnet.py", field="--release")
     differences = _compare_first_steps(settings, length)
-    note(f"release: length {length}: starting both")
     task = {"settings": settings, "length": length, "batch": settings.batch_at(length)}
     with (
         fresh_process("release", torch_models.release_step, **task) as theirs,
@@ -254,9 +232,8 @@ def _release(settings: Settings, length: int) -> Groups:
 
 def _compare_first_steps(settings, length) -> dict[str, float]:
     """Returns the relative differences of loss and gradient norm; both models are gone on return."""
-    note(f"release: length {length}: comparing first steps")
-    rows = draw_rows(settings, length, settings.batch_at(length))
     theirs = torch_models.release_step(settings, length, settings.batch_at(length))
+    rows = draw_rows(settings, length, settings.batch_at(length))
     checkpoint = torch_models.open_as_ours(theirs.model, settings.model(length, "release"), "float32")
     ours = TrainStep(settings, checkpoint.config, rows, "any_order", checkpoint.params)
     first_ours, first_theirs, differences = ours(), theirs(), {}
@@ -270,7 +247,7 @@ def _compare_first_steps(settings, length) -> dict[str, float]:
     return differences
 
 
-def _score(settings: Settings, length: int) -> Groups:
+def _score(settings: Settings, length: int) -> Iterator[Group]:
     """Yields `a3 score` of whole texts, lines in and lines out, and the loss of training on the same rows."""
     rows, mesh = draw_rows(settings, length, settings.batch_at(length)), make_mesh(devices=jax.devices()[:1])
     lines = zip(rows["tokens"].tolist(), rows["ranks"].tolist(), strict=True)
@@ -286,7 +263,6 @@ def _score(settings: Settings, length: int) -> Groups:
         with jax.set_mesh(mesh):
             return jax.block_until_ready(loss(checkpoint.params, jax.device_put(batch, batch_sharding(mesh))))
 
-    note(f"score: length {length}: compiling")
     _check_equal(-sum(line["logprob"] for line in score()), float(training_forward()[0]), settings.dtype)
     yield Group(settings.describe(length), {"score": score, "training_forward": training_forward})
 
@@ -297,7 +273,7 @@ def _check_equal(ours: float, theirs: float, dtype: str) -> None:
         raise MeasurementError(f"{ours} nats, but {theirs} by the other contender")
 
 
-def _eval(settings: Settings, length: int) -> Groups:
+def _eval(settings: Settings, length: int) -> Iterator[Group]:
     """Yields multiple choice under evaluation, and the scoring engine on batches made beforehand.
 
     "engine" takes the padded batches of the evaluation, "whole_rows" as many tokens without any padding.
@@ -305,7 +281,6 @@ def _eval(settings: Settings, length: int) -> Groups:
     checkpoint = random_checkpoint(settings, settings.model(length), bytes_tokenizer())
     model, targets = EvaluatedModel(checkpoint, dtype=settings.dtype), _draw_choices(settings, length)
     run = scoring.any_order_logprobs
-    note(f"eval: length {length}: compiling")
     with mock.patch.object(scoring, "any_order_logprobs", wraps=run) as recorded:
         ours = sum(model.score(targets))
     batches = [call.args[1] for call in recorded.call_args_list]
@@ -340,38 +315,33 @@ def _draw_choices(settings, length) -> list[Target]:
 
 def _whole_rows(batch: scoring.Batch, length: int) -> scoring.Batch:
     """Returns as many tokens in rows of `length`, and as large a share of them scored."""
-    rows = max(1, batch.tokens.size // length)
-    tokens = np.resize(batch.tokens, (rows, length)).astype(np.int32)
-    columns = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    tokens = np.resize(batch.tokens, (max(1, batch.tokens.size // length), length)).astype(np.int32)
+    columns = np.tile(np.arange(length, dtype=np.int32), (len(tokens), 1))
     scored = columns[:, length - max(length * 3 // 16, 1) :]
     return scoring.Batch(tokens, columns, columns, np.ones_like(columns), scored, np.ones_like(scored, bool))
 
 
-def _guards(settings: Settings, length: int) -> Groups:
+def _guards(settings: Settings, length: int) -> Iterator[Group]:
     """Yields a step, what each step asks and writes to be safe, and the fingerprints of each save."""
-    note(f"guards: length {length}: compiling")
-    step, votes = (
-        train_step(settings, length, settings.batch_at(length)),
-        Votes(make_mesh(devices=jax.devices()[:1])),
-    )
+    step = train_step(settings, length, settings.batch_at(length))
+    votes = processes.Votes(make_mesh(devices=jax.devices()[:1]))
     with (
         tempfile.TemporaryDirectory() as workdir,
-        Lease(workdir) as lease,
-        Watchdog(workdir, 0, Limits()) as watchdog,
+        lease.Lease(workdir) as held,
+        watchdog.Watchdog(workdir, 0, watchdog.Limits()) as watch,
+        contextlib.closing(events.Events(f"{workdir}/events.jsonl")) as log,
     ):
-        events = Events(f"{workdir}/events.jsonl")
 
         def guards():
             for number in range(GUARD_CALLS):
-                watchdog.enter("data")
-                watchdog.enter("step")
+                watch.enter("data")
+                watch.enter("step")
                 votes.cast(False, False)
-                lease.check()
-                events.write("step", step=number, seconds=1.0, data_seconds=0.0, tokens=length)
+                held.check()
+                log.write("step", step=number, seconds=1.0, data_seconds=0.0, tokens=length)
 
         calls = {"step": step, "guards": guards, "fingerprints": lambda: fingerprints(tree_names(step.state))}
         yield Group(settings.describe(length, save_every=SAVE_EVERY), calls, times={"guards": GUARD_CALLS})
-        events.close()
 
 
 def _guards_share(settings, length, measured) -> list[Row]:
@@ -386,34 +356,26 @@ PEAKS = {"{}_peak": "peak", "{}_process_peak": "process_peak"}
 STEP_BENCHMARKS = {
     "attention": StepBenchmark(
         _attention, {"{}_time": "time", "{}_temporary": "temporary"},
-        [(f"{name}_{direction}_{quantity}_over_dense", quantity, f"{name}_{direction}", f"dense_{direction}")
-         for quantity in ("time", "temporary") for direction in PASSES
-         for name in IMPLEMENTATIONS if name != "dense"], warm_ups=2,
-    ),
+        [(f"{name}_{way}_{quantity}_over_dense", quantity, f"{name}_{way}", f"dense_{way}")
+         for quantity in ("time", "temporary") for way in PASSES
+         for name in IMPLEMENTATIONS if name != "dense"], warm_ups=2),
     "train": StepBenchmark(
         _train, {"{}_step_time": "time", "{}_tokens_per_second": "rate"},
         [("two_stream_step_time_over_ar", "time", "two_stream", "ar"),
          ("two_stream_step_time_over_transformers_ar", "time", "two_stream", "transformers_ar"),
-         ("ar_step_speedup_over_transformers", "time", "transformers_ar", "ar")], _train_formula, warm_ups=2,
-    ),
+         ("ar_step_speedup_over_transformers", "time", "transformers_ar", "ar")],
+        _train_formula, warm_ups=2),
     "memory": StepBenchmark(
-        _memory, PEAKS, [("two_stream_peak_over_ar", "peak", "two_stream", "ar")], _memory_growth,
-    ),
+        _memory, PEAKS, [("two_stream_peak_over_ar", "peak", "two_stream", "ar")], _memory_growth),
     "scaling": StepBenchmark(_scaling, more=_scaling_rows),
     "release": StepBenchmark(
-        _release,
-        {"{}_step_time": "time", **PEAKS, "loss_difference_over_release": "loss_difference",
-         "grad_norm_difference_over_release": "grad_norm_difference"},
+        _release, {"{}_step_time": "time", **PEAKS, "loss_difference_over_release": "loss_difference",
+                   "grad_norm_difference_over_release": "grad_norm_difference"},
         [("step_time_speedup", "time", "release", "a3"),
-         ("peak_memory_over_release", "peak", "a3", "release")],
-    ),
-    "score": StepBenchmark(
-        _score, {"{}_rate": "rate"},
-        [("score_time_over_training_forward", "time", "score", "training_forward")],
-    ),
-    "eval": StepBenchmark(
-        _eval, {"{}_rate": "rate"},
-        [(f"eval_rate_over_{name}", "rate", "eval", name) for name in ("engine", "whole_rows")],
-    ),
+         ("peak_memory_over_release", "peak", "a3", "release")]),
+    "score": StepBenchmark(_score, {"{}_rate": "rate"}, [
+        ("score_time_over_training_forward", "time", "score", "training_forward")]),
+    "eval": StepBenchmark(_eval, {"{}_rate": "rate"}, [
+        (f"eval_rate_over_{name}", "rate", "eval", name) for name in ("engine", "whole_rows")]),
     "guards": StepBenchmark(_guards, {"{}_time": "time"}, more=_guards_share, warm_ups=2),
 }  # fmt: skip

@@ -21,26 +21,27 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP = 2e-5, 0.01, 1.0  # the paper's
 RELEASE_FILE, RELEASE_CLASS = "llama_xlnet.py", "LlamaTwoStreamForCausalLM"
 
 
-def why_no_torch(settings: Settings) -> str | None:
-    """Returns why there is no PyTorch model beside ours; None where there is one."""
-    import jax
+def why_no_torch(settings: Settings | None = None) -> str | None:
+    """Returns why PyTorch can't be used, or with settings, why not beside ours; None where it can."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    if settings is not None:
+        import jax
 
-    on_cpu = jax.default_backend() == "cpu" and settings.dtype == "float32"
-    return _missing_package() if on_cpu else "compared on CPU in float32 only"
-
-
-def _missing_package() -> str | None:
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    return f"{missing[0]} is not installed" if missing else None
+        if jax.default_backend() != "cpu" or settings.dtype != "float32":
+            return "compared on CPU in float32 only"
+    return None
 
 
 class TorchStep:
-    """A call makes one train step of a model, which gives an object with `loss` for the inputs."""
+    """A call makes one train step of a model, which gives an object with `loss` for arrays and options."""
 
-    def __init__(self, model: Any, **inputs):
+    def __init__(self, model: Any, arrays: dict[str, np.ndarray], **options):
         import torch
 
-        self.model, self._inputs = model.train(), inputs
+        tensors = {name: torch.from_numpy(np.asarray(array, np.int64)) for name, array in arrays.items()}
+        self.model, self._inputs = model.train(), tensors | options
         self._clip = torch.nn.utils.clip_grad_norm_
         self._adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
@@ -55,15 +56,15 @@ class TorchStep:
 
 def llama_step(settings: Settings, length: int, batch: int) -> TorchStep:
     """Returns the left-to-right step of a `transformers` Llama of our shape."""
-    tokens = _tensor(draw_rows(settings, length, batch, "ar")["tokens"])
-    return TorchStep(_llama(settings, length), input_ids=tokens, labels=tokens, use_cache=False)
+    tokens = draw_rows(settings, length, batch, "ar")["tokens"]
+    return TorchStep(_make(None, settings, length), {"input_ids": tokens, "labels": tokens}, use_cache=False)
 
 
 def llama_fill(settings: Settings, length: int, tokens) -> Callable[[], None]:
     """Returns a call in which such a Llama continues tokens [B, T] to `length`: greedy, cached."""
     import torch
 
-    model, tokens = _llama(settings, length).eval(), _tensor(tokens)
+    model, tokens = _make(None, settings, length).eval(), torch.from_numpy(np.asarray(tokens, np.int64))
     model.config.use_cache = True
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     options = {"do_sample": False, "use_cache": True, "max_new_tokens": length - tokens.shape[1]}
@@ -77,17 +78,21 @@ def llama_fill(settings: Settings, length: int, tokens) -> Callable[[], None]:
 
 
 def load_release(directory: str) -> type:
-    """Imports the model's class from `llama_xlnet.py` of a clone of the authors' release.
-
-    Raises:
-      InputError: torch or transformers is absent, or the clone has no such file, or it can't be imported.
-    """
-    if missing := _missing_package():
+    """Imports the model's class from `llama_xlnet.py` of a clone of the authors' release."""
+    if missing := why_no_torch():
         raise InputError(missing, field="--release")
     path = os.path.join(directory, RELEASE_FILE)
     if not os.path.isfile(path):
         raise InputError(f"no {RELEASE_FILE} there", file=directory, field="--release")
-    _add_plain_rope()
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    def plain_frequencies(config, device=None, **_):
+        size = config.hidden_size // config.num_attention_heads
+        exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    ROPE_INIT_FUNCTIONS.setdefault("default", plain_frequencies)  # transformers 5 has none; the release looks
     spec = importlib.util.spec_from_file_location("a3_bench_release", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -106,8 +111,7 @@ def release_model(settings: Settings, length: int) -> Any:
     Its matrices are wide enough for attention to be sharp: at the usual 0.02 attention averages over nearly
     all keys, and a wrong mask would hardly show in a loss.
     """
-    assert settings.release is not None
-    model = _make(load_release(settings.release), settings, length)
+    model = _make(load_release(settings.release or ""), settings, length)
     for name, parameter in model.named_parameters():
         mean, spread = (1.0, 0.1) if "norm" in name else (0.0, 2.0 * settings.d_model**-0.5)
         parameter.data.normal_(mean, spread)
@@ -117,9 +121,8 @@ def release_model(settings: Settings, length: int) -> Any:
 def release_step(settings: Settings, length: int, batch: int) -> TorchStep:
     """Returns the two-stream step of the authors' model, its masks made in the forward pass."""
     rows = draw_rows(settings, length, batch)
-    tokens, ranks = _tensor(rows["tokens"]), _tensor(rows["ranks"])
-    inputs = {"input_ids": tokens, "labels": tokens, "group_ids": ranks}
-    return TorchStep(release_model(settings, length), **inputs, use_cache=False, return_dict=True)
+    arrays = {"input_ids": rows["tokens"], "labels": rows["tokens"], "group_ids": rows["ranks"]}
+    return TorchStep(release_model(settings, length), arrays, use_cache=False, return_dict=True)
 
 
 def open_as_ours(model: Any, config: ModelConfig, dtype: str) -> Any:
@@ -138,24 +141,10 @@ def open_as_ours(model: Any, config: ModelConfig, dtype: str) -> Any:
         return open_checkpoint(directory, dtype=dtype)
 
 
-def _tensor(array) -> Any:
+def _make(model_class: type | None, settings: Settings, length: int) -> Any:
+    """Returns a model of our shape of a class, by default the Llama with PyTorch's fused attention."""
     import torch
-
-    return torch.from_numpy(np.asarray(array, np.int64))
-
-
-def _llama(settings: Settings, length: int) -> Any:
-    from transformers import LlamaForCausalLM
-
-    model = _make(LlamaForCausalLM, settings, length)
-    model.set_attn_implementation("sdpa")  # PyTorch's fused attention
-    return model
-
-
-def _make(model_class: type, settings: Settings, length: int) -> Any:
-    """Returns a model of our shape, of a class that takes a `LlamaConfig`."""
-    import torch
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(thread_count())
     torch.manual_seed(settings.seed)
@@ -169,17 +158,6 @@ def _make(model_class: type, settings: Settings, length: int) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
     )  # fmt: skip
     hf_config.rope_theta = config.rope_theta  # transformers 5 has moved it; the release reads it here
-    return model_class(hf_config)
-
-
-def _add_plain_rope() -> None:
-    """Adds the plain rotary frequencies to a table where the release looks and transformers 5 has none."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    def frequencies(config, device=None, **_):
-        size = config.hidden_size // config.num_attention_heads
-        exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
-        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
-
-    ROPE_INIT_FUNCTIONS.setdefault("default", frequencies)
+    if model_class is None:
+        hf_config._attn_implementation = "sdpa"
+    return (model_class or LlamaForCausalLM)(hf_config)

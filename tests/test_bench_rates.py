@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from a3_jax.cli import main
-from benchmarks import forward_counts, markov_chain
+from benchmarks import forward_counts
 
 MODEL = ["--d_model=16", "--layers=2", "--heads=2", "--kv_heads=1", "--mlp=24", "--vocab=40"]
 
@@ -54,12 +54,12 @@ def test_forwards_by_strategy(capsys, monkeypatch):
 
 
 def test_the_chains_samples_have_its_pairs():
-    transition = markov_chain.transition_matrix(5, seed=1)
-    chains = markov_chain.sample_chains(np.random.default_rng(0), transition, 4000, 12)
+    transition = forward_counts.transition_matrix(5, seed=1)
+    chains = forward_counts.sample_chains(np.random.default_rng(0), transition, 4000, 12)
     pairs = np.zeros((5, 5))
     np.add.at(pairs, (chains[:, :-1].ravel(), chains[:, 1:].ravel()), 1)
     np.testing.assert_allclose(pairs / pairs.sum(1, keepdims=True), transition, atol=0.03)
-    law = markov_chain.stationary(transition)
+    law = forward_counts.stationary(transition)
     np.testing.assert_allclose(law @ transition, law, atol=1e-9)
 
 

@@ -20,7 +20,7 @@ from a3_jax.decoding.speculative import residual
 from a3_jax.decoding.state import lay_drafts
 from a3_jax.decoding.strategies import Rule, choose
 from a3_jax.ordering.ranks import spread
-from benchmarks.markov_chain import exact_network, transition_matrix
+from benchmarks.forward_counts import exact_network, transition_matrix
 from tests.tiny_checkpoint import blanks, tiny_checkpoint
 
 V, M, DRAWS = 3, 5, 20_000
