@@ -73,6 +73,7 @@ wheel-test: setup
 	cp launch/install.sh constraints.txt build/wheel
 	build/wheel/install.sh $(PYTHON) build/wheel/venv plot
 	cd build/wheel && XLA_FLAGS="$(QUICK_COMPILE)" venv/bin/a3 quickstart --smoke --workdir=smoke
+	cd build/wheel && { venv/bin/a3 bench train; [ $$? -eq 2 ]; }
 
 ci: setup-torch xpk
 	$(MAKE) -j2 lint wheel-test

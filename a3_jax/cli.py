@@ -10,7 +10,7 @@ import signal
 import sys
 
 from a3_jax import __version__
-from a3_jax.benchmarks.command import add_bench
+from a3_jax.bench_command import add_bench
 from a3_jax.checkpoints.command import add_convert, add_info, add_verify
 from a3_jax.data.command import add_data
 from a3_jax.decoding.commands import add_generate, add_score

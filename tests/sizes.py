@@ -7,6 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "a3_jax"
 LONGEST_FUNCTION, LONGEST_FILE, USUAL_FUNCTION, TRAINING_CODE = 80, 600, 40, 8300
+BENCHMARKS, BENCHMARK_LINES = ROOT / "benchmarks", 1700
 EXCEPTIONS = {("a3_jax/training/train.py", "train"): 250}
 
 
@@ -47,7 +48,7 @@ def lines_of_code(path):
 
 def main() -> int:
     lengths, complaints = [], []
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted([*PACKAGE.rglob("*.py"), *BENCHMARKS.rglob("*.py")]):
         name, lines = str(path.relative_to(ROOT)), len(path.read_text().splitlines())
         if lines > LONGEST_FILE:
             complaints.append(f"{name}: {lines} lines, more than {LONGEST_FILE}")
@@ -61,8 +62,12 @@ def main() -> int:
     training = sum(map(lines_of_code, imported_from(PACKAGE / "training/command.py")))
     if training > TRAINING_CODE:
         complaints.append(f"`a3 train` imports {training} lines of our code, more than {TRAINING_CODE}")
+    benchmarks = sum(len(path.read_text().splitlines()) for path in BENCHMARKS.rglob("*.py"))
+    if benchmarks > BENCHMARK_LINES:
+        complaints.append(f"benchmarks/ has {benchmarks} lines, more than {BENCHMARK_LINES}")
     print(f"functions: 95th percentile {usual} lines, longest {max(lengths)}")
     print(f"`a3 train` imports {training} lines of our code (without blank lines, comments and docstrings)")
+    print(f"benchmarks/ has {benchmarks} lines")
     print("\n".join(complaints))
     return 1 if complaints else 0
 

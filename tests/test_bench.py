@@ -1,5 +1,7 @@
 """`a3 bench`: the JSON that others read, ratios between neighbours, no TensorFlow, peaks after a reset."""
 
+import contextlib
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -8,11 +10,14 @@ import sys
 import numpy as np
 import pytest
 
-from a3_jax.benchmarks import memory, worker
-from a3_jax.benchmarks.measurement import MeasurementError, alternate, fit_exponent
-from a3_jax.benchmarks.settings import Settings, draw_rows, sort_rows
-from a3_jax.benchmarks.worker import Peaks
+from a3_jax import bench_command
 from a3_jax.cli import main
+from benchmarks import step_costs
+from benchmarks.command import BENCHMARKS
+from benchmarks.fresh_process import fresh_process
+from benchmarks.measurement import MeasurementError, alternate
+from benchmarks.settings import Settings, draw_rows, sort_rows
+from benchmarks.train_steps import train_step
 
 ATTENTION = ["--d_model=16", "--heads=2", "--kv_heads=1"]
 MODEL = [*ATTENTION, "--layers=2", "--mlp=24", "--vocab=40"]
@@ -111,46 +116,68 @@ def test_eval(capsys):
 
 
 def test_memory_rows(monkeypatch):
-    """Equal tokens at each length; ratios to the shorter length and to the AR step."""
+    """Equal tokens at each length; ratios to the shorter length and to the AR step; the warm-up left out."""
     asked = []
 
-    def measure_apart(kind, settings, length, batch):
-        asked.append((kind, length, batch))
-        size = length * (3.0 if kind == "two_stream" else 2.0)
-        return Peaks(steps=[size, 2 * size], process=9.0)
+    @contextlib.contextmanager
+    def fresh_process(name, maker, settings, length, batch, objective):
+        asked.append((name, length, batch, objective))
+        size = length * (3.0 if name == "two_stream" else 2.0)
+        peaks = iter([99.0 * size, size, 2 * size])
+        yield lambda: {"peak": next(peaks), "process_peak": 9.0, "seconds": 1.0}
 
-    monkeypatch.setattr(memory, "measure_apart", measure_apart)
-    rows = {(row.metric, row.setting["length"]): row for row in memory.measure(TINY)}
-    assert sorted(asked) == [("ar", 16, 2), ("ar", 32, 1), ("two_stream", 16, 2), ("two_stream", 32, 1)]
+    monkeypatch.setattr(step_costs, "fresh_process", fresh_process)
+    rows = {
+        (row.metric, row.setting["length"]): row
+        for row in step_costs.measure(dataclasses.replace(TINY, name="memory"))
+    }
+    assert sorted(asked) == [
+        ("ar", 16, 2, "ar"), ("ar", 32, 1, "ar"),
+        ("two_stream", 16, 2, "any_order"), ("two_stream", 32, 1, "any_order"),
+    ]  # fmt: skip
     assert rows["two_stream_peak", 16].repeats == [48.0, 96.0]
-    assert rows["ar_process_peak", 16].repeats == [9.0]
+    assert rows["ar_process_peak", 16].repeats == [9.0, 9.0]
     assert rows["two_stream_peak_over_ar", 32].repeats == [1.5, 1.5]
     assert rows["two_stream_peak_over_shorter", 32].repeats == [2.0, 2.0]
     assert rows["two_stream_peak_over_shorter", 32].setting["against_length"] == 16
+    assert ("two_stream_peak_over_shorter", 16) not in rows
 
 
-def test_fresh_process():
-    """A real step in a process of its own; one that can't run is one line."""
-    peaks = worker.measure_apart("ar", TINY, 16, 1)
-    assert len(peaks.steps) == TINY.repeats
-    assert 50e6 < min(peaks.steps) <= max(peaks.steps) <= peaks.process
-    with pytest.raises(MeasurementError, match="nothing at length 16: exit status 1 KeyError: 'nothing'"):
-        worker.measure_apart("nothing", TINY, 16, 1)
+def test_fresh_process(tmp_path, monkeypatch):
+    """A real step in a process of its own, from any directory; one that can't run is one line."""
+    (tmp_path / "benchmarks").mkdir()  # another package of the same name
+    monkeypatch.chdir(tmp_path)
+    with fresh_process("ar", train_step, settings=TINY, length=16, batch=1, objective="ar") as call:
+        results = [call(), call()]
+    for result in results:
+        assert 50e6 < result["peak"] <= result["process_peak"]
+        assert 0 < result["seconds"] < 60
+    wrong = {"settings": TINY, "length": 16, "batch": 1, "objective": "nothing"}
+    with (
+        fresh_process("nothing at 16", train_step, **wrong) as call,
+        pytest.raises(MeasurementError, match=r"nothing at 16: exit status 1 .*nothing"),
+    ):
+        call()
 
 
-def test_peaks_leave_the_warm_up_out(monkeypatch):
-    """The first calls take 400 MB, later ones 100: only the process's peak remembers the first."""
+def bytes_writer():
+    """Calls that take 400 MB at first, later 100, and print something."""
     calls = []
 
-    def step():
-        calls.append(b"x" * (400_000_000 if len(calls) < worker.WARM_UPS else 100_000_000))
-        calls[-1] = b""
+    def call():
+        calls.append(len(b"x" * (100_000_000 if calls else 400_000_000)))
+        print(calls)
 
-    monkeypatch.setitem(worker.KINDS, "stub", lambda settings, length, batch: step)
-    peaks = worker._run("stub", TINY, 16, 1)
-    assert len(calls) == worker.WARM_UPS + TINY.repeats
-    assert peaks.process - max(peaks.steps) > 250e6
-    assert max(peaks.steps) - min(peaks.steps) < 50e6
+    return call
+
+
+def test_peaks_leave_the_warm_up_out():
+    """Only the process's peak remembers the first call; what calls print is not taken for a result."""
+    with fresh_process("stub", bytes_writer, warm_ups=1) as call:
+        results = [call(), call()]
+    peaks = [result["peak"] for result in results]
+    assert results[-1]["process_peak"] - max(peaks) > 250e6
+    assert max(peaks) - min(peaks) < 50e6
 
 
 def test_contenders_take_turns():
@@ -160,11 +187,6 @@ def test_contenders_take_turns():
     )
     assert calls == list("abababab")
     assert [len(seconds[name]) for name in "ab"] == [3, 3]
-
-
-def test_exponent_of_a_power_law():
-    sizes = np.array([512, 1024, 2048, 8192])
-    assert fit_exponent(sizes, 3e-9 * sizes**1.7) == pytest.approx(1.7, abs=1e-9)
 
 
 def test_batches_follow_the_rule_of_training():
@@ -217,4 +239,44 @@ def test_table(capsys):
     captured = capsys.readouterr()
     assert captured.out.count("chunked_forward_time_over_dense") == 2
     assert "group_size 4" in captured.out and "minimum" in captured.out
-    assert "length 24, forward: 1 of 1" in captured.err
+    assert "length 24: 1 of 1: chunked_forward" in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["train", "--length=16"], ["--help"], [], ["no", "such", "--flag"]])
+def test_an_installed_package_says_where_they_are(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(bench_command, "ROOT", str(tmp_path))
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "bench: the benchmarks are in the source tree" in captured.err
+
+
+def test_help_names_them_all(monkeypatch, tmp_path):
+    """From any directory, without loading what a benchmark needs."""
+    monkeypatch.chdir(tmp_path)
+    code = """
+import sys
+from a3_jax.cli import main
+try:
+    main(["bench", "--help"])
+except SystemExit as ended:
+    assert not ended.code
+bad = {"jax", "flax", "tensorflow", "seqio", "torch", "tokenizers"} & set(sys.modules)
+assert not bad, bad
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    for name in BENCHMARKS:
+        assert f"\n  {name} " in done.stdout
+
+
+def test_modules_load_without_tensorflow_and_seqio():
+    modules = {benchmark.module for name, benchmark in BENCHMARKS.items() if name != "data"}
+    code = f"""
+import importlib, sys
+sys.modules["tensorflow"] = sys.modules["seqio"] = None
+for module in {modules}:
+    importlib.import_module(f"benchmarks.{{module}}")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=bench_command.ROOT, timeout=120, check=True)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from a3_jax.benchmarks import chain, forwards
 from a3_jax.cli import main
+from benchmarks import forward_counts
 
 MODEL = ["--d_model=16", "--layers=2", "--heads=2", "--kv_heads=1", "--mlp=24", "--vocab=40"]
 
@@ -36,15 +36,17 @@ def test_guards_are_a_share_of_the_step(capsys):
 
 def test_forwards_by_strategy(capsys, monkeypatch):
     """Never more than one a blank; of the exact chain what is known of it, whatever the model has learnt."""
-    monkeypatch.setattr(forwards, "TEXTS", 8)
+    monkeypatch.setattr(forward_counts, "TEXTS", 8)
     names = ("speculative_l2r", "speculative_spread", "groupwise4_random")
-    monkeypatch.setattr(forwards, "STRATEGIES", {name: forwards.STRATEGIES[name] for name in names})
+    monkeypatch.setattr(
+        forward_counts, "STRATEGIES", {name: forward_counts.STRATEGIES[name] for name in names}
+    )
     rows = rows_of(capsys, "forwards", "--steps=2")
     found = {(row["metric"], row["setting"].get("conditionals")): row["value"] for row in rows}
     for (metric, _), value in found.items():
-        assert not metric.endswith("_forwards_at_most") or value <= forwards.BLANKS
+        assert not metric.endswith("_forwards_at_most") or value <= forward_counts.BLANKS
         assert not metric.endswith("_acceptance") or 0 <= value <= 1
-    assert found["groupwise4_random_forwards", "trained"] == forwards.BLANKS / 4
+    assert found["groupwise4_random_forwards", "trained"] == forward_counts.BLANKS / 4
     assert found["speculative_spread_forwards", "exact"] < 10 < found["speculative_l2r_forwards", "exact"]
     entropy = found["chain_entropy", None]
     assert found["speculative_l2r_nats", "exact"] == pytest.approx(entropy, rel=0.2)
@@ -52,23 +54,23 @@ def test_forwards_by_strategy(capsys, monkeypatch):
 
 
 def test_the_chains_samples_have_its_pairs():
-    transition = chain.transition_matrix(5, seed=1)
-    chains = chain.sample_chains(np.random.default_rng(0), transition, 4000, 12)
+    transition = forward_counts.transition_matrix(5, seed=1)
+    chains = forward_counts.sample_chains(np.random.default_rng(0), transition, 4000, 12)
     pairs = np.zeros((5, 5))
     np.add.at(pairs, (chains[:, :-1].ravel(), chains[:, 1:].ravel()), 1)
     np.testing.assert_allclose(pairs / pairs.sum(1, keepdims=True), transition, atol=0.03)
-    law = chain.stationary_law(transition)
+    law = forward_counts.stationary(transition)
     np.testing.assert_allclose(law @ transition, law, atol=1e-9)
 
 
 def test_data(capsys, monkeypatch):
-    from a3_jax.benchmarks import data
+    from benchmarks import data_rates
 
     for name, value in {
         "DOCUMENTS": 200, "WORDS": 300, "MEDIAN_WORDS": 20, "MERGES_VOCABULARY": 400, "MILLION_ROWS": 1 << 10,
         "SHORT_ROWS": 1 << 8, "SHORT_LENGTH": 16, "FAR_STEP": 1000, "FLAT_STEPS": 20,
     }.items():  # fmt: skip
-        monkeypatch.setattr(data, name, value)
+        monkeypatch.setattr(data_rates, name, value)
     rows = rows_of(capsys, "data", "--length=64", "--batch=4", "--repeats=2")
     found = {row["metric"]: row for row in rows}
     prepared, alone = (np.array(found[name]["repeats"]) for name in ("prepare_rate", "tokenizers_rate"))

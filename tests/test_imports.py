@@ -19,8 +19,8 @@ LINE = [
     {"training"},
     {"evaluation"},
     {"pods"},
-    {"benchmarks"},
     {"quickstart"},
+    {"bench_command"},
     {"cli"},
     {"__main__"},
 ]

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from a3_jax.benchmarks.chain import exact_network, transition_matrix
 from a3_jax.decoding import generate
 from a3_jax.decoding.filling import Task, first_state, make_program
 from a3_jax.decoding.loop import Network, run_steps, start_state
@@ -21,6 +20,7 @@ from a3_jax.decoding.speculative import residual
 from a3_jax.decoding.state import lay_drafts
 from a3_jax.decoding.strategies import Rule, choose
 from a3_jax.ordering.ranks import spread
+from benchmarks.forward_counts import exact_network, transition_matrix
 from tests.tiny_checkpoint import blanks, tiny_checkpoint
 
 V, M, DRAWS = 3, 5, 20_000
