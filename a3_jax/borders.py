@@ -89,16 +89,13 @@ def whole_text(text: str, offsets: Sequence[tuple[int, int]], count: int) -> str
 
 
 def completion(tokenizer: Tokenizer, prefix, answer, before: str = "", after: str = "") -> str:
-    """The text that an answer adds to a prefix: decode(prefix + answer) less decode(prefix).
+    """Returns the text that an answer adds to a prefix, without the given text that it repeats.
 
     Args:
       prefix, answer: token ids.
       before, after: as of a `Cut`: given text that the answer should hold at its ends, and loses.
     """
-    given, text = tokenizer.decode(prefix), tokenizer.decode([*prefix, *answer])
-    if not text.startswith(given):  # a character that the prefix holds in part is complete with the answer
-        given = given.rstrip("\ufffd")
-    text = text[len(given) :] if text.startswith(given) else tokenizer.decode(answer)
+    text = tokenizer.completion(prefix, answer)
     return text.removeprefix(before).removesuffix(after)
 
 

@@ -153,6 +153,13 @@ class Tokenizer:
         text = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
         return text.removeprefix(" ") if self._decodes_a_space_more else text
 
+    def completion(self, prefix, answer) -> str:
+        """Returns the text that an answer adds to a prefix: decode(prefix + answer) less decode(prefix)."""
+        given, text = self.decode(prefix), self.decode([*prefix, *answer])
+        if not text.startswith(given):  # a character that the prefix holds in part is complete now
+            given = given.rstrip("\ufffd")
+        return text[len(given) :] if text.startswith(given) else self.decode(answer)
+
     def files(self) -> dict[str, str]:
         """The texts of its files by name, as read: `tokenizer.json` and what came with it.
 

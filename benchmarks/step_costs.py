@@ -1,5 +1,4 @@
 """The step benchmark: compiled steps in turn at each length, under eight names of `a3 bench`.
-
 Each name is a row of `STEP_BENCHMARKS`: the calls that take turns, the metrics of each, and the ratios.
 """
 

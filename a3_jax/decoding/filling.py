@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from a3_jax.borders import BlankText
 from a3_jax.decoding.batching import batches, bucket
 from a3_jax.decoding.loop import Program, decode, lay_out
 from a3_jax.decoding.options import GenerateOptions
@@ -33,14 +32,14 @@ class BlankRequest:
       tokens: [T] int32, 0 at blanks.
       blank: [T] bool.
       ranks: [T] int32, read at blanks only; None where the input has none.
-      text: the text that the tokens were made of, for the text of the result; None of an input of tokens.
+      text: the `borders.BlankText` of the tokens, for the text of the result; None of an input of tokens.
     """
 
     number: int
     tokens: np.ndarray
     blank: np.ndarray
     ranks: np.ndarray | None
-    text: BlankText | None = None
+    text: Any = None
 
 
 class Task:

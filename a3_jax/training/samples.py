@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from a3_jax.borders import completion
 from a3_jax.training.records import JsonLines
 
 SAMPLES = 4
@@ -70,11 +69,11 @@ def _readable(document, blank, filled, tokenizer) -> dict[str, str]:
     filled = filled[: len(blank)]
     before, middle = (
         tokenizer.decode(filled[:first]),
-        completion(tokenizer, filled[:first], filled[first:last]),
+        tokenizer.completion(filled[:first], filled[first:last]),
     )
-    after = completion(tokenizer, filled[:last], filled[last:])
+    after = tokenizer.completion(filled[:last], filled[last:])
     return {
         "text": f"{before} [{middle.strip()}] {after.lstrip(' ')}".strip(),
         "filled": middle,
-        "truth": completion(tokenizer, document[:first], document[first:last]),
+        "truth": tokenizer.completion(document[:first], document[first:last]),
     }
