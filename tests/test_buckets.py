@@ -145,7 +145,7 @@ SYSTEM = "files of the operating system"
 LOCAL = "of this machine: locks and links that buckets don't have; a bucket's path goes another way"
 LAUNCH = "of the machine that launches: logs of its children, files beside its command"
 OPENERS = {
-    "checkpoints/directories.py": LOCAL,
+    "checkpoints/check.py": SYSTEM, "checkpoints/directories.py": LOCAL,
     "cli.py": SYSTEM, "data/ledger.py": LOCAL, "data/shard_writer.py": ITS_OWN,
     "data/tensorflow_host.py": SYSTEM, "decoding/commands.py": "pipes and devices",
     "evaluation/confined.py": SYSTEM, "evaluation/lm_eval_run.py": ITS_OWN,

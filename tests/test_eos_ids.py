@@ -19,7 +19,7 @@ from a3_jax.decoding import generate
 from a3_jax.decoding.generation import generate_stream
 from a3_jax.errors import InputError
 from a3_jax.tokenizer import bytes_tokenizer, load_tokenizer
-from a3_jax.training import run as training
+from a3_jax.training import train as training
 from tests.decoding_cli import run, write_lines
 from tests.prepare_fixtures import json_lines, prepare, segments_of, write_bytes
 from tests.test_prepare_dialogs import END, EOS, chat_tokenizer, messages, predicted

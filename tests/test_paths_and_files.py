@@ -17,8 +17,7 @@ from a3_jax.decoding.scoring import score
 from a3_jax.errors import MAX_SEED, InputError
 from a3_jax.paths import as_path, read_json, read_text
 from a3_jax.tokenizer import bytes_tokenizer, load_tokenizer
-from a3_jax.training.command import read_config
-from a3_jax.training.config import RunConfig
+from a3_jax.training.config import RunConfig, read_run_config
 from tests.decoding_cli import assert_refused, read_lines, run, write_lines
 from tests.prepare_fixtures import POINTER
 from tests.tiny_hf import write_tiny_llama
@@ -55,7 +54,8 @@ def test_home_directories_on_the_command_line(llama, home, capsys):
         assert run(capsys, command, "~/new/a3", "~/in.jsonl", f"~/{command}.jsonl")[0] == 0
         assert read_lines(home / f"{command}.jsonl")
     write_lines(home / "a.jsonl", '{"text": "one"}')
-    source = ["~/a.jsonl", "~/*.jsonl", "~/rows", "--tokenizer=~/new/a3/tokenizer", "--seq_len=8"]
+    source = ["~/a.jsonl", "~/*.jsonl", "~/rows", "--tokenizer=~/new/a3/tokenizer", "--seq_len=8",
+              "--max_passed_over=1"]  # fmt: skip
     assert cli.main(["data", "prepare", *source, "--text_column=text"]) == 1  # the others hold no text
     assert (home / "rows" / "manifest.json").exists()
     assert cli.main(["info", "--json", "~/new/a3"]) == 0
@@ -65,7 +65,7 @@ def test_home_directories_in_a_config(home):
     given = ["--config.data=~/a@0.5,~/b@0.5", "--config.init_from=~/hf", "--config.tokenizer=~/t",
              "--config.compilation_cache=~/c"]  # fmt: skip
     (home / "tiny.py").symlink_to(ROOT / "configs" / "tiny.py")
-    run_config = RunConfig.from_config(read_config("~/tiny.py", given))
+    run_config = RunConfig.from_config(read_run_config("~/tiny.py", given))
     assert run_config.to_dict()["data"] == f"{home}/a@0.5,{home}/b@0.5"
     found = (run_config.init_from, run_config.tokenizer, run_config.compilation_cache)
     assert found == tuple(f"{home}/{name}" for name in ("hf", "t", "c"))
@@ -196,7 +196,7 @@ def test_seeds_are_refused_alike(llama, tmp_path, capsys, seed):
             run(capsys, "generate", llama, lines, "-", f"--seed={seed}"), told.replace("seed: ", "")
         )
         with pytest.raises(InputError) as caught:
-            RunConfig.from_config(read_config("configs/tiny.py", [f"--config.seed={seed}"]))
+            RunConfig.from_config(read_run_config("configs/tiny.py", [f"--config.seed={seed}"]))
         assert told in str(caught.value)
 
 
