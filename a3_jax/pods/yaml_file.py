@@ -60,7 +60,7 @@ def read_yaml(path):
     """
     text = read_text(path)
     try:
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except InputError as error:
         error.file = path
         raise
