@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "convert": "a3_jax.checkpoints.conversion",
-    "open_checkpoint": "a3_jax.checkpoints.opening",
+    "open_checkpoint": "a3_jax.checkpoints.loading",
     "train": "a3_jax.training.train",
     "generate": "a3_jax.decoding.generation",
     "generate_stream": "a3_jax.decoding.generation",

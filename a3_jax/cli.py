@@ -13,7 +13,7 @@ from a3_jax import __version__
 from a3_jax.bench_command import add_bench
 from a3_jax.checkpoints.command import add_convert, add_info, add_verify
 from a3_jax.data.command import add_data
-from a3_jax.decoding.commands import add_generate, add_score
+from a3_jax.decoding.command import add_generate, add_score
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, InputError, RunError, nearest
 from a3_jax.evaluation.command import add_eval
 from a3_jax.evaluation.reproduce_command import add_reproduce

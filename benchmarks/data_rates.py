@@ -16,8 +16,8 @@ import numpy as np
 import tokenizers
 
 from a3_jax.data.batches import stream
-from a3_jax.data.manifest import TRAIN, read_manifest
 from a3_jax.data.prepare import Options, prepare
+from a3_jax.data.prepared_manifest import TRAIN, read_manifest
 from a3_jax.data.shard_writer import write_shard
 from a3_jax.data.shards import ShardTable
 from a3_jax.data.table import Table

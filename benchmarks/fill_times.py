@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a3_jax.decoding.filling import Task, first_state, make_program
+from a3_jax.decoding.batched_decode import DecodeRequest, first_state, make_decode_spec
 from a3_jax.decoding.loop import decode, lay_out
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
@@ -54,10 +54,10 @@ class Fill:
 
     def __init__(self, checkpoint: Any, items: list[dict], cached: bool = True, **options):
         greedy = GenerateOptions(context="flat", temperature=0.0, **options)
-        program, self._first = make_fill(checkpoint.config, items, greedy)
-        program = dataclasses.replace(program, cached=cached)
+        spec, self._first = make_fill(checkpoint.config, items, greedy)
+        spec = dataclasses.replace(spec, cached=cached)
         self._params = lay_out(checkpoint.params, checkpoint.config)
-        self._compiled = decode.lower(self._params, self._first, program=program).compile()
+        self._compiled = decode.lower(self._params, self._first, spec=spec).compile()
         self._last, self._length = self._first, len(items[0]["tokens"])
 
     def __call__(self) -> None:
@@ -76,9 +76,11 @@ def make_fill(config: ModelConfig, items: list[dict], options: GenerateOptions, 
     """Returns the decoding program and the first state for lines of one shape, `samples` times each."""
     checkpoint = types.SimpleNamespace(config=config, tokenizer=None, meta=None)
     requests = blank_requests(item_lines(items), checkpoint, options)
-    tasks = [Task(request, sample, "flat", options) for request in requests for sample in range(samples)]
-    program = make_program(config, options, None, tasks[0].shape)
-    return program, first_state(tasks, tasks[0].shape[0], len(tasks), options.seed)
+    tasks = [
+        DecodeRequest(request, sample, "flat", options) for request in requests for sample in range(samples)
+    ]
+    spec = make_decode_spec(config, options, None, tasks[0].shape)
+    return spec, first_state(tasks, tasks[0].shape[0], len(tasks), options.seed)
 
 
 def _measure_length(settings, length, checkpoint, model) -> list[Row]:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from a3_jax.decoding.decode_state import lay_drafts
 from a3_jax.decoding.generation import generate
-from a3_jax.decoding.loop import Network, run_steps, start_state
+from a3_jax.decoding.loop import ModelFns, run_steps, start_state
 from a3_jax.decoding.options import GenerateOptions
-from a3_jax.decoding.state import lay_drafts
 from a3_jax.model.config import ModelConfig
 from a3_jax.ordering.intervals import sort_order
 from benchmarks.fill_times import make_fill
@@ -71,9 +71,9 @@ def _rows(name, transition, setting, tokens, forwards, acceptance) -> list[Row]:
 def decode_exactly(transition, options: dict):
     """Returns tokens, forwards and share of accepted drafts: the strategy on the chain's own conditionals."""
     config = dataclasses.replace(CONFIG, vocab_size=SYMBOLS)  # the chain has no BOS
-    program, state = make_fill(config, [{"tokens": [None] * BLANKS}], GenerateOptions(**options), TEXTS)
-    network, acceptance = exact_network(transition, BLANKS), None
-    final = jax.jit(lambda state: run_steps(state, network, program))(start_state(state, program))
+    spec, state = make_fill(config, [{"tokens": [None] * BLANKS}], GenerateOptions(**options), TEXTS)
+    model_fns, acceptance = exact_model_fns(transition, BLANKS), None
+    final = jax.jit(lambda state: run_steps(state, model_fns, spec))(start_state(state, spec))
     if final.drafts is not None:
         acceptance = np.sum(final.drafts.accepted) / max(np.sum(final.drafts.proposed), 1)
     return np.asarray(final.tokens)[:, :BLANKS], np.asarray(final.forwards)[:TEXTS], acceptance
@@ -140,7 +140,7 @@ def nats_per_symbol(transition, chains) -> float:
     return -float(first.sum() + steps.sum()) / chains.size
 
 
-def exact_network(transition, length: int) -> Network:
+def exact_model_fns(transition, length: int) -> ModelFns:
     """Returns the chain's conditionals in the place of a model, for texts of `length` columns.
 
     p(x | l at distance a before it, r at distance b after it, ...) is proportional to P^a[l, x] P^b[x, r].
@@ -156,7 +156,7 @@ def exact_network(transition, length: int) -> Network:
         filled = state.filled & state.present
         # Sorted by rank, a candidate sees a prefix: what is filled, and the drafts before its own.
         slots = jnp.argsort(sort_order(ranks, (filled | drafted).astype(jnp.int32)), axis=1)
-        limit = jnp.sum(filled, axis=1, dtype=jnp.int32)[:, None] + offer.behind
+        limit = jnp.sum(filled, axis=1, dtype=jnp.int32)[:, None] + offer.num_visible_drafts
         seen = slots[:, None] < limit[..., None]
         here = offer.columns[..., None]
         left = jnp.max(jnp.where(seen & (columns < here), columns, -1), axis=-1)
@@ -171,4 +171,4 @@ def exact_network(transition, length: int) -> Network:
         product = powers[before, left_token] * on_right
         return jnp.log(product / jnp.sum(product, axis=-1, keepdims=True)), state
 
-    return Network(forward, lambda hidden: hidden)
+    return ModelFns(forward, lambda hidden: hidden)

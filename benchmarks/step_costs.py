@@ -24,7 +24,7 @@ from a3_jax.model.two_stream import TwoStream
 from a3_jax.ordering.intervals import bounds
 from a3_jax.runtime import distributed, lease, watchdog
 from a3_jax.tokenizer import bytes_tokenizer
-from a3_jax.training import records
+from a3_jax.training import run_log
 from a3_jax.training.step import make_loss
 from benchmarks import torch_models
 from benchmarks.fresh_process import fresh_process
@@ -329,7 +329,7 @@ def _guards(settings: Settings, length: int) -> Iterator[Group]:
         tempfile.TemporaryDirectory() as workdir,
         lease.Lease(workdir) as held,
         watchdog.Watchdog(workdir, 0, watchdog.Limits()) as watch,
-        contextlib.closing(records.Events(f"{workdir}/events.jsonl")) as log,
+        contextlib.closing(run_log.Events(f"{workdir}/events.jsonl")) as log,
     ):
 
         def guards():

@@ -131,7 +131,7 @@ def open_as_ours(model: Any, config: ModelConfig, dtype: str) -> Any:
 
     from a3_jax.checkpoints.hf_config import CONFIG_FILE
     from a3_jax.checkpoints.hf_export import config_to_hf
-    from a3_jax.checkpoints.opening import open_checkpoint
+    from a3_jax.checkpoints.loading import open_checkpoint
     from a3_jax.paths import write_json
 
     with tempfile.TemporaryDirectory() as directory:

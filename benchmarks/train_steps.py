@@ -10,8 +10,8 @@ from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import batch_sharding, make_mesh
 from a3_jax.model.two_stream import TwoStream, init_params
 from a3_jax.training.optimizer import make_optimizer
-from a3_jax.training.state import init_state
 from a3_jax.training.step import make_train_step
+from a3_jax.training.train_state import init_state
 from benchmarks.measurement import note
 from benchmarks.settings import Settings, draw_rows, sort_rows
 from benchmarks.torch_models import CLIP, LEARNING_RATE, WEIGHT_DECAY

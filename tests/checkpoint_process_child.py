@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from a3_jax.checkpoints import a3_format, reading
+from a3_jax.checkpoints import a3_format, verified_restore
 from a3_jax.checkpoints.a3_format import SaveFailed, StepWriter, list_steps
 from a3_jax.checkpoints.manifest import DamagedCheckpoint
 from a3_jax.runtime.coordination import barrier
@@ -103,14 +103,14 @@ def story(run, mesh, second):
         barrier("test")
         yield "restored", try_to_restore(writer, mesh)
         if second:
-            check = reading.raise_damage
+            check = verified_restore.raise_damage
 
             def find_damage_alone(directory, *args, **kwargs):
                 if directory.name == "5":
                     raise DamagedCheckpoint("seen by one alone", file=directory, step=5)
                 check(directory, *args, **kwargs)
 
-            reading.raise_damage = find_damage_alone
+            verified_restore.raise_damage = find_damage_alone
         yield "saved", try_to_save(writer, mesh, 5)
         yield "restored", try_to_restore(writer, mesh)
         yield "steps", list_steps(run)

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import zstandard
 
 from a3_jax import cli
-from a3_jax.data.manifest import read_manifest
+from a3_jax.data.prepared_manifest import read_manifest
 from a3_jax.data.shards import ShardTable
 from a3_jax.tokenizer import bytes_tokenizer
 

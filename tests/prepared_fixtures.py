@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from a3_jax.data.manifest import HELDOUT, TRAIN, Manifest, write_manifest
+from a3_jax.data.prepared_manifest import HELDOUT, TRAIN, PreparedManifest, write_manifest
 from a3_jax.data.shard_writer import segment_dtype, token_dtype, write_shard
 from a3_jax.data.table import GIVEN, PREDICTED, Table
 from a3_jax.tokenizer import bytes_tokenizer
@@ -51,7 +51,7 @@ def make_prepared(directory, table: Table, *, rows_a_shard=5, heldout: Table | N
     (directory / "tokenizer").mkdir()
     for name, text in tokenizer.files().items():
         (directory / "tokenizer" / name).write_text(text)
-    manifest = Manifest(
+    manifest = PreparedManifest(
         seq_len=table.seq_len, vocab_size=tokenizer.vocab_size, largest_id=table.largest_id,
         tokenizer=tokenizer.fingerprint, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
         token_dtype=dtypes["tokens"], segment_dtype=dtypes["segments"], has_roles=table.has_roles,

@@ -18,7 +18,7 @@ from a3_jax.checkpoints.a3_format import (
     load_params,
     save_checkpoint,
 )
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh
 from a3_jax.model.two_stream import param_shardings

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from a3_jax.decoding import generate
-from a3_jax.decoding.filling import Task, first_state, make_program
+from a3_jax.decoding.batched_decode import DecodeRequest, first_state, make_decode_spec
 from a3_jax.decoding.loop import decode, lay_out
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
@@ -58,12 +58,12 @@ def test_cached_equals_recomputed(options):
     # With no token given, or one, all candidates tie but for rounding.
     prompts = items()[:3] if options.threshold else items()
     requests = blank_requests(item_lines(prompts), checkpoint, options)
-    tasks = [Task(request, 0, options.context or "flat", options) for request in requests]
+    tasks = [DecodeRequest(request, 0, options.context or "flat", options) for request in requests]
     state = first_state(tasks, 16, 4, options.seed)
     shape = tuple(map(max, *(task.shape for task in tasks)))
-    program = make_program(checkpoint.config, options, None, shape)
-    cached = decode(checkpoint.params, state, program=program)
-    recomputed = decode(checkpoint.params, state, program=dataclasses.replace(program, cached=False))
+    spec = make_decode_spec(checkpoint.config, options, None, shape)
+    cached = decode(checkpoint.params, state, spec=spec)
+    recomputed = decode(checkpoint.params, state, spec=dataclasses.replace(spec, cached=False))
     for field in ("tokens", "commit_rank", "forwards", "filled"):
         np.testing.assert_array_equal(getattr(cached, field), getattr(recomputed, field), err_msg=field)
     np.testing.assert_allclose(cached.logprob, recomputed.logprob, atol=2e-5)
@@ -79,13 +79,13 @@ def test_the_layout_for_few_rows_changes_nothing(options, tied):
     checkpoint = tiny_checkpoint(dataclasses.replace(tiny.CONFIG, tie_embeddings=tied))
     options = GenerateOptions(**options)
     requests = blank_requests(item_lines(items()[:3]), checkpoint, options)
-    tasks = [Task(request, 0, "flat", options) for request in requests]
+    tasks = [DecodeRequest(request, 0, "flat", options) for request in requests]
     shape = tuple(map(max, *(task.shape for task in tasks)))
     state = first_state(tasks, shape[0], 4, options.seed)
-    program = make_program(checkpoint.config, options, None, shape)
+    spec = make_decode_spec(checkpoint.config, options, None, shape)
     laid_out = lay_out(checkpoint.params, checkpoint.config)
     assert laid_out["last_layer"]["o"].shape == tuple(np.roll(checkpoint.params["last_layer"]["o"].shape, 1))
-    first, second = (decode(params, state, program=program) for params in (checkpoint.params, laid_out))
+    first, second = (decode(params, state, spec=spec) for params in (checkpoint.params, laid_out))
     np.testing.assert_array_equal(first.tokens, second.tokens)
     np.testing.assert_allclose(first.logprob, second.logprob, atol=2e-5)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from a3_jax.checkpoints.hf_config import ARCHITECTURES, config_from_hf, read_config
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.cli import main
 from a3_jax.errors import InputError
 from tests.tiny_families import FAMILIES, LLAMA3, edit_config, hf_fields

@@ -12,8 +12,8 @@ from a3_jax.model.two_stream import abstract_params
 from a3_jax.training.config import RunConfig, read_run_config
 from a3_jax.training.optimizer import learning_rate, make_optimizer
 from a3_jax.training.setup import make_model
-from a3_jax.training.state import abstract_state
 from a3_jax.training.step import step_kind, step_loss, train_step
+from a3_jax.training.train_state import abstract_state
 from tests.golden_configs import CONFIGS, GOLDEN, golden_text, load, model_of
 
 by_name = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

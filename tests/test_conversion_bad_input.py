@@ -11,7 +11,7 @@ from a3_jax.checkpoints.a3_format import Meta, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.families import tensor_table
 from a3_jax.checkpoints.hf_config import config_from_hf
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.cli import main
 from a3_jax.decoding import generate, score
 from a3_jax.errors import InputError

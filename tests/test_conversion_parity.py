@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.model.two_stream import Rows, TwoStream, logits
 from tests.tiny_hf import LLAMA3_ROPE, write_tiny_llama
 

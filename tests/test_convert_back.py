@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from a3_jax.checkpoints import manifest, pieces
+from a3_jax.checkpoints import chunks, manifest
 from a3_jax.checkpoints.a3_format import Meta, load_meta, load_params, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.fingerprint import tree_names
 from a3_jax.checkpoints.hf_export import hf_target, tree_reader, write_hf
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.checkpoints.manifest import DamagedCheckpoint
-from a3_jax.checkpoints.opening import open_checkpoint
 from a3_jax.checkpoints.release_format import release_target
 from a3_jax.checkpoints.safetensors_io import list_tensors
 from a3_jax.checkpoints.stored_params import StoredParams, open_params
@@ -88,7 +88,7 @@ def test_pieces_make_up_the_tensors(tmp_path, monkeypatch, name):
     monkeypatch.setattr(
         StoredParams, "_open", lambda self, leaf: opened.update([leaf]) or open_leaf(self, leaf)
     )
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 700)
+    monkeypatch.setattr(chunks, "PIECE_BYTES", 700)
 
     def read(path, index=()):
         part = found.read(path, index)
@@ -144,7 +144,7 @@ def test_bit_for_bit_in_pieces(tmp_path, monkeypatch):
     """There and back, by rows, in shards."""
     tensors = write_tiny_llama(tmp_path / "hf", num_layers=3, dtype="bfloat16", query_embed=True)
     convert(tmp_path / "hf", tmp_path / "a3")
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunks, "PIECE_BYTES", 1000)
     convert(tmp_path / "a3", tmp_path / "back", to="hf", max_shard_bytes=20_000)
     back = read_all(tmp_path / "back")
     assert back.keys() == tensors.keys()

@@ -8,7 +8,7 @@ import pytest
 from a3_jax.checkpoints import check, conversion
 from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.hf_export import tree_reader
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.cli import main
 from a3_jax.errors import InputError, RunError
 from a3_jax.model.flops import parameter_count

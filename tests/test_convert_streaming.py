@@ -16,13 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from a3_jax.checkpoints import conversion_sources, destination, directories, pieces, streaming
+from a3_jax.checkpoints import chunks, conversion_sources, destination, directories, streaming
 from a3_jax.checkpoints.a3_format import StepWriter, load_params, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.fingerprint import fingerprints, hexadecimal, tree_names
+from a3_jax.checkpoints.host_checksum import sums_of_part
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.checkpoints.manifest import list_files, read_manifest
-from a3_jax.checkpoints.opening import open_checkpoint
-from a3_jax.checkpoints.part_sums import sums_of_part
 from a3_jax.checkpoints.verify import verify
 from a3_jax.cli import main
 from a3_jax.errors import InputError
@@ -46,8 +46,8 @@ def a3(hf):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """As if each tensor were large: several pieces a tensor, several chunks a piece."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 4096)
-    monkeypatch.setattr(pieces, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunks, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
 
 
 def same_trees(actual, expected):
@@ -87,8 +87,8 @@ def test_a_transposed_copy_is_numpys():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_pieces_cover_each_leaf_once_in_whole_chunks(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 700)
-    monkeypatch.setattr(pieces, "CHUNK_BYTES", 150)
+    monkeypatch.setattr(chunks, "PIECE_BYTES", 700)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 150)
     write_family(tmp_path / "hf", family)
     source = conversion_sources.open_source(tmp_path / "hf", None, 0, allow_nonfinite=False)
     seen = {path: np.zeros(leaf.shape, int) for path, leaf in source.leaves.items()}
@@ -329,10 +329,10 @@ PROCESS = """
 import os, sys
 from a3_jax.runtime.distributed import join
 join()
-from a3_jax.checkpoints import conversion_sources, pieces
+from a3_jax.checkpoints import conversion_sources, chunks
 from a3_jax.checkpoints.conversion import convert
 from a3_jax.errors import InputError
-pieces.PIECE_BYTES = 2048
+chunks.PIECE_BYTES = 2048
 read, names = conversion_sources.HFSource.read, []
 def counted(source, piece):
     names.append(piece.name)

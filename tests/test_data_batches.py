@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a3_jax.data.batches import Plan, batch, eval_batch, examples
+from a3_jax.data.batches import BatchPlan, batch, eval_batch, examples
 from a3_jax.data.permutation import permute
 from a3_jax.data.table import FILLER, GIVEN, PREDICTED, Table, pack
 from a3_jax.errors import InputError
@@ -57,7 +57,7 @@ def test_golden_permutation():
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
 def test_each_row_once_an_epoch(batch_size):
     table = small_table()
-    plan = Plan(table, RANDOM, 1, batch_size)
+    plan = BatchPlan(table, RANDOM, 1, batch_size)
     steps = range(-(-4 * table.num_rows // batch_size))
     rows = np.concatenate([examples(plan, step)["tokens"][:, 1] // 10 - 1 for step in steps])[
         : 4 * table.num_rows
@@ -71,8 +71,8 @@ def test_each_row_once_an_epoch(batch_size):
 def test_hosts_share_the_global_batch(num_hosts):
     table = small_table()
     for step in (0, 1, 5):
-        whole = batch(Plan(table, RANDOM, 1, 8), step)
-        parts = [batch(Plan(table, RANDOM, 1, 8, host, num_hosts), step) for host in range(num_hosts)]
+        whole = batch(BatchPlan(table, RANDOM, 1, 8), step)
+        parts = [batch(BatchPlan(table, RANDOM, 1, 8, host, num_hosts), step) for host in range(num_hosts)]
         for name, array in whole.items():
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
 
@@ -84,7 +84,7 @@ def test_examples_do_not_depend_on_the_batch_size():
         size: [
             {name: array[b] for name, array in made.items()}
             for step in range(24 // size)
-            for made in [batch(Plan(table, RANDOM, 1, size), step)]
+            for made in [batch(BatchPlan(table, RANDOM, 1, size), step)]
             for b in range(size)
         ]
         for size in (1, 3, 8)
@@ -96,13 +96,13 @@ def test_examples_do_not_depend_on_the_batch_size():
 
 def test_a_row_meets_new_orders():
     table = small_table(num_rows=1)
-    orders = {tuple(batch(Plan(table, RANDOM, 1, 1), step)["tokens"][0]) for step in range(100)}
+    orders = {tuple(batch(BatchPlan(table, RANDOM, 1, 1), step)["tokens"][0]) for step in range(100)}
     assert len(orders) > 20
 
 
 def test_rows_are_sorted_and_whole():
     table = small_table()
-    made = batch(Plan(table, RANDOM, 1, 7), 0)
+    made = batch(BatchPlan(table, RANDOM, 1, 7), 0)
     assert {name: (array.dtype.name, array.shape) for name, array in made.items()} == {
         **dict.fromkeys(("tokens", "positions", "segment_ids", "ranks"), ("int32", (7, 6))),
         "weights": ("float32", (7, 6)),
@@ -116,7 +116,7 @@ def test_rows_are_sorted_and_whole():
 
 def test_ranks_are_those_of_the_running_number():
     table = small_table()
-    plan = Plan(table, RANDOM, 5, 4)
+    plan = BatchPlan(table, RANDOM, 5, 4)
     given_rows, made = examples(plan, 3), batch(plan, 3)
     for b in range(4):
         expected = draw(RANDOM[0], given_rows["positions"][b], given_rows["segment_ids"][b], 5, 12 + b).ranks
@@ -126,7 +126,7 @@ def test_ranks_are_those_of_the_running_number():
 
 def test_padding_is_a_mask():
     """Token 0 is real, padding holds it too (as pad = EOS would): weights tell them apart."""
-    made = batch(Plan(small_table(), RANDOM, 1, 7), 0)
+    made = batch(BatchPlan(small_table(), RANDOM, 1, 7), 0)
     assert (made["weights"] == (made["segment_ids"] > 0)).all()
     assert Counter(made["weights"][made["tokens"] == 0].tolist()) == {1.0: 7, 0.0: 7}
 
@@ -146,7 +146,7 @@ def test_bos_is_given_where_a_stage_says_so():
     for bos_given, bos_id, places in ((True, BOS, [0]), (False, BOS, []), (True, None, []), (True, 3, [4])):
         stage = Stage("a", 9, orders=RANDOM[0].orders, bos_given=bos_given)
         for step in range(9):
-            made = batch(Plan(table, (stage,), 1, 1, bos_id=bos_id), step)
+            made = batch(BatchPlan(table, (stage,), 1, 1, bos_id=bos_id), step)
             reading = np.argsort(made["positions"][0] + 4 * (made["segment_ids"][0] - 1))
             weights, ranks = made["weights"][0, reading], made["ranks"][0, reading]
             assert np.flatnonzero(weights == 0).tolist() == places
@@ -161,7 +161,7 @@ def test_prompts_are_given_and_filler_has_no_weight():
         stage = Stage("a", 9, orders=(Order("random", (1,), context=context),))
         ranks = set()
         for step in range(9):
-            made = batch(Plan(table, (stage,), 1, 4), step)
+            made = batch(BatchPlan(table, (stage,), 1, 4), step)
             assert set(made) == {"tokens", "positions", "segment_ids", "ranks", "weights"}
             assert (of_token(made, "weights") == [0, 0, 1, 0]).all()
             assert (made["weights"][:, 4:] == 0).all()
@@ -175,7 +175,7 @@ def test_absent_tokens_stand_with_the_padding():
     table = small_table()
     sizes = Counter()
     for step in range(30):
-        made = batch(Plan(table, (stage,), 1, 7), step)
+        made = batch(BatchPlan(table, (stage,), 1, 7), step)
         assert (made["weights"] == (made["segment_ids"] > 0)).all()
         present = (made["segment_ids"] == 1).sum(axis=1)
         assert all((made["segment_ids"][row, count] == 2) for row, count in enumerate(present))
@@ -202,10 +202,10 @@ def test_one_order_for_a_batch():
     """The release: all rows of a step follow one permutation, another at the next step."""
     table = pack([np.arange(100 * row, 100 * row + 16) for row in range(8)], 16, packing=False)
     stages = release_stages([1, 1, 1, 50, 1, 1])
-    steps = [batch(Plan(table, stages, 1, 4), step)["positions"] for step in range(3, 20)]
+    steps = [batch(BatchPlan(table, stages, 1, 4), step)["positions"] for step in range(3, 20)]
     assert all((positions == positions[0]).all() for positions in steps)
     assert len({tuple(positions[0]) for positions in steps}) == len(steps)
-    own_orders = batch(Plan(table, RANDOM, 1, 4), 3)["positions"]
+    own_orders = batch(BatchPlan(table, RANDOM, 1, 4), 3)["positions"]
     assert not (own_orders == own_orders[0]).all()
 
 
@@ -215,7 +215,9 @@ def test_stage_of_a_step_decides_the_order():
         Stage("b", 3, orders=(Order("contiguous", (4,)),)),
         Stage("c", 1, objective="ar"),
     )
-    ranks = [batch(Plan(small_table(), stages, 0, 2), step)["ranks"][0, :4].tolist() for step in range(6)]
+    ranks = [
+        batch(BatchPlan(small_table(), stages, 0, 2), step)["ranks"][0, :4].tolist() for step in range(6)
+    ]
     assert ranks == [[0, 1, 2, 3]] * 2 + [[0, 0, 0, 0]] * 3 + [[0, 1, 2, 3]]
 
 
@@ -235,9 +237,9 @@ def test_eval_batches_hold_each_row_once():
 
 def test_bad_plans():
     with pytest.raises(InputError, match=r"batch_size: .*multiple of the 2 hosts"):
-        Plan(small_table(), RANDOM, 0, 3, 0, 2)
+        BatchPlan(small_table(), RANDOM, 0, 3, 0, 2)
     with pytest.raises(InputError, match="no row"):
-        Plan(pack([], 4), RANDOM, 0, 1)
+        BatchPlan(pack([], 4), RANDOM, 0, 1)
 
 
 def test_batches_need_neither_seqio_nor_tensorflow():

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from a3_jax.data import prepared, shard_writer, shards
-from a3_jax.data.batches import Plan, batch, examples, stream
-from a3_jax.data.manifest import complaints, read_manifest
+from a3_jax.data.batches import BatchPlan, batch, examples, stream
 from a3_jax.data.mixing import BLOCK, Mixture
 from a3_jax.data.prepared import find_prepared, open_tables
+from a3_jax.data.prepared_manifest import complaints, read_manifest
 from a3_jax.errors import InputError
 from a3_jax.ordering.curriculum import Order, Stage
 from tests.prepared_fixtures import make_prepared, row_numbers, rows
@@ -61,11 +61,11 @@ def test_the_stream_is_that_of_rows_in_memory(tmp_path):
     """And of any host count and any first step: 3 epochs of 11 rows, 4 a step."""
     table = rows(11)
     stored = open_train(make_prepared(tmp_path, table))
-    whole = [batch(Plan(stored, RANDOM, 5, 4), step) for step in range(9)]
+    whole = [batch(BatchPlan(stored, RANDOM, 5, 4), step) for step in range(9)]
     for step, expected in enumerate(whole):
-        equal(expected, batch(Plan(table, RANDOM, 5, 4), step))
+        equal(expected, batch(BatchPlan(table, RANDOM, 5, 4), step))
         for hosts in (2, 4):
-            parts = [batch(Plan(stored, RANDOM, 5, 4, host, hosts), step) for host in range(hosts)]
+            parts = [batch(BatchPlan(stored, RANDOM, 5, 4, host, hosts), step) for host in range(hosts)]
             equal(expected, {name: np.concatenate([part[name] for part in parts]) for name in expected})
 
 
@@ -83,7 +83,7 @@ def test_resumed_at_every_step(tmp_path):
 
 def test_each_row_exactly_once_an_epoch(tmp_path):
     stored = open_train(make_prepared(tmp_path, rows(31)))
-    plan = Plan(stored, RANDOM, 2, 31)
+    plan = BatchPlan(stored, RANDOM, 2, 31)
     epochs = [row_numbers(examples(plan, step)["tokens"]) for step in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(31))
@@ -96,7 +96,7 @@ class TestMixture:
         return Mixture([rows(size, first=first) for size, first in zip(sizes, firsts)], rates)
 
     def numbers(self, mixture, count, seed=3):
-        plan = Plan(mixture, RANDOM, seed, count)
+        plan = BatchPlan(mixture, RANDOM, seed, count)
         return row_numbers(examples(plan, 0)["tokens"])
 
     @pytest.mark.parametrize("rates", [(1, 3), (0.3, 0.7), (1023, 1), (1, 1)])
@@ -123,21 +123,21 @@ class TestMixture:
         mixture = self.mixture((2, 1))
         straight = self.numbers(mixture, 96)
         for size in (8, 32):
-            steps = [examples(Plan(mixture, RANDOM, 3, size), step) for step in range(96 // size)]
+            steps = [examples(BatchPlan(mixture, RANDOM, 3, size), step) for step in range(96 // size)]
             np.testing.assert_array_equal(
                 np.concatenate([row_numbers(step["tokens"]) for step in steps]), straight
             )
-        halves = [row_numbers(examples(Plan(mixture, RANDOM, 3, 96, h, 2), 0)["tokens"]) for h in (0, 1)]
+        halves = [row_numbers(examples(BatchPlan(mixture, RANDOM, 3, 96, h, 2), 0)["tokens"]) for h in (0, 1)]
         np.testing.assert_array_equal(np.concatenate(halves), straight)
 
     def test_roles_of_some_sources(self):
         """Rows of a source without roles are predicted throughout, whichever sources a batch has."""
         mixture = Mixture([rows(7, roles=True), rows(300, first=7)], (1, 3))
-        taken = examples(Plan(mixture, RANDOM, 3, 64), 0)
+        taken = examples(BatchPlan(mixture, RANDOM, 3, 64), 0)
         from_first = row_numbers(taken["tokens"]) < 7
         assert from_first.any() and (taken["roles"][~from_first] == 1).all()
         assert (taken["roles"][from_first] == rows(1, roles=True).roles).all()
-        assert "roles" in examples(Plan(mixture, RANDOM, 3, 1), 0)
+        assert "roles" in examples(BatchPlan(mixture, RANDOM, 3, 1), 0)
 
     @pytest.mark.parametrize("rates", [(0, 1), (-1, 2), (1, 5000), (float("inf"), 1)])
     def test_bad_rates(self, rates):
@@ -245,29 +245,6 @@ def test_an_unfinished_directory_is_refused(tmp_path):
 
 def test_text_files_are_not_prepared(tmp_path):
     assert find_prepared("") == find_prepared(str(tmp_path / "x.jsonl")) == []
-
-
-def test_the_seqio_task_has_the_rows_in_the_order_of_the_stream(tmp_path):
-    from a3_jax.data.prepared_task import register_prepared
-    from a3_jax.data.tensorflow_host import seqio
-
-    table, heldout = rows(11), rows(3, first=100)
-    (found,) = find_prepared(make_prepared(tmp_path, table, heldout=heldout))
-    name = register_prepared(found)
-    assert register_prepared(found) == name
-    task = seqio.get_mixture_or_task(name)
-    assert set(task.splits) == {"train", "heldout"}
-    assert task.num_input_examples("train") == 11
-
-    def tokens(**options):
-        dataset = task.get_dataset(sequence_length=None, **options)
-        return np.stack([example["tokens"] for example in dataset.as_numpy_iterator()])
-
-    np.testing.assert_array_equal(tokens(split="heldout", shuffle=False), heldout.tokens)
-    np.testing.assert_array_equal(tokens(split="train", shuffle=False), table.tokens)
-    first_epoch = examples(Plan(table, RANDOM, 9, 11), 0)["tokens"]
-    np.testing.assert_array_equal(tokens(split="train", shuffle=False, seed=9), first_epoch)
-    assert not np.array_equal(first_epoch, table.tokens)
 
 
 def test_nothing_is_left_where_a_shard_can_not_be_written(tmp_path):

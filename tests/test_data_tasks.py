@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from a3_jax.data.batches import Plan, batch, stream
-from a3_jax.data.tasks import embedded_source, open_data, read_table, register, split_documents
+from a3_jax.data.batches import BatchPlan, batch, stream
+from a3_jax.data.seqio_tasks import embedded_source, open_data, read_table, register, split_documents
 from a3_jax.data.tensorflow_host import seqio, tf
 from a3_jax.data.vocabulary import TextVocabulary
 from a3_jax.errors import InputError
@@ -180,7 +180,7 @@ def test_stream_from_any_step():
 
 
 def test_stream_is_batch():
-    plan = Plan(small_table(), RANDOM, 2, 6)
+    plan = BatchPlan(small_table(), RANDOM, 2, 6)
     for step, made in zip(range(20), stream(plan.table, plan.stages, 2, 6)):
         expected = batch(plan, step)
         assert all((made[name] == expected[name]).all() for name in expected)

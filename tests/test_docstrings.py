@@ -6,8 +6,9 @@ import re
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "a3_jax"
 ARRAY_FILES = [
-    "ordering/intervals.py", "ordering/ranks.py", "ordering/contexts.py", "ordering/packed.py",
-    "model/attention.py", "model/layers.py", "training/loss.py", "decoding/state.py", "decoding/sampling.py",
+    "ordering/intervals.py", "ordering/ranks.py", "ordering/contexts.py", "ordering/segments.py",
+    "model/attention.py", "model/layers.py", "training/loss.py",
+    "decoding/decode_state.py", "decoding/sampling.py",
 ]  # fmt: skip
 SHAPE = re.compile(r"\[[^\]]*[A-Zn.][^\]]*\]|scalar")
 

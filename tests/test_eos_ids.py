@@ -12,9 +12,9 @@ import pytest
 from a3_jax.checkpoints.a3_format import load_params, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.info import describe
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.cli import main
-from a3_jax.data.manifest import read_manifest
+from a3_jax.data.prepared_manifest import read_manifest
 from a3_jax.decoding import generate
 from a3_jax.decoding.generation import generate_stream
 from a3_jax.errors import InputError

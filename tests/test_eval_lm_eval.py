@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.errors import InputError
 from a3_jax.evaluation.left_to_right import LeftToRight
 from a3_jax.evaluation.requests import Blank

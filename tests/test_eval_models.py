@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.batching import fewest, in_batches, length_bucket, padded_count
+from a3_jax.evaluation.batching import fewest, length_bucket, padded_count
 from a3_jax.evaluation.left_to_right import LeftToRight
 from a3_jax.evaluation.opening import open_model
 from a3_jax.evaluation.requests import Blank, Target
@@ -210,9 +210,6 @@ def test_padded_lengths():
         16, 1, 8, 4, 1, 1
     ]  # fmt: skip
     assert [padded_count((64, 64), count) for count in (1, 3, 5, 9, 13)] == [2, 3, 6, 12, 16]
-    lengths = [20, 3, 40, 24, 16, 1000]
-    found = list(in_batches(lengths, lambda length: length, batch_size=2))
-    assert found == [(16, [1, 4], 2), (24, [0, 3], 2), (48, [2], 1), (1024, [5], 1)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.decoding import generate, score
 from a3_jax.errors import InputError
 from tests.test_conversion_parity import our_logits

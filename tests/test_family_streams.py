@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from a3_jax.decoding.filling import Task, first_state, make_program
+from a3_jax.decoding.batched_decode import DecodeRequest, first_state, make_decode_spec
 from a3_jax.decoding.loop import decode, lay_out
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
@@ -51,12 +51,12 @@ def test_cached_equals_recomputed(name, options):
     rng = np.random.default_rng(5)
     items = [{"tokens": blanks(rng, length)} for length in (4, 9, WINDOW)]
     requests = blank_requests(item_lines(items), checkpoint, options)
-    tasks = [Task(request, 0, "flat", options) for request in requests]
+    tasks = [DecodeRequest(request, 0, "flat", options) for request in requests]
     shape = tuple(map(max, *(task.shape for task in tasks)))
     state = first_state(tasks, shape[0], 4, options.seed)
-    program = make_program(checkpoint.config, options, None, shape)
-    cached = decode(lay_out(checkpoint.params, checkpoint.config), state, program=program)
-    recomputed = decode(checkpoint.params, state, program=dataclasses.replace(program, cached=False))
+    spec = make_decode_spec(checkpoint.config, options, None, shape)
+    cached = decode(lay_out(checkpoint.params, checkpoint.config), state, spec=spec)
+    recomputed = decode(checkpoint.params, state, spec=dataclasses.replace(spec, cached=False))
     np.testing.assert_array_equal(cached.tokens, recomputed.tokens)
     np.testing.assert_allclose(cached.logprob, recomputed.logprob, atol=2e-5)
     assert np.array_equal(cached.filled, cached.present)

@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from a3_jax.model import flops
 from a3_jax.model.config import PRESETS, ModelConfig
-from a3_jax.model.two_stream import Rows, TwoStream, abstract_params, init_cache, logits, run_rows
+from a3_jax.model.two_stream import Rows, TwoStream, abstract_params, logits, run_rows
 from a3_jax.ordering import intervals
 
 TINY = ModelConfig(
@@ -180,43 +180,3 @@ def test_the_two_stream_step_costs_less_than_two(name, bound):
 def test_parameters_are_counted(config):
     leaves = jax.tree.leaves(abstract_params(config))
     assert flops.parameter_count(config) == sum(math.prod(leaf.shape) for leaf in leaves)
-
-
-def test_cache_bytes_are_those_of_the_cache():
-    cache = jax.eval_shape(lambda: init_cache(TINY, BATCH, CONTENT, jnp.bfloat16))
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in (cache.key, cache.value))
-    assert flops.cache_bytes_per_token(TINY) * BATCH * CONTENT == held
-
-
-def kept_bytes(layers, remat):
-    """What a forward pass leaves for its backward pass, parameters and integers apart."""
-    config = dataclasses.replace(TINY, num_layers=layers)
-    params, content, query = arguments(config, query=CONTENT)
-    function = forward(config, remat=remat, attention="chunked")
-    _, backward = jax.eval_shape(lambda p, *rows: jax.vjp(lambda p: function(p, *rows), p), params, content,
-                                 query)  # fmt: skip
-    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
-    return sum(
-        leaf.size * 4
-        for leaf in jax.tree.leaves(backward)
-        if leaf.shape not in weights and leaf.dtype == jnp.float32
-    )
-
-
-def test_kept_bytes_are_those_of_the_residuals():
-    """By differences: what the final norm and the rotary tables keep is always the same."""
-
-    def formula(layers, remat):
-        config = dataclasses.replace(TINY, num_layers=layers)
-        return flops.kept_bytes_per_token(config, remat, 4) * BATCH * CONTENT
-
-    found = {key: kept_bytes(*key) for key in ((1, "block"), (3, "block"), (1, "dots"), (3, "dots"))}
-    first = (1, "block")
-    assert {key: size - found[first] for key, size in found.items()} == {
-        key: formula(*key) - formula(*first) for key in found
-    }
-
-
-def test_what_the_compiler_decides_has_no_formula():
-    with pytest.raises(ValueError, match="no formula"):
-        flops.kept_bytes_per_token(TINY, "none")

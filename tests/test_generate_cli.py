@@ -300,7 +300,7 @@ def test_weights_that_give_no_number_fail_the_run(tmp_path, capsys, monkeypatch)
     """Exit status 1, no output: NaN is no JSON."""
     broken = tiny_checkpoint()
     broken.params = broken.params | {"final_norm": broken.params["final_norm"] * float("nan")}
-    monkeypatch.setattr("a3_jax.checkpoints.opening.open_checkpoint", lambda path, **_: broken)
+    monkeypatch.setattr("a3_jax.checkpoints.loading.open_checkpoint", lambda path, **_: broken)
     source = write_lines(tmp_path / "in.jsonl", {"tokens": [1, 2]})
     status, out, err = run(capsys, "score", "model", source, tmp_path / "out.jsonl")
     assert (status, out) == (1, [])

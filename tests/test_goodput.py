@@ -8,7 +8,7 @@ import pytest
 
 from a3_jax.cli import main
 from a3_jax.pods.goodput import account
-from a3_jax.pods.records import append_event, read_events
+from a3_jax.pods.run_records import append_event, read_events
 
 
 class History:

@@ -17,7 +17,7 @@ from a3_jax.cli import main
 from a3_jax.errors import EXIT_NO_PROGRESS, EXIT_OK, EXIT_PREEMPTED, InputError
 from a3_jax.pods import local
 from a3_jax.pods.local import REPORT, Launch, child_environment, supervise, write_report
-from a3_jax.pods.records import newest_step, position, read_events
+from a3_jax.pods.run_records import newest_step, position, read_events
 from tests import launch_stand_in
 from tests.launch_stand_in import SLEEP
 

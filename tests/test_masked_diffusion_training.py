@@ -9,8 +9,8 @@ import pytest
 
 from a3_jax.checkpoints.a3_format import save_checkpoint
 from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.opening import open_checkpoint
-from a3_jax.data.batches import Plan, arrange
+from a3_jax.checkpoints.loading import open_checkpoint
+from a3_jax.data.batches import BatchPlan, arrange
 from a3_jax.data.table import FILLER, GIVEN
 from a3_jax.errors import InputError
 from a3_jax.evaluation.masked_diffusion import MaskedDiffusion
@@ -46,7 +46,7 @@ def _plan(rows):
     class Table:
         num_rows = 1
 
-    return Plan(Table(), (STAGE,), SEED, rows)
+    return BatchPlan(Table(), (STAGE,), SEED, rows)
 
 
 def test_masks_are_drawn_by_document():

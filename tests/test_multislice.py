@@ -26,7 +26,7 @@ COMPILE = """
 import dataclasses, json
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh
-from a3_jax.pods.chips import compile_step, topology_devices
+from a3_jax.pods.aot_compile import compile_step, topology_devices
 from a3_jax.training.config import RunConfig
 from a3_jax.training.setup import open_mesh
 from tests.multislice_run import config_of

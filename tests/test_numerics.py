@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from a3_jax import cli
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.data import batches
 from a3_jax.errors import EXIT_NUMERICS, RunError
 from a3_jax.runtime.compile_cache import compilation_cache
-from a3_jax.training import records
+from a3_jax.training import run_log
 from a3_jax.training.step import make_train_step
 from a3_jax.training.train import train
 from tests.training_fixtures import LINES, one_device, sorted_rows, tiny_run, tiny_state
@@ -145,7 +145,7 @@ def test_killed_after_a_roll_back_it_goes_on_alike(tmp_path, text, monkeypatch):
     """What was passed over is part of the saved state."""
     Poison(monkeypatch, {6, 7, 8})
     run(tmp_path / "straight", text)
-    read_previous = records.MetricsReader.read_previous
+    read_previous = run_log.MetricsReader.read_previous
 
     def read_or_die(self):
         read_previous(self)
@@ -153,7 +153,7 @@ def test_killed_after_a_roll_back_it_goes_on_alike(tmp_path, text, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.MetricsReader, "read_previous", read_or_die)
+        patch.setattr(run_log.MetricsReader, "read_previous", read_or_die)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed", text)
     run(tmp_path / "killed", text)

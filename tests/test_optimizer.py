@@ -11,8 +11,8 @@ from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh
 from a3_jax.ordering.curriculum import Stage
 from a3_jax.training import optimizer as optimizers
-from a3_jax.training.state import Numerics, TrainState, abstract_state, init_state, state_shardings
 from a3_jax.training.step import make_train_step
+from a3_jax.training.train_state import Numerics, TrainState, abstract_state, init_state, state_shardings
 from tests.training_fixtures import TINY, sorted_rows, tiny_state
 
 RUN = {"learning_rate": 1.0, "warmup_steps": 2, "schedule": "linear"}

@@ -10,7 +10,7 @@ import pytest
 
 from a3_jax import cli
 from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.opening import find_checkpoint, open_checkpoint
+from a3_jax.checkpoints.loading import find_checkpoint, open_checkpoint
 from a3_jax.data.dialogs import chat_template
 from a3_jax.decoding.generation import generate
 from a3_jax.decoding.scoring import score

@@ -14,10 +14,10 @@ import pytest
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_OK, InputError
 from a3_jax.model import accelerators
-from a3_jax.pods import chips, compiler, memory_estimate, programs, roofline
+from a3_jax.pods import aot_compile, compiler, memory_estimate, programs, roofline
 from a3_jax.pods.compiler import check_flags
-from a3_jax.pods.layout import Layout, layout_of
 from a3_jax.pods.memory_estimate import estimate_memory
+from a3_jax.pods.parallel_config import ParallelConfig, parallel_config_of
 from a3_jax.pods.preflight import cache_file
 from a3_jax.pods.search import advice, search
 from a3_jax.pods.spec import config_hash
@@ -87,7 +87,7 @@ def stories(monkeypatch):
         compiled.append((run.remat, dict(mesh.shape), objective))
         return Story()
 
-    monkeypatch.setattr(chips, "topology_devices", lambda topology, slices=1: devices[: 4 * slices])
+    monkeypatch.setattr(aot_compile, "topology_devices", lambda topology, slices=1: devices[: 4 * slices])
     monkeypatch.setattr(programs, "compile_step", compile_step)
     for name in compiler.COMPILER_FLAGS:
         monkeypatch.delenv(name, raising=False)
@@ -275,7 +275,7 @@ COMPILED = [
 @pytest.mark.parametrize(("name", "topology", "remat", "total"), COMPILED)
 def test_the_formula_is_near_the_compiler(name, topology, remat, total):
     run, model, pod = paper_run(name, topology, f"--config.remat={remat}")
-    memory = estimate_memory(run, model, layout_of(run, pod))
+    memory = estimate_memory(run, model, parallel_config_of(run, pod))
     assert memory.total / 2**30 == pytest.approx(total, rel=0.16)
 
 
@@ -289,7 +289,9 @@ def test_search_ranks_what_fits_first_and_the_fastest_of_these():
     fitting = [candidate for candidate in found if candidate.fits]
     assert found[: len(fitting)] == fitting and 0 < len(fitting) < len(found)
     assert fitting[0].times.bound == min(candidate.times.bound for candidate in fitting)
-    assert not any(c.layout == layout_of(run, pod) for c in fitting)  # the config's own is for larger pods
+    assert not any(
+        c.layout == parallel_config_of(run, pod) for c in fitting
+    )  # the config's own is for larger pods
     for candidate in found:
         at = candidate.layout
         assert at.data * at.fsdp * at.tensor == pod.chips and at.rows(run.batch_size) >= 1
@@ -304,15 +306,15 @@ def test_data_alone_crosses_slices_in_a_search():
 
 def test_advice_is_the_nearest_change():
     run, model, pod = paper_run("a3_llama31_8b", "v5e:8x8")
-    nearest = advice(run, model, pod, layout_of(run, pod), "any_order")[0]
-    assert nearest.layout == dataclasses.replace(layout_of(run, pod), remat="block")
+    nearest = advice(run, model, pod, parallel_config_of(run, pod), "any_order")[0]
+    assert nearest.layout == dataclasses.replace(parallel_config_of(run, pod), remat="block")
 
 
 def test_more_parts_take_less_of_a_chip():
     run, model, _ = paper_run("a3_llama32_1b", "v5e:4x4")
 
     def total(*layout):
-        return estimate_memory(run, model, Layout(*layout)).total
+        return estimate_memory(run, model, ParallelConfig(*layout)).total
 
     assert total(1, 16, 1, 8, "block") < total(1, 16, 1, 8, "dots") < total(1, 16, 1, 8, "none")
     assert total(1, 16, 1, 16, "dots") < total(1, 16, 1, 8, "dots") < total(1, 8, 1, 8, "dots")

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 
 from a3_jax.data.dialogs import ChatTemplate, Specials, chat_parts
-from a3_jax.data.manifest import read_manifest
-from a3_jax.data.report import summary
+from a3_jax.data.prepare_report import summary
+from a3_jax.data.prepared_manifest import read_manifest
 from a3_jax.data.table import FILLER, GIVEN, PREDICTED
 from a3_jax.errors import InputError
 from a3_jax.tokenizer import bytes_tokenizer, from_files

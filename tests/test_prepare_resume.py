@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from a3_jax.data import documents
-from a3_jax.data.documents import Source
-from a3_jax.data.ledger import alone_in
-from a3_jax.data.manifest import check_shards, read_manifest
+from a3_jax.data.documents import DocumentSource
+from a3_jax.data.prepare_state import alone_in
+from a3_jax.data.prepared_manifest import check_shards, read_manifest
 from tests.decoding_cli import assert_refused
 from tests.prepare_fixtures import files_of, prepare, texts_of, write_bytes, write_fineweb
 
@@ -155,9 +155,11 @@ def test_records_from_any_one_on(tmp_path, monkeypatch, name, is_whole):
     path = write_fineweb(tmp_path / name, [f"story {index}\nof two lines" for index in range(13)])
     if not is_whole:
         path.write_bytes(path.read_bytes()[:-20])
-    read = [(number, str(record)) for number, record in Source(str(path)).records(["text"])]
+    read = [(number, str(record)) for number, record in DocumentSource(str(path)).records(["text"])]
     for first in range(read[-1][0] + 1):
-        rest = [(number, str(record)) for number, record in Source(str(path)).records(["text"], first)]
+        rest = [
+            (number, str(record)) for number, record in DocumentSource(str(path)).records(["text"], first)
+        ]
         assert rest == [one for one in read if one[0] >= first]
 
 

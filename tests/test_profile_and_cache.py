@@ -13,7 +13,7 @@ from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import train_step_flops
 from a3_jax.runtime.compile_cache import compilation_cache, default_directory
 from a3_jax.training.config import RunConfig, check_unchanged
-from a3_jax.training.records import Profiler, ProgressLine
+from a3_jax.training.run_log import Profiler, ProgressLine
 from tests.training_fixtures import LINES, tiny_run
 
 PEAK = 1e12

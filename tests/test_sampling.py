@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from a3_jax.decoding.sampling import Sampling, candidate_score, draw, filtered_logprobs
-from a3_jax.decoding.strategies import Rule, choose
+from a3_jax.decoding.strategies import CommitPolicy, choose
 
 LAW = np.array([0.15, 0.5, 0.05, 0.3])
 
 
-def kept(law, **sampling):
-    logprobs = np.asarray(filtered_logprobs(jnp.log(jnp.asarray(law)), Sampling(1.0, **sampling)))
+def kept(probabilities, **sampling):
+    logprobs = np.asarray(filtered_logprobs(jnp.log(jnp.asarray(probabilities)), Sampling(1.0, **sampling)))
     np.testing.assert_allclose(np.exp(logprobs).sum(), 1.0, atol=1e-6)
     return np.flatnonzero(np.isfinite(logprobs)).tolist()
 
@@ -57,8 +57,10 @@ def test_draws_follow_the_law(sampling):
     logprobs = filtered_logprobs(jnp.log(jnp.asarray(LAW)), sampling)
     keys = jax.random.split(jax.random.key(0), count)
     tokens = jax.jit(jax.vmap(lambda key: draw(logprobs, key, sampling)))(keys)
-    seen, law = np.bincount(tokens, minlength=4), np.exp(np.asarray(logprobs))
-    assert (np.abs(seen - count * law) <= 5 * np.sqrt(count * law * (1 - law))).all(), (seen, law * count)
+    seen, probabilities = np.bincount(tokens, minlength=4), np.exp(np.asarray(logprobs))
+    assert (
+        np.abs(seen - count * probabilities) <= 5 * np.sqrt(count * probabilities * (1 - probabilities))
+    ).all(), (seen, probabilities * count)
 
 
 def test_greedy_takes_the_likeliest_and_of_equals_the_lowest():
@@ -82,29 +84,29 @@ def test_criteria_by_hand():
 
 def test_ties_go_to_the_lower_position():
     scores = jnp.array([[0.1, 0.7, 0.7, 0.2], [0.5, 0.5, 0.5, 0.9]])
-    real = jnp.array([[True, True, True, True], [True, True, True, False]])
+    valid = jnp.array([[True, True, True, True], [True, True, True, False]])
     for count, expected in (
-        (1, [[0, 1, 0, 0], [1, 0, 0, 0]]), (2, [[0, 1, 1, 0], [1, 1, 0, 0]]), (9, real)
+        (1, [[0, 1, 0, 0], [1, 0, 0, 0]]), (2, [[0, 1, 1, 0], [1, 1, 0, 0]]), (9, valid)
     ):  # fmt: skip
-        chosen = choose(Rule(count), scores, scores, scores, jnp.tile(jnp.arange(4), (2, 1)), real)
+        chosen = choose(CommitPolicy(count), scores, scores, scores, jnp.tile(jnp.arange(4), (2, 1)), valid)
         np.testing.assert_array_equal(chosen, expected)
 
 
-def chosen_by(rule, laws, positions=None):
-    """The candidates chosen of `laws` [Q, V], most confident first, by an independent reading of the rule."""
-    laws = np.asarray(laws, np.float32)
-    entropy, confidence = -(laws * np.log(laws)).sum(-1), laws.max(-1)
-    positions = np.arange(len(laws)) if positions is None else np.asarray(positions)
-    found = choose(rule, *(jnp.asarray(a)[None] for a in (confidence, entropy, confidence, positions)),
-                   jnp.ones((1, len(laws)), bool))  # fmt: skip
+def chosen_by(policy, distributions, positions=None):
+    """The candidates chosen of `distributions` [Q, V], most confident first, read independently."""
+    distributions = np.asarray(distributions, np.float32)
+    entropy, confidence = -(distributions * np.log(distributions)).sum(-1), distributions.max(-1)
+    positions = np.arange(len(distributions)) if positions is None else np.asarray(positions)
+    found = choose(policy, *(jnp.asarray(a)[None] for a in (confidence, entropy, confidence, positions)),
+                   jnp.ones((1, len(distributions)), bool))  # fmt: skip
     return np.flatnonzero(found[0]).tolist(), entropy, confidence
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.3, 0.7, 1.5, 9.0])
 def test_entropy_bound_commits_the_longest_run_below_it(bound):
-    laws = np.random.default_rng(0).dirichlet([0.5] * 5, size=7) + 1e-6
-    laws /= laws.sum(-1, keepdims=True)
-    found, entropy, confidence = chosen_by(Rule(7, entropy_bound=bound), laws)
+    distributions = np.random.default_rng(0).dirichlet([0.5] * 5, size=7) + 1e-6
+    distributions /= distributions.sum(-1, keepdims=True)
+    found, entropy, confidence = chosen_by(CommitPolicy(7, entropy_bound=bound), distributions)
     order = np.argsort(-confidence)
     fits = [n for n in range(1, 8) if entropy[order[:n]].sum() - entropy[order[:n]].max() <= bound + 1e-7]
     assert found == sorted(order[: max(fits)].tolist())
@@ -113,12 +115,14 @@ def test_entropy_bound_commits_the_longest_run_below_it(bound):
 
 def test_threshold_factor_and_limits():
     confidences = np.array([0.6, 0.99, 0.8, 0.95, 0.3])
-    laws = np.stack([confidences, 1 - confidences], axis=1)
-    laws[4] = [0.5, 0.5]
-    assert chosen_by(Rule(5, threshold=0.9), laws)[0] == [1, 3]
-    assert chosen_by(Rule(5, threshold=0.999), laws)[0] == [1], "the best in any case"
-    assert chosen_by(Rule(1, threshold=0.9), laws)[0] == [1]
-    assert chosen_by(Rule(5, factor=0.25), laws)[0] == [1, 3], "3 * 0.05 < 0.25 <= 4 * 0.2"
-    assert chosen_by(Rule(5, factor=1.0), laws)[0] == [1, 2, 3]
-    assert chosen_by(Rule(3, min_gap=2), laws)[0] == [1, 3], "1, then 3; all others stand next to one of them"
-    assert chosen_by(Rule(2, min_gap=3), laws, [0, 5, 6, 7, 20])[0] == [0, 1]
+    distributions = np.stack([confidences, 1 - confidences], axis=1)
+    distributions[4] = [0.5, 0.5]
+    assert chosen_by(CommitPolicy(5, threshold=0.9), distributions)[0] == [1, 3]
+    assert chosen_by(CommitPolicy(5, threshold=0.999), distributions)[0] == [1], "the best in any case"
+    assert chosen_by(CommitPolicy(1, threshold=0.9), distributions)[0] == [1]
+    assert chosen_by(CommitPolicy(5, factor=0.25), distributions)[0] == [1, 3], "3 * 0.05 < 0.25 <= 4 * 0.2"
+    assert chosen_by(CommitPolicy(5, factor=1.0), distributions)[0] == [1, 2, 3]
+    assert chosen_by(CommitPolicy(3, min_gap=2), distributions)[0] == [1, 3], (
+        "1, then 3; all others stand next to one of them"
+    )
+    assert chosen_by(CommitPolicy(2, min_gap=3), distributions, [0, 5, 6, 7, 20])[0] == [0, 1]

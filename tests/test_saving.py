@@ -8,7 +8,7 @@ from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.model.sharding import make_mesh
 from a3_jax.runtime.distributed import ProcessFlags
 from a3_jax.training.saving import Saver, storage_faults
-from a3_jax.training.state import TrainState
+from a3_jax.training.train_state import TrainState
 
 
 class Writer:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from tests import oracles
 from tests.decoding_cli import assert_refused, read_lines, run, write_lines
 from tests.tiny_hf import write_tiny_llama

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from a3_jax.training.records import Events, JsonLines, TensorBoard
+from a3_jax.training.run_log import Events, JsonLines, TensorBoard
 
 
 def lines(path):

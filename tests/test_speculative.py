@@ -11,35 +11,35 @@ import numpy as np
 import pytest
 
 from a3_jax.decoding import generate
-from a3_jax.decoding.filling import Task, first_state, make_program
-from a3_jax.decoding.loop import Network, run_steps, start_state
+from a3_jax.decoding.batched_decode import DecodeRequest, first_state, make_decode_spec
+from a3_jax.decoding.decode_state import lay_drafts
+from a3_jax.decoding.loop import ModelFns, run_steps, start_state
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.requests import blank_requests, item_lines
 from a3_jax.decoding.sampling import Sampling, filtered_logprobs
 from a3_jax.decoding.speculative import residual
-from a3_jax.decoding.state import lay_drafts
-from a3_jax.decoding.strategies import Rule, choose
+from a3_jax.decoding.strategies import CommitPolicy, choose
 from a3_jax.ordering.ranks import spread
-from benchmarks.forward_counts import exact_network, transition_matrix
+from benchmarks.forward_counts import exact_model_fns, transition_matrix
 from tests.tiny_checkpoint import blanks, tiny_checkpoint
 
 V, M, DRAWS = 3, 5, 20_000
 
 
-def run_network(network, options, blank_count, batch, vocab_size, columns=None, given=(), seed=0):
+def run_network(model_fns, options, blank_count, batch, vocab_size, columns=None, given=(), seed=0):
     """The final state of `batch` examples of nothing but blanks (after `given` tokens)."""
     config = dataclasses.replace(tiny_checkpoint().config, vocab_size=vocab_size, max_length=256)
     checkpoint = types.SimpleNamespace(**{**vars(tiny_checkpoint()), "config": config})
     item = {"tokens": [*given, *[None] * blank_count]}
     requests = blank_requests(item_lines([item]), checkpoint, options)
-    tasks = [Task(requests[0], sample, "flat", options) for sample in range(batch)]
+    tasks = [DecodeRequest(requests[0], sample, "flat", options) for sample in range(batch)]
     if columns is not None:
         for task in tasks:
             task.ranks = np.asarray(columns, np.int32)
     shape = tasks[0].shape
-    program = dataclasses.replace(make_program(checkpoint.config, options, None, shape), cached=False)
-    state = start_state(first_state(tasks, shape[0], batch, seed), program)
-    return jax.jit(lambda state: run_steps(state, network, program))(state)
+    spec = dataclasses.replace(make_decode_spec(checkpoint.config, options, None, shape), cached=False)
+    state = start_state(first_state(tasks, shape[0], batch, seed), spec)
+    return jax.jit(lambda state: run_steps(state, model_fns, spec))(state)
 
 
 def set_network(tables):
@@ -49,18 +49,18 @@ def set_network(tables):
         del active
         tokens, ranks, drafted = lay_drafts(state)
         known = (state.filled | drafted)[:, None, :M]
-        seen = ranks[:, None, :M] < state.next_rank[:, None, None] + offer.behind[..., None]
+        seen = ranks[:, None, :M] < state.next_rank[:, None, None] + offer.num_visible_drafts[..., None]
         values = jnp.where(known & seen, tokens[:, None, :M] + 1, 0)  # [B, Q, M]
         code = jnp.sum(values * (V + 1) ** jnp.arange(M), axis=-1)
         return tables[jnp.minimum(offer.columns, M - 1), code], state
 
-    return Network(forward, lambda hidden: hidden)
+    return ModelFns(forward, lambda hidden: hidden)
 
 
 def chain_law(tables, order, sampling):
     """Exact probabilities of all V^M outcomes, one token at a time in this order."""
-    law = jax.jit(jax.vmap(lambda scores: filtered_logprobs(scores, sampling)))
-    tables = np.exp(np.asarray(law(tables.reshape(-1, V)))).reshape(tables.shape)
+    probabilities = jax.jit(jax.vmap(lambda scores: filtered_logprobs(scores, sampling)))
+    tables = np.exp(np.asarray(probabilities(tables.reshape(-1, V)))).reshape(tables.shape)
     probabilities = {}
     for outcome in itertools.product(range(V), repeat=M):
         code, probability = 0, 1.0
@@ -99,14 +99,14 @@ def test_the_law_is_the_chains(window, order, options):
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     expected = chain_law(random_tables(), order, sampling)
     seen = np.bincount(np.asarray(state.tokens[:, :M]) @ V ** np.arange(M), minlength=V**M)
-    law = np.zeros(V**M)
+    probabilities = np.zeros(V**M)
     for outcome, probability in expected.items():
-        law[np.asarray(outcome) @ V ** np.arange(M)] = probability * DRAWS
-    assert not seen[law == 0].any()
-    order_by_size = np.argsort(law)
-    kept = order_by_size[law[order_by_size] >= 5]  # the usual rule; the rest is one cell
+        probabilities[np.asarray(outcome) @ V ** np.arange(M)] = probability * DRAWS
+    assert not seen[probabilities == 0].any()
+    order_by_size = np.argsort(probabilities)
+    kept = order_by_size[probabilities[order_by_size] >= 5]  # the usual rule; the rest is one cell
     counts = np.append(seen[kept], DRAWS - seen[kept].sum())
-    means = np.append(law[kept], DRAWS - law[kept].sum())
+    means = np.append(probabilities[kept], DRAWS - probabilities[kept].sum())
     counts, means = counts[means > 1], means[means > 1]
     chi_square, freedom = ((counts - means) ** 2 / means).sum(), len(means) - 1
     assert abs(chi_square - freedom) / np.sqrt(2 * freedom) < 4.0
@@ -120,7 +120,9 @@ def test_a_wrong_residual_is_found(monkeypatch):
 
 
 def test_residual():
-    target, draft = (jnp.log(jnp.asarray(law)) for law in ([0.5, 0.3, 0.2], [0.2, 0.6, 0.2]))
+    target, draft = (
+        jnp.log(jnp.asarray(probabilities)) for probabilities in ([0.5, 0.3, 0.2], [0.2, 0.6, 0.2])
+    )
     np.testing.assert_allclose(np.exp(residual(target, draft)), [1, 0, 0], atol=1e-6)
     np.testing.assert_array_equal(residual(target, target), target)
 
@@ -174,7 +176,7 @@ def transition():
 def test_forwards_on_a_chain_whose_conditionals_are_exact(transition, order, most):
     """16 symbols, 64 blanks, window 8: orders far apart leave little for one token to say of the next."""
     options = GenerateOptions(strategy="speculative", window=8, temperature=1.0, order=order)
-    state = run_network(exact_network(transition, BLANKS), options, BLANKS, 64, SYMBOLS)
+    state = run_network(exact_model_fns(transition, BLANKS), options, BLANKS, 64, SYMBOLS)
     assert float(jnp.mean(state.forwards)) <= most
     assert int(state.forwards.max()) <= BLANKS
 
@@ -182,7 +184,7 @@ def test_forwards_on_a_chain_whose_conditionals_are_exact(transition, order, mos
 def test_what_is_drawn_on_the_chain_has_its_pairs(transition):
     """Neighbours follow the transition matrix, whatever the order they were drawn in."""
     options = GenerateOptions(strategy="speculative", window=8, temperature=1.0, order="random")
-    state = run_network(exact_network(transition, BLANKS), options, BLANKS, 512, SYMBOLS)
+    state = run_network(exact_model_fns(transition, BLANKS), options, BLANKS, 512, SYMBOLS)
     tokens = np.asarray(state.tokens)
     pairs = np.zeros((SYMBOLS, SYMBOLS))
     np.add.at(pairs, (tokens[:, 20:-21].ravel(), tokens[:, 21:-20].ravel()), 1)
@@ -197,15 +199,16 @@ def test_what_the_rule_commits_on_the_chain_stays_below_its_bound(transition, bo
     stationary = np.linalg.matrix_power(transition, 500)[0]
     for gap in (1, 2, 5):
         joint = stationary[:, None] * np.linalg.matrix_power(transition, gap)
-        laws = np.stack([joint.sum(1), joint.sum(0)])
-        entropies = jnp.asarray(-(laws * np.log(laws)).sum(1), jnp.float32)[None]
+        distributions = np.stack([joint.sum(1), joint.sum(0)])
+        entropies = jnp.asarray(-(distributions * np.log(distributions)).sum(1), jnp.float32)[None]
         found = choose(
-            Rule(2, entropy_bound=bound), -entropies, entropies, jnp.asarray(laws.max(1))[None],
+            CommitPolicy(2, entropy_bound=bound), -entropies, entropies,
+            jnp.asarray(distributions.max(1))[None],
             jnp.array([[0, gap]]), jnp.ones((1, 2), bool),
         )  # fmt: skip
         assert bool(found.all()) == (float(entropies.min()) <= bound), "sum H - max H of two"
         if found.all():
-            assert (joint * np.log(joint / np.outer(*laws))).sum() <= bound
+            assert (joint * np.log(joint / np.outer(*distributions))).sum() <= bound
 
 
 def test_spread_halves_its_strides():

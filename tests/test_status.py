@@ -10,7 +10,7 @@ import pytest
 
 from a3_jax.checkpoints.manifest import File, Manifest, write_manifest
 from a3_jax.cli import main
-from a3_jax.pods.records import last_row
+from a3_jax.pods.run_records import last_row
 from a3_jax.pods.status import read_status
 from a3_jax.runtime.lease import process_start
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from a3_jax.checkpoints.a3_format import Meta, save_checkpoint
-from a3_jax.checkpoints.opening import open_checkpoint
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import init_params
 from a3_jax.runtime.compile_cache import compilation_cache
-from a3_jax.training import records
+from a3_jax.training import run_log
 from a3_jax.training.train import train
 from tests.training_fixtures import LINES, tiny_run
 
@@ -56,14 +56,14 @@ def interrupted(tmp_path_factory, data):
     """Stopped while step 5 was being written down; checkpoints 3 and 4 (end of a stage) exist."""
     workdir = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
-        original = records.MetricsReader.read_previous
+        original = run_log.MetricsReader.read_previous
 
         def stop(reader):
             original(reader)
             if len(rows(workdir)) == 5:
                 raise KeyboardInterrupt
 
-        patch.setattr(records.MetricsReader, "read_previous", stop)
+        patch.setattr(run_log.MetricsReader, "read_previous", stop)
         with pytest.raises(KeyboardInterrupt):
             run(workdir, data)
     return workdir

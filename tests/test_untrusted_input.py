@@ -28,9 +28,9 @@ from a3_jax.checkpoints.hf_export import check_source
 from a3_jax.checkpoints.safetensors_io import list_tensors
 from a3_jax.data.dialogs import ChatTemplate, chat_template
 from a3_jax.data.documents import BadRecord
-from a3_jax.data.ledger import Progress, read_progress, read_waiting
-from a3_jax.data.manifest import _text_crc32
+from a3_jax.data.prepare_state import PrepareProgress, read_progress, read_waiting
 from a3_jax.data.prepared import find_prepared, open_tables
+from a3_jax.data.prepared_manifest import _text_crc32
 from a3_jax.decoding.requests import read_lines
 from a3_jax.errors import InputError
 from a3_jax.model.config import CHOICES, ModelConfig
@@ -95,7 +95,7 @@ def test_pickled_weights_are_not_loaded(tmp_path, name):
 
 def progress(tmp_path, **changes):
     """What an interrupted `a3 data prepare` left, read as the next one does."""
-    fields = dataclasses.asdict(Progress({}, [])) | changes
+    fields = dataclasses.asdict(PrepareProgress({}, [])) | changes
     (tmp_path / "progress.json").write_text(json.dumps(fields))
     return read_waiting(tmp_path, read_progress(tmp_path))
 

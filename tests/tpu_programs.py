@@ -36,7 +36,7 @@ def compile_text(topology, slices, sizes, remat, length, attention):
 
     from a3_jax.model.sharding import make_mesh
     from a3_jax.ordering.curriculum import paper_stages
-    from a3_jax.pods.chips import compile_step, topology_devices
+    from a3_jax.pods.aot_compile import compile_step, topology_devices
     from a3_jax.training.config import RunConfig
 
     run = RunConfig(

@@ -8,7 +8,7 @@ from a3_jax.model.sharding import make_mesh
 from a3_jax.model.two_stream import TwoStream
 from a3_jax.ordering.intervals import sort_order, take_rows
 from a3_jax.training.optimizer import make_optimizer
-from a3_jax.training.state import init_state
+from a3_jax.training.train_state import init_state
 
 TINY = ModelConfig(
     vocab_size=50,

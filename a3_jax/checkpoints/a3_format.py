@@ -50,7 +50,13 @@ from a3_jax.checkpoints.orbax_items import (
     save_items,
     without_numpy_scalars,
 )
-from a3_jax.checkpoints.reading import check_same_dtypes, check_same_tree, describe, one_line, read_items
+from a3_jax.checkpoints.verified_restore import (
+    check_same_dtypes,
+    check_same_tree,
+    describe,
+    one_line,
+    read_items,
+)
 from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import abstract_params, param_shardings

@@ -24,11 +24,11 @@ import numpy as np
 from a3_jax.checkpoints.families import QUERY_TENSOR, tensor_table, tied_head
 from a3_jax.checkpoints.fingerprint import tree_names
 from a3_jax.checkpoints.hf_format import HFModel, open_hf
-from a3_jax.checkpoints.reading import one_line
+from a3_jax.checkpoints.verified_restore import one_line
 from a3_jax.errors import EXIT_FAILED, InputError, RunError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import parameter_count
-from a3_jax.model.two_stream import Block, Rows, TwoStream, lay_out_for_few_rows, logits, run_rows
+from a3_jax.model.two_stream import Block, Rows, TwoStream, logits, prepare_cpu_decode_params, run_rows
 
 TOLERANCE = 1e-4  # of logits: times their largest; of a row of hidden states: of its norm
 _EXAMPLES, _LENGTH, _SEED = 2, 64, 0
@@ -294,7 +294,7 @@ def _our_logits(config: ModelConfig):
 
 def _our_states(params, config: ModelConfig, tokens) -> dict[str, np.ndarray]:
     """Hidden states as in `_Run`, from the layers one by one: a scan keeps none of those between."""
-    params = {**params, **lay_out_for_few_rows(params, config)}
+    params = {**params, **prepare_cpu_decode_params(params, config)}
     model = TwoStream(config, precision=_HIGHEST, few_rows=True)
     out, variables = model.apply(
         {"params": params}, _left_to_right(tokens), outputs="content", mutable=["intermediates"],

@@ -10,11 +10,11 @@ from a3_jax.checkpoints.conversion_sources import Source, open_source
 from a3_jax.checkpoints.destination import check_space, shared_directory
 from a3_jax.checkpoints.directories import check_free, new_directory
 from a3_jax.checkpoints.hf_export import Target, hf_target, with_dtype, write_hf
-from a3_jax.checkpoints.input_files import Hashing, compare_sha256, read_sha256_list, sha256_of
-from a3_jax.checkpoints.opening import parse_dtype
+from a3_jax.checkpoints.loading import parse_dtype
 from a3_jax.checkpoints.progress import Progress
 from a3_jax.checkpoints.release_format import release_target
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES
+from a3_jax.checkpoints.source_hashes import Hashing, compare_sha256, read_sha256_list, sha256_of
 from a3_jax.checkpoints.streaming import finish_checkpoint, write_params
 from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.paths import as_path

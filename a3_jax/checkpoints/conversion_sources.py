@@ -12,6 +12,7 @@ import numpy as np
 
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta, load_meta, load_params
+from a3_jax.checkpoints.chunks import Piece, cut, index_of, plan, stored_rows
 from a3_jax.checkpoints.families import Tensor, tensor_table
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
 from a3_jax.checkpoints.hf_export import check_source
@@ -24,10 +25,9 @@ from a3_jax.checkpoints.hf_format import (
     open_hf,
     read_params,
 )
+from a3_jax.checkpoints.loading import a3_tokenizer, find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.model_card import Facts
-from a3_jax.checkpoints.opening import a3_tokenizer, find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.orbax_items import META, META_FILE
-from a3_jax.checkpoints.pieces import Piece, cut, index_of, plan, stored_rows
 from a3_jax.checkpoints.run_facts import run_facts
 from a3_jax.checkpoints.safetensors_io import INDEX_FILE
 from a3_jax.checkpoints.stored_params import open_params

@@ -14,12 +14,12 @@ import numpy as np
 
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta
+from a3_jax.checkpoints.chunks import cut, index_of, pieces_of
 from a3_jax.checkpoints.export_ids import generation_config, with_special_ids
 from a3_jax.checkpoints.families import QUERY_TENSOR, Tensor
 from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf
 from a3_jax.checkpoints.hf_format import CARD_FILE, FLOATS, SOURCE_CARD_FILE, cast, is_kept
 from a3_jax.checkpoints.model_card import Facts, model_card
-from a3_jax.checkpoints.pieces import cut, index_of, pieces_of
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_tensors
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig, RopeScaling

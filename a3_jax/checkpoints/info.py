@@ -11,8 +11,8 @@ from a3_jax.checkpoints.export_ids import one_or_all
 from a3_jax.checkpoints.families import tensor_table
 from a3_jax.checkpoints.hf_export import check_source
 from a3_jax.checkpoints.hf_format import open_hf
+from a3_jax.checkpoints.loading import a3_tokenizer, find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.manifest import Leaf, read_manifest
-from a3_jax.checkpoints.opening import a3_tokenizer, find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.orbax_items import META, META_FILE, PARAMS
 from a3_jax.errors import InputError
 from a3_jax.ordering.curriculum import stages_done, stages_from_config

@@ -14,7 +14,7 @@ import tensorstore as ts
 from a3_jax.checkpoints.a3_format import Meta, load_meta
 from a3_jax.checkpoints.manifest import Leaf, raise_damage, read_manifest
 from a3_jax.checkpoints.orbax_items import PARAMS, kvstore
-from a3_jax.checkpoints.reading import check_same_tree, one_line
+from a3_jax.checkpoints.verified_restore import check_same_tree, one_line
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import abstract_params

@@ -17,7 +17,9 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from a3_jax.checkpoints.chunks import LeafPlan, Piece
 from a3_jax.checkpoints.fingerprint import hexadecimal
+from a3_jax.checkpoints.host_checksum import sums_of_part
 from a3_jax.checkpoints.manifest import (
     File,
     Leaf,
@@ -27,9 +29,7 @@ from a3_jax.checkpoints.manifest import (
     write_manifest,
 )
 from a3_jax.checkpoints.orbax_items import PARAMS, kvstore, write_description
-from a3_jax.checkpoints.part_sums import sums_of_part
-from a3_jax.checkpoints.pieces import LeafPlan, Piece
-from a3_jax.checkpoints.reading import one_line
+from a3_jax.checkpoints.verified_restore import one_line
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path
 from a3_jax.runtime.coordination import gather_and_decide, run_on_all, run_on_process_zero

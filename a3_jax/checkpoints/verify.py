@@ -10,11 +10,11 @@ import orbax.checkpoint as ocp
 from a3_jax.checkpoints.a3_format import is_a3
 from a3_jax.checkpoints.fingerprint import tree_name, tree_names
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
+from a3_jax.checkpoints.loading import CHECKPOINTS
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, find_damage, read_manifest, step_of
-from a3_jax.checkpoints.opening import CHECKPOINTS
 from a3_jax.checkpoints.orbax_items import ITEMS
-from a3_jax.checkpoints.reading import damaged_leaves, one_line, silence_reads_in_flight
 from a3_jax.checkpoints.safetensors_io import has_tensors, list_tensors
+from a3_jax.checkpoints.verified_restore import damaged_leaves, one_line, silence_reads_in_flight
 from a3_jax.errors import InputError
 from a3_jax.paths import absolute, as_path, read_json, snapshot_hint
 from a3_jax.runtime.lease import is_alive

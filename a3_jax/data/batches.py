@@ -26,7 +26,7 @@ Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """All that decides a run's batches.
 
     Attributes:
@@ -61,12 +61,12 @@ class Plan:
         return batch * self.batch_size + self.host * share + np.arange(share, dtype=np.int64)
 
 
-def batch(plan: Plan, step: int) -> Batch:
+def batch(plan: BatchPlan, step: int) -> Batch:
     """This host's part of the batch at a step: `examples`, then `arrange`."""
     return arrange(plan, **examples(plan, step))
 
 
-def examples(plan: Plan, step: int) -> Batch:
+def examples(plan: BatchPlan, step: int) -> Batch:
     """The packed rows of a step, in reading order.
 
     Returns:
@@ -77,7 +77,7 @@ def examples(plan: Plan, step: int) -> Batch:
     return {"number": numbers, **pick(plan.table, numbers, plan.seed)}
 
 
-def arrange(plan: Plan, number, tokens, positions, segment_ids, roles=None) -> Batch:
+def arrange(plan: BatchPlan, number, tokens, positions, segment_ids, roles=None) -> Batch:
     """Draws each example's order and sorts its row by it.
 
     Args:
@@ -111,7 +111,7 @@ def stream(
     """`batch` of every step from `first_step` to the end of the curriculum, prepared ahead.
 
     Args:
-      table, stages, seed, batch_size, host, num_hosts, bos_id, rows_ahead: as in `Plan`.
+      table, stages, seed, batch_size, host, num_hosts, bos_id, rows_ahead: as in `BatchPlan`.
       first_step: counted from 0 over all stages.
 
     Yields:
@@ -122,7 +122,9 @@ def stream(
     """
     from a3_jax.data.feature_converter import iterate  # TensorFlow: only when training data is read
 
-    return iterate(Plan(table, stages, seed, batch_size, host, num_hosts, bos_id, rows_ahead), first_step)
+    return iterate(
+        BatchPlan(table, stages, seed, batch_size, host, num_hosts, bos_id, rows_ahead), first_step
+    )
 
 
 def eval_batch(
@@ -149,9 +151,9 @@ def eval_batch(
       seed: of the random order; row r always has the same.
       batch_size: B, rows a batch over all hosts.
       max_batches: only the first so many.
-      host, num_hosts: as in `Plan`.
+      host, num_hosts: as in `BatchPlan`.
       objective, bos_given: as in `Stage`. context: as in `Order`, of tokens that the rows give.
-      bos_id: as in `Plan`.
+      bos_id: as in `BatchPlan`.
 
     Yields:
       As `arrange`.
@@ -159,7 +161,7 @@ def eval_batch(
     ordered = Order(order, (1,) if order == "l2r" else (group_size,), context=context)
     steps = -(-table.num_rows // batch_size)
     stage = Stage("eval", steps=steps, objective=objective, orders=(ordered,), bos_given=bos_given)
-    plan = Plan(table, (stage,), seed, batch_size, host, num_hosts, bos_id)
+    plan = BatchPlan(table, (stage,), seed, batch_size, host, num_hosts, bos_id)
     for step in range(steps if max_batches is None else min(steps, max_batches)):
         numbers = plan.numbers(step)
         rows = np.minimum(numbers, table.num_rows - 1)
@@ -168,7 +170,7 @@ def eval_batch(
         yield _sorted_rows(stage, plan, numbers, **picked)
 
 
-def _sorted_rows(stage: Stage, plan: Plan, numbers, tokens, positions, segment_ids, roles=None) -> Batch:
+def _sorted_rows(stage: Stage, plan: BatchPlan, numbers, tokens, positions, segment_ids, roles=None) -> Batch:
     """Ranks drawn row by row under (seed, number), and everything sorted by them."""
     given = _given(stage, plan.bos_id, tokens, positions, roles)
     known = [None] * len(numbers) if given is None else given

@@ -158,7 +158,7 @@ def _prepare(args, sources, directory) -> int:
     import dataclasses
 
     from a3_jax.data.prepare import Options, prepare
-    from a3_jax.data.report import summary
+    from a3_jax.data.prepare_report import summary
 
     options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     manifest, was_there = prepare(sources, directory, options)

@@ -37,7 +37,7 @@ class BadRecord(InputError):
 
     Attributes:
       reason: one word, what such records are counted by.
-      source, number: the file's place among the sources, and the record's in it (see `Source`).
+      source, number: the file's place among the sources, and the record's in it (see `DocumentSource`).
     """
 
     def __init__(self, reason: str, message: str, *, file=None, line=None, field=None):
@@ -45,14 +45,14 @@ class BadRecord(InputError):
         self.reason = reason
         self.source, self.number = 0, 0
 
-    def at(self, source: "Source", number: int) -> "BadRecord":
+    def at(self, source: "DocumentSource", number: int) -> "BadRecord":
         """Itself, told where it is."""
         self.source, self.number, self.file = source.index, number, source.name
         self.line = number + (self.line or 1)
         return self
 
 
-class Source:
+class DocumentSource:
     """A file of records.
 
     Attributes:

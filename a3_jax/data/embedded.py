@@ -54,7 +54,7 @@ _SEED = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Blank:
+class HiddenWords:
     """A held-out story with one word missing.
 
     Attributes:
@@ -76,7 +76,7 @@ def stories(split: str) -> tuple[str, ...]:
     return tuple(template.format(**values) for template, values in _written(split))
 
 
-def blanks(kind: str, count: int) -> list[Blank]:
+def blanks(kind: str, count: int) -> list[HiddenWords]:
     """`count` blanks in held-out stories, the answers of each slot equally frequent (to one).
 
     Args:
@@ -148,4 +148,4 @@ def _blank(template, values, slot, kind):
     field = "{" + slot + "}"
     place = template.index(field) if kind == "right" else template.rindex(field)
     before, after = template[:place], template[place + len(field) :]
-    return Blank(before.format(**values) + "[[1]]" + after.format(**values), values[slot], kind, slot)
+    return HiddenWords(before.format(**values) + "[[1]]" + after.format(**values), values[slot], kind, slot)

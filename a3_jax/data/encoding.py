@@ -24,7 +24,7 @@ class Document:
     """A record that can be used.
 
     Attributes:
-      source, number: where it is, see `documents.Source`.
+      source, number: where it is, see `documents.DocumentSource`.
       digest: of what it holds; equal for equal documents.
       content: its text, or the parts of a dialog.
       ignored: names of a dialog's fields that nothing reads.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from a3_jax.data.batches import Batch, Plan, arrange, examples
+from a3_jax.data.batches import Batch, BatchPlan, arrange, examples
 from a3_jax.data.tensorflow_host import seqio, tf
 from a3_jax.ordering.curriculum import total_steps
 
@@ -32,7 +32,7 @@ class OrderFeatureConverter(seqio.FeatureConverter):
     }
     PACKING_FEATURE_DTYPES: ClassVar = {}
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: BatchPlan):
         super().__init__(pack=False, apply_length_check=False)  # `_convert_features` fixes the shapes
         self.plan = plan
         if plan.table.has_roles:
@@ -53,7 +53,7 @@ class OrderFeatureConverter(seqio.FeatureConverter):
         return dict.fromkeys(self.MODEL_FEATURES, task_feature_lengths["tokens"])
 
 
-def iterate(plan: Plan, first_step: int) -> Generator[Batch, None, None]:
+def iterate(plan: BatchPlan, first_step: int) -> Generator[Batch, None, None]:
     """The batches of a plan (`batches.batch`) from a step to the end of its curriculum."""
     running: list[Any] = [dataset(plan, first_step).as_numpy_iterator()]
 
@@ -74,7 +74,7 @@ def iterate(plan: Plan, first_step: int) -> Generator[Batch, None, None]:
         atexit.unregister(stop)
 
 
-def dataset(plan: Plan, first_step: int) -> tf.data.Dataset:
+def dataset(plan: BatchPlan, first_step: int) -> tf.data.Dataset:
     """The pipeline of `iterate`: steps -> packed rows -> sorted batches."""
     share, seq_len = plan.batch_size // plan.num_hosts, plan.table.seq_len
     converter = OrderFeatureConverter(plan)

@@ -12,11 +12,13 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, Source
+from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, DocumentSource
 from a3_jax.data.encoding import Document, Encoded, Encoder
-from a3_jax.data.ledger import (
+from a3_jax.data.packing import long_first_fit
+from a3_jax.data.prepare_report import ReadingLine
+from a3_jax.data.prepare_state import (
     LOCK_FILE,
-    Progress,
+    PrepareProgress,
     alone_in,
     forget,
     read_progress,
@@ -24,21 +26,19 @@ from a3_jax.data.ledger import (
     write_progress,
     write_whole,
 )
-from a3_jax.data.manifest import (
+from a3_jax.data.prepared_manifest import (
     HELDOUT,
     MANIFEST_FILE,
     SPLITS,
     TOKENIZER_DIRECTORY,
     TRAIN,
-    Manifest,
+    PreparedManifest,
     complaints,
     is_prepared,
     read_manifest,
     write_manifest,
 )
-from a3_jax.data.packing import long_first_fit
 from a3_jax.data.reading import CHATS, DIGESTS, TEXT, Reading, Smallest, ahead, encoded, parser
-from a3_jax.data.report import ReadingLine
 from a3_jax.data.shard_writer import segment_dtype, token_dtype, write_shard
 from a3_jax.data.sources import find_files
 from a3_jax.data.table import PACKINGS, pack
@@ -81,7 +81,7 @@ class Options:
             raise InputError(message, field="max_passed_over")
 
 
-def prepare(data: Sequence[str], directory, options: Options) -> tuple[Manifest, bool]:
+def prepare(data: Sequence[str], directory, options: Options) -> tuple[PreparedManifest, bool]:
     """Prepares a directory, goes on with it, or finds it done.
 
     Args:
@@ -99,19 +99,19 @@ def prepare(data: Sequence[str], directory, options: Options) -> tuple[Manifest,
       OSError: the directory can't be written. Finished shards stay, and the same call goes on there.
     """
     directory = absolute(directory)
-    sources = [Source(name, index) for index, name in enumerate(find_files(data))]
+    sources = [DocumentSource(name, index) for index, name in enumerate(find_files(data))]
     job = _Job(sources, options)
     with alone_in(directory):
         listed = [{"path": str(absolute(each.name)), "bytes": each.size, "documents": 0} for each in sources]
         if is_prepared(directory):
             manifest = read_manifest(directory)
-            made = Progress({**manifest.settings}, manifest.sources)
+            made = PrepareProgress({**manifest.settings}, manifest.sources)
             made.check_same(job.settings, listed, directory)
             return manifest, True
         progress = read_progress(directory)
         if progress is None:
             _check_free(directory)
-            progress = Progress(job.settings, listed)
+            progress = PrepareProgress(job.settings, listed)
         progress.check_same(job.settings, listed, directory)
         try:
             return job.run(directory, progress), False
@@ -146,7 +146,7 @@ def damage(directory) -> list[InputError]:
 class _Job:
     """One preparation: what to read, and what to make of it."""
 
-    def __init__(self, sources: list[Source], options: Options):
+    def __init__(self, sources: list[DocumentSource], options: Options):
         self._sources, self._options = sources, options
         self._tokenizer = load_tokenizer(options.tokenizer)
         self._reading = Reading(sources, options.text_column)
@@ -189,7 +189,7 @@ class _Job:
             settings |= {"eos_ids": list(self._tokenizer.eos_ids)}
         return settings | {"filler": options.filler, "chat_template": digest}
 
-    def run(self, directory, progress: Progress) -> Manifest:
+    def run(self, directory, progress: PrepareProgress) -> PreparedManifest:
         """Everything from `progress.next` on."""
         if not progress.num_shards and progress.next == (0, 0) and not progress.heldout_below:
             progress.heldout_below = self._heldout_below()
@@ -234,7 +234,7 @@ class _Job:
 class _Collected:
     """Documents on their way into shards."""
 
-    def __init__(self, directory, options: Options, progress: Progress, tokenizer: Tokenizer):
+    def __init__(self, directory, options: Options, progress: PrepareProgress, tokenizer: Tokenizer):
         self._directory, self._options, self._progress = directory, options, progress
         self._vocab_size = tokenizer.vocab_size
         self._waiting = read_waiting(directory, progress)
@@ -268,7 +268,7 @@ class _Collected:
             progress.next = (item.document.source, item.document.number + 1)
             write_progress(self._directory, progress, self._waiting)
 
-    def finish(self, tokenizer: Tokenizer, has_roles: bool) -> Manifest:
+    def finish(self, tokenizer: Tokenizer, has_roles: bool) -> PreparedManifest:
         """Writes what is left, the tokenizer and, last, the manifest."""
         progress = self._progress
         self._check_passed_over()
@@ -301,7 +301,7 @@ class _Collected:
                 )
                 raise RunError(EXIT_FAILED, " ".join(message.split()))
 
-    def _manifest(self, tokenizer: Tokenizer, has_roles: bool) -> Manifest:
+    def _manifest(self, tokenizer: Tokenizer, has_roles: bool) -> PreparedManifest:
         progress, counts, seq_len = self._progress, self._progress.counts, self._options.seq_len
         told = {
             "padding": counts["rows"] * seq_len - counts["tokens"],
@@ -309,7 +309,7 @@ class _Collected:
             "first_passed_over": progress.first,
         }
         told |= {"ignored_fields": progress.ignored} if progress.ignored else {}
-        return Manifest(
+        return PreparedManifest(
             seq_len=seq_len,
             vocab_size=tokenizer.vocab_size,
             largest_id=progress.largest_id,
@@ -361,7 +361,7 @@ def _check_free(directory) -> None:
         raise InputError(f"is not empty ({names[0]}), and holds no prepared data", file=directory)
 
 
-def _publish(directory, manifest: Manifest) -> None:
+def _publish(directory, manifest: PreparedManifest) -> None:
     try:
         write_manifest(directory, manifest)
     except InputError as error:

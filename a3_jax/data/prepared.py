@@ -9,17 +9,17 @@ import os
 import sys
 from typing import Any
 
-from a3_jax.data.manifest import (
+from a3_jax.data.mixing import Joined, Mixture
+from a3_jax.data.prepared_manifest import (
     HELDOUT,
     MANIFEST_FILE,
     TOKENIZER_DIRECTORY,
     TRAIN,
-    Manifest,
+    PreparedManifest,
     check_shards,
     is_prepared,
     read_manifest,
 )
-from a3_jax.data.mixing import Joined, Mixture
 from a3_jax.data.shards import ShardTable
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path, is_remote
@@ -40,7 +40,7 @@ class Prepared:
 
     directory: Any
     rate: float | None
-    manifest: Manifest
+    manifest: PreparedManifest
 
 
 def find_prepared(data: str) -> list[Prepared]:

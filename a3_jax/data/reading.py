@@ -23,7 +23,7 @@ from a3_jax.data.dialogs import (
     prompt_messages,
     prompt_parts,
 )
-from a3_jax.data.documents import TEXT_FIELD, BadRecord, Source, text_of
+from a3_jax.data.documents import TEXT_FIELD, BadRecord, DocumentSource, text_of
 from a3_jax.data.encoding import Document, Encoded, Encoder
 from a3_jax.data.templates import ChatTemplate
 from a3_jax.errors import InputError
@@ -48,10 +48,10 @@ class Reading:
       size: bytes of all files.
 
     Raises:
-      InputError: files of several kinds, or as `Source.check`.
+      InputError: files of several kinds, or as `DocumentSource.check`.
     """
 
-    def __init__(self, sources: list[Source], text_column: str | None):
+    def __init__(self, sources: list[DocumentSource], text_column: str | None):
         self._sources, column = sources, text_column or TEXT_FIELD
         self.kind = TEXT if text_column else _kind_of(sources)
         self._columns = {TEXT: [column], PROMPTS: _PROMPT_COLUMNS, CHATS: [MESSAGES]}[self.kind]
@@ -98,7 +98,7 @@ class Reading:
                 except BadRecord as error:
                     yield error.at(source, number)
 
-    def _columns_of(self, source: Source) -> tuple[list[str], list[str]]:
+    def _columns_of(self, source: DocumentSource) -> tuple[list[str], list[str]]:
         """Returns the fields to read of a source, and, of a table of dialogs, those that are not read."""
         if self.kind == TEXT or not source.name.endswith(".parquet"):
             return self._columns, []
@@ -192,7 +192,7 @@ class Smallest:
         return [-number for number in self._heap]
 
 
-def _kind_of(sources: list[Source]) -> str:
+def _kind_of(sources: list[DocumentSource]) -> str:
     """What the sources hold: text, prompts, or messages.
 
     Raises:

@@ -5,7 +5,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 
-from a3_jax.data.manifest import ShardInfo, file_crc32
+from a3_jax.data.prepared_manifest import ShardInfo, file_crc32
 from a3_jax.data.shards import is_remote
 from a3_jax.data.table import Table
 from a3_jax.paths import as_path

@@ -15,7 +15,7 @@ import uuid
 
 import numpy as np
 
-from a3_jax.data.manifest import Manifest
+from a3_jax.data.prepared_manifest import PreparedManifest
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path
 
@@ -34,7 +34,7 @@ class ShardTable:
       has_roles: whether rows say which tokens are given. largest_id: of any token.
     """
 
-    def __init__(self, directory, manifest: Manifest, split: str):
+    def __init__(self, directory, manifest: PreparedManifest, split: str):
         self._directory, self._manifest = as_path(directory), manifest
         self._shards = manifest.splits[split]
         self._ends = np.cumsum([shard.rows for shard in self._shards])
@@ -102,7 +102,7 @@ def _naming(path):
         raise InputError(f"is damaged: {str(error).splitlines()[0]}", file=path) from error
 
 
-def _decoded(entries: list[bytes], manifest: Manifest, directory) -> dict[str, np.ndarray]:
+def _decoded(entries: list[bytes], manifest: PreparedManifest, directory) -> dict[str, np.ndarray]:
     """Entries as rows, [B, T] each; the directory is named where they are none."""
     dtypes = [manifest.token_dtype, manifest.segment_dtype, *["uint8"] * manifest.has_roles]
     fields = [(name, dtype, (manifest.seq_len,)) for name, dtype in zip(_STORED, dtypes)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from a3_jax.config_file import read_config
-from a3_jax.data.manifest import SPLITS, TRAIN
+from a3_jax.data.prepared_manifest import SPLITS, TRAIN
 from a3_jax.errors import EXIT_OK, InputError, check_seed, nearest
 
 _BOTH, _OWN_GROUP, _UNSEEN = "█", "▒", "·"
@@ -76,7 +76,7 @@ def example_rows(found, stage, args, bos_id) -> list[dict[str, np.ndarray]]:
       For each: tokens, positions, segment_ids, ranks, start, content_limit, query_limit: [T] int32;
       weights: [T] float32.
     """
-    from a3_jax.data.batches import Plan, batch
+    from a3_jax.data.batches import BatchPlan, batch
     from a3_jax.data.prepared import open_tables
     from a3_jax.ordering.intervals import bounds
 
@@ -85,7 +85,7 @@ def example_rows(found, stage, args, bos_id) -> list[dict[str, np.ndarray]]:
     if table is None:
         raise InputError("holds no held-out rows", file=args.directory, field="--split")
     endless = dataclasses.replace(stage, steps=args.step + 1)
-    rows = batch(Plan(table, (endless,), args.seed, args.n, bos_id=bos_id), args.step)
+    rows = batch(BatchPlan(table, (endless,), args.seed, args.n, bos_id=bos_id), args.step)
     rows |= bounds(rows["ranks"], rows["ranks"], rows["segment_ids"])._asdict()
     return [{name: array[index] for name, array in rows.items()} for index in range(args.n)]
 

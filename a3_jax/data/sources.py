@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Hashable, Sequence
 
-from a3_jax.data.documents import TEXT_FIELD, BadRecord, Source, is_readable, text_of
+from a3_jax.data.documents import TEXT_FIELD, BadRecord, DocumentSource, is_readable, text_of
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path, is_remote, snapshot_hint
 
@@ -43,7 +43,7 @@ def read_documents(name: str) -> tuple[str, ...]:
     Raises:
       InputError: unreadable, empty, not UTF-8 or not JSON, with the file, the line and the field.
     """
-    source, documents = Source(name), []
+    source, documents = DocumentSource(name), []
     for number, record in source.records((TEXT_FIELD,)):
         if isinstance(record, BadRecord):
             raise record

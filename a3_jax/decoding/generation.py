@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a3_jax.decoding.filling import (
+from a3_jax.decoding.batched_decode import (
     BlankRequest,
-    Task,
+    DecodeRequest,
     decoding_params,
     fill,
     final_fields,
     first_state,
-    make_program,
+    make_decode_spec,
 )  # fmt: skip
-from a3_jax.decoding.loop import Program, make_network, opened, step
+from a3_jax.decoding.decode_state import DecodeState, finished
+from a3_jax.decoding.loop import DecodeSpec, make_model_fns, prefill, step
 from a3_jax.decoding.options import GenerateOptions, make_options
 from a3_jax.decoding.requests import blank_requests, default_context, item_lines
 from a3_jax.decoding.scoring import score
-from a3_jax.decoding.state import State, finished
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import axis_parts, mesh_of
 from a3_jax.ordering.ranks import context_first
@@ -83,12 +83,12 @@ def generate_stream(checkpoint, item, **options) -> Iterator[dict[str, Any]]:
 def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str, Any]]:
     """`generate_stream` of a line that knows where it stands."""
     (task,), eos_ids = _tasks(checkpoint, [line], options)
-    program = make_program(checkpoint.config, options, eos_ids, task.shape)
+    spec = make_decode_spec(checkpoint.config, options, eos_ids, task.shape)
     params = decoding_params(checkpoint.params, checkpoint.config, options)
     told, arrays = ~task.request.blank, {}
     with mesh_of(params):
         start = first_state([task], task.shape[0], axis_parts("batch"), options.seed)
-    for state in states(params, start, program):
+    for state in states(params, start, spec):
         arrays = {name: field[0] for name, field in final_fields(state, eos_ids).items()}
         new = arrays["filled"][: len(told)] & ~told
         if options.order == "block" and not arrays["finished"]:
@@ -100,23 +100,23 @@ def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str
     yield _result(task, arrays, checkpoint.tokenizer, options)
 
 
-def states(params, state: State, program: Program) -> Iterator[State]:
+def states(params, state: DecodeState, spec: DecodeSpec) -> Iterator[DecodeState]:
     """The state after each step, on the host's time: for streams. The same steps as `decode`."""
     with mesh_of(params):
-        state = _open(params, state, program=program)
+        state = _open(params, state, spec=spec)
     yield state
-    while not bool(jnp.all(finished(state, program.eos_ids))):
+    while not bool(jnp.all(finished(state, spec.eos_ids))):
         with mesh_of(params):  # never across a yield: it would be the caller's too
-            state = _next(params, state, program=program)
+            state = _next(params, state, spec=spec)
         yield state
 
 
-_open = functools.partial(jax.jit, static_argnames="program")(opened)
+_open = functools.partial(jax.jit, static_argnames="spec")(prefill)
 
 
-@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
-def _next(params, state: State, *, program: Program) -> State:
-    return step(state, make_network(params, program, program.content_rows), program)
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+def _next(params, state: DecodeState, *, spec: DecodeSpec) -> DecodeState:
+    return step(state, make_model_fns(params, spec, spec.content_rows), spec)
 
 
 def context_of(checkpoint, options: GenerateOptions) -> str:
@@ -124,13 +124,13 @@ def context_of(checkpoint, options: GenerateOptions) -> str:
     return options.context or ("flat" if options.commit == "flat" else default_context(checkpoint))
 
 
-def _tasks(checkpoint, lines, options) -> tuple[list[Task], tuple[int, ...]]:
+def _tasks(checkpoint, lines, options) -> tuple[list[DecodeRequest], tuple[int, ...]]:
     """The completions to make, and the ids that end a text."""
     eos_ids = _eos_ids(checkpoint, options)
     context = context_of(checkpoint, options)
     requests = blank_requests(lines, checkpoint, options)
     tasks = [
-        Task(request, sample, context, options)
+        DecodeRequest(request, sample, context, options)
         for request in requests
         for sample in range(options.num_samples)
     ]
@@ -185,7 +185,7 @@ def _eos_ids(checkpoint, options) -> tuple[int, ...]:
     return checkpoint.eos_ids
 
 
-def _result(task: Task, arrays, tokenizer, options: GenerateOptions) -> dict[str, Any]:
+def _result(task: DecodeRequest, arrays, tokenizer, options: GenerateOptions) -> dict[str, Any]:
     """One output object: the first `length` columns, in the order they are read."""
     blank = task.request.blank
     length = min(int(arrays["length"]), len(blank))

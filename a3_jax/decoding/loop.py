@@ -14,21 +14,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from a3_jax.decoding.decode_state import DecodeState, finished
 from a3_jax.decoding.forwards import fused_forward, left_forward, whole_forward
-from a3_jax.decoding.judge import Judge
 from a3_jax.decoding.sampling import Sampling
 from a3_jax.decoding.speculative import no_drafts, speculative
-from a3_jax.decoding.state import State, finished
-from a3_jax.decoding.strategies import ONE_BEST, Rule, Strategy, dynamic, groupwise
+from a3_jax.decoding.strategies import ONE_BEST, CommitPolicy, Strategy, dynamic, groupwise
+from a3_jax.decoding.token_sampler import TokenSampler
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import platform
-from a3_jax.model.two_stream import init_cache, lay_out_for_few_rows, logits, logits_of_table, make_two_stream
+from a3_jax.model.two_stream import (
+    init_cache,
+    logits,
+    logits_of_table,
+    make_two_stream,
+    prepare_cpu_decode_params,
+)
 
 TABLE = "head_table"  # [V, D], in place of a head [D, V]
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class DecodeSpec:
     """All that a compiled loop is specific to, besides the shapes of its state.
 
     Attributes:
@@ -53,7 +59,7 @@ class Program:
     prefill_rows: int
     content_rows: int
     query_rows: int
-    rule: Rule = ONE_BEST
+    policy: CommitPolicy = ONE_BEST
     window: int = 1
     cached: bool = True
 
@@ -62,7 +68,7 @@ class Program:
         return self.model == "a3" and (self.commit == "flat" or not self.cached)
 
 
-class Network(NamedTuple):
+class ModelFns(NamedTuple):
     """What a step computes with.
 
     Attributes:
@@ -70,81 +76,81 @@ class Network(NamedTuple):
       head: a row's hidden state [D] -> scores over the vocabulary [V].
     """
 
-    forward: Callable[..., tuple[Any, State]]
+    forward: Callable[..., tuple[Any, DecodeState]]
     head: Callable[[Any], Any]
 
 
-@functools.partial(jax.jit, static_argnames="program")
-def decode(params, state: State, *, program: Program) -> State:
+@functools.partial(jax.jit, static_argnames="spec")
+def decode(params, state: DecodeState, *, spec: DecodeSpec) -> DecodeState:
     """Runs every example of a batch until it is `finished`."""
-    network = make_network(params, program, program.content_rows)
-    final = run_steps(opened(params, state, program), network, program)
-    drafts = final.drafts and final.drafts.replace(laws=None)
+    model_fns = make_model_fns(params, spec, spec.content_rows)
+    final = run_steps(prefill(params, state, spec), model_fns, spec)
+    drafts = final.drafts and final.drafts.replace(log_probs=None)
     return final.replace(cache=None, drafts=drafts)
 
 
-def run_steps(state: State, network: Network, program: Program) -> State:
+def run_steps(state: DecodeState, model_fns: ModelFns, spec: DecodeSpec) -> DecodeState:
     """Steps until every example is finished."""
     return jax.lax.while_loop(
-        lambda state: ~jnp.all(finished(state, program.eos_ids)),
-        lambda state: step(state, network, program),
+        lambda state: ~jnp.all(finished(state, spec.eos_ids)),
+        lambda state: step(state, model_fns, spec),
         state,
     )
 
 
-def step(state: State, network: Network, program: Program) -> State:
+def step(state: DecodeState, model_fns: ModelFns, spec: DecodeSpec) -> DecodeState:
     """One forward of the unfinished examples, and what it commits; the finished ones stay as they are."""
-    strategy = _strategy(program)
+    strategy = _strategy(spec)
     with jax.named_scope("step"):
-        active = ~finished(state, program.eos_ids)
-        offer = strategy.offer(state)
-        offer = offer._replace(real=offer.real & active[:, None])
-        hidden_BQD, state = network.forward(state, offer, active)
+        active = ~finished(state, spec.eos_ids)
+        candidates = strategy.offer(state)
+        candidates = candidates._replace(valid=candidates.valid & active[:, None])
+        hidden_BQD, state = model_fns.forward(state, candidates, active)
         keys = jax.vmap(jax.random.fold_in)(state.key, state.forwards)
-        size = program.config.vocab_size
-        judge = Judge(hidden_BQD, network.head, keys, program.sampling, program.criterion, size)
-        return strategy.accept(state, offer, judge)
+        size = spec.config.vocab_size
+        sampler = TokenSampler(hidden_BQD, model_fns.head, keys, spec.sampling, spec.criterion, size)
+        return strategy.accept(state, candidates, sampler)
 
 
-def start_state(state: State, program: Program) -> State:
+def start_state(state: DecodeState, spec: DecodeSpec) -> DecodeState:
     """The state with what the strategy and the cache need, all empty."""
     batch, columns = state.tokens.shape
-    if program.strategy == "speculative":
-        state = state.replace(drafts=no_drafts(batch, program.window, program.config.vocab_size))
-    if program.recomputes:
+    if spec.strategy == "speculative":
+        state = state.replace(drafts=no_drafts(batch, spec.window, spec.config.vocab_size))
+    if spec.recomputes:
         return state
-    room = columns + program.content_rows  # rows are written as one block, padding and all
-    dtype = jnp.dtype(program.dtype)
-    return state.replace(cache=init_cache(program.config, batch, room, dtype))
+    room = columns + spec.content_rows  # rows are written as one block, padding and all
+    dtype = jnp.dtype(spec.dtype)
+    return state.replace(cache=init_cache(spec.config, batch, room, dtype))
 
 
-def opened(params, state: State, program: Program) -> State:
+def prefill(params, state: DecodeState, spec: DecodeSpec) -> DecodeState:
     """The state before the loop: after a first step, if the given tokens want a forward of their own size."""
-    state = start_state(state, program)
-    if program.recomputes or program.prefill_rows <= program.content_rows:
+    state = start_state(state, spec)
+    if spec.recomputes or spec.prefill_rows <= spec.content_rows:
         return state
-    return step(state, make_network(params, program, program.prefill_rows), program)
+    return step(state, make_model_fns(params, spec, spec.prefill_rows), spec)
 
 
-def _strategy(program: Program) -> Strategy:
-    if program.strategy == "speculative":
-        return speculative(program.window, program.rule.entropy_bound)
-    if program.strategy == "dynamic":
-        return dynamic(program.query_rows, program.rule)
-    return groupwise(program.query_rows)
+def _strategy(spec: DecodeSpec) -> Strategy:
+    if spec.strategy == "speculative":
+        return speculative(spec.window, spec.policy.entropy_bound)
+    if spec.strategy == "dynamic":
+        return dynamic(spec.query_rows, spec.policy)
+    return groupwise(spec.query_rows)
 
 
-def make_network(params, program: Program, content_rows: int) -> Network:
-    model = make_two_stream(program.config, program.dtype)
+def make_model_fns(params, spec: DecodeSpec, content_rows: int) -> ModelFns:
+    model = make_two_stream(spec.config, spec.dtype)
     if TABLE in params:
         model = model.clone(few_rows=True)
-    if program.model == "ar":
+    if spec.model == "ar":
         forward = left_forward(model, params, content_rows)
-    elif program.recomputes:
-        forward = whole_forward(model, params, program.commit == "flat")
+    elif spec.recomputes:
+        forward = whole_forward(model, params, spec.commit == "flat")
     else:
         forward = fused_forward(model, params, content_rows)
-    return Network(forward, _head(params, program.config, model.precision))
+    return ModelFns(forward, _head(params, spec.config, model.precision))
 
 
 def lay_out(params, config: ModelConfig):
@@ -155,7 +161,7 @@ def lay_out(params, config: ModelConfig):
     return params | _laid_out(params, config) | {TABLE: table_VD}
 
 
-_laid_out = jax.jit(lay_out_for_few_rows, static_argnums=1)
+_laid_out = jax.jit(prepare_cpu_decode_params, static_argnums=1)
 _transposed = jax.jit(jnp.transpose)
 
 

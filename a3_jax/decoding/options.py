@@ -89,8 +89,8 @@ class GenerateOptions(SharedOptions):
         order in singles. "block" also holds for dynamic, inside each block.
       block_size, block_order: of order "block": blanks a block, and the order inside.
       step_size: blanks that dynamic commits a step, where no bound says how many.
-      entropy_bound, threshold, factor: dynamic commits as many as this allows, see `strategies.Rule`; the
-        entropy bound also limits the windows of speculative.
+      entropy_bound, threshold, factor: dynamic commits as many as this allows, see
+        `strategies.CommitPolicy`; the entropy bound also limits the windows of speculative.
       max_commit: of dynamic with a bound, at most so many a step.
       min_gap: of dynamic, positions between two commits of a step.
       window: of speculative, drafts a forward.

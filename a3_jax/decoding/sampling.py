@@ -59,7 +59,7 @@ def filtered_logprobs(logits_V, sampling: Sampling):
     return jax.nn.log_softmax(logits_V)
 
 
-def law(logprobs_V, sampling: Sampling):
+def draw_log_probs(logprobs_V, sampling: Sampling):
     """What `draw` follows, log-probabilities [V]: `filtered_logprobs`, or all on the likeliest if greedy."""
     if not sampling.greedy:
         return logprobs_V

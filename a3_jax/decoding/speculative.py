@@ -19,8 +19,8 @@ What failed leaves keys in the cache behind its length: the pointer moved over w
 import jax
 import jax.numpy as jnp
 
-from a3_jax.decoding.state import Drafts, State, commit, keep_drafts, upcoming
-from a3_jax.decoding.strategies import Offer, Strategy
+from a3_jax.decoding.decode_state import DecodeState, Drafts, commit, keep_drafts, upcoming
+from a3_jax.decoding.strategies import Candidates, Strategy
 
 _VERIFY, _PROPOSE = 2, 3  # what a row's random bits are for; 0 and 1 are drawing and judging
 
@@ -30,12 +30,12 @@ def speculative(window: int, entropy_bound: float | None = None) -> Strategy:
 
     Args:
       window: drafts a step, at most.
-      entropy_bound: drafts only as many as `strategies.Rule` would commit under this bound.
+      entropy_bound: drafts only as many as `strategies.CommitPolicy` would commit under this bound.
     """
 
-    def accept(state, offer, judge):
-        rows = judge.laws()
-        return _verify(state, offer, rows, judge, entropy_bound)
+    def accept(state, candidates, sampler):
+        rows = sampler.distributions()
+        return _verify(state, candidates, rows, sampler, entropy_bound)
 
     return Strategy(lambda state: _offer(state, window), accept)
 
@@ -43,11 +43,11 @@ def speculative(window: int, entropy_bound: float | None = None) -> Strategy:
 def no_drafts(batch: int, window: int, vocab_size: int) -> Drafts:
     """What decoding begins with."""
     none = jnp.zeros(batch, jnp.int32)
-    laws = jnp.zeros((batch, window, vocab_size), jnp.float32)
-    return Drafts(jnp.zeros((batch, window), jnp.int32), none, laws, none, none)
+    log_probs = jnp.zeros((batch, window, vocab_size), jnp.float32)
+    return Drafts(jnp.zeros((batch, window), jnp.int32), none, log_probs, none, none)
 
 
-def _offer(state: State, window: int) -> Offer:
+def _offer(state: DecodeState, window: int) -> Candidates:
     """Rows 0..W verify the drafts and draw the token after them; rows W+1..2W propose what follows that."""
     columns, unfilled = upcoming(state, 2 * window + 1)
     drafted, unfilled = state.drafts.count[:, None], unfilled[:, None]
@@ -55,37 +55,37 @@ def _offer(state: State, window: int) -> Offer:
     propose = drafted + 1 + jnp.arange(window, dtype=jnp.int32)
     index = jnp.concatenate([verify, propose], axis=1)
     wanted = jnp.concatenate([verify <= drafted, jnp.ones(propose.shape, bool)], axis=1)
-    return Offer(
+    return Candidates(
         columns=jnp.take_along_axis(columns, jnp.minimum(index, columns.shape[1] - 1), axis=1),
-        real=wanted & (index < unfilled),
-        behind=jnp.minimum(index, drafted),
+        valid=wanted & (index < unfilled),
+        num_visible_drafts=jnp.minimum(index, drafted),
     )
 
 
-def _verify(state: State, offer: Offer, rows, judge, entropy_bound) -> State:
+def _verify(state: DecodeState, candidates: Candidates, rows, sampler, entropy_bound) -> DecodeState:
     drafts, window = state.drafts, state.drafts.tokens.shape[1]
-    laws, place = rows.law[:, : window + 1], jnp.arange(window + 1)
-    active = offer.real[:, 0]
-    uniform = judge.uniform(offer.columns[:, :window], _VERIFY)
-    ratio = _at_token(laws[:, :window], drafts.tokens) - _at_token(drafts.laws, drafts.tokens)
+    log_probs, place = rows.log_probs[:, : window + 1], jnp.arange(window + 1)
+    active = candidates.valid[:, 0]
+    uniform = sampler.uniform(candidates.columns[:, :window], _VERIFY)
+    ratio = _at_token(log_probs[:, :window], drafts.tokens) - _at_token(drafts.log_probs, drafts.tokens)
     passed = (jnp.log(uniform) < ratio) & (place[:window] < drafts.count[:, None])
     accepted = jnp.sum(jnp.cumprod(passed, axis=1), axis=1) * active
 
     at = accepted[:, None, None]
-    target = jnp.take_along_axis(laws, at, axis=1)[:, 0]
-    draft = jnp.take_along_axis(drafts.laws, jnp.minimum(at, window - 1), axis=1)[:, 0]
-    last_law = jnp.where((accepted < drafts.count)[:, None], residual(target, draft), target)
-    last = judge.draw(jnp.take_along_axis(offer.columns, at[:, 0], axis=1), last_law[:, None])
+    target = jnp.take_along_axis(log_probs, at, axis=1)[:, 0]
+    draft = jnp.take_along_axis(drafts.log_probs, jnp.minimum(at, window - 1), axis=1)[:, 0]
+    last_log_probs = jnp.where((accepted < drafts.count)[:, None], residual(target, draft), target)
+    last = sampler.draw(jnp.take_along_axis(candidates.columns, at[:, 0], axis=1), last_log_probs[:, None])
 
     padded = jnp.concatenate([drafts.tokens, drafts.tokens[:, -1:]], axis=1)
     is_last = place == accepted[:, None]
     tokens = jnp.where(is_last, last, padded)
-    chosen = ((place < accepted[:, None]) | is_last) & offer.real[:, : window + 1]
-    logprobs = _at_token(rows.own[:, : window + 1], tokens)
+    chosen = ((place < accepted[:, None]) | is_last) & candidates.valid[:, : window + 1]
+    logprobs = _at_token(rows.model_log_probs[:, : window + 1], tokens)
     all_passed = active & (accepted == drafts.count)
-    proposals = _propose(offer, rows, judge, all_passed, entropy_bound, window)
+    proposals = _propose(candidates, rows, sampler, all_passed, entropy_bound, window)
     state = keep_drafts(state, accepted)
-    state = commit(state, offer.columns[:, : window + 1], chosen, tokens, logprobs, place)
+    state = commit(state, candidates.columns[:, : window + 1], chosen, tokens, logprobs, place)
     counts = {
         "proposed": drafts.proposed + drafts.count * active,
         "accepted": drafts.accepted + accepted,
@@ -93,20 +93,20 @@ def _verify(state: State, offer: Offer, rows, judge, entropy_bound) -> State:
     return state.replace(drafts=proposals.replace(**counts))
 
 
-def _propose(offer, rows, judge, wanted, entropy_bound, window) -> Drafts:
+def _propose(candidates, rows, sampler, wanted, entropy_bound, window) -> Drafts:
     """Drafts for the next step where `wanted` [B], each drawn by itself; as many as the bound allows."""
-    columns, real, laws = (
-        offer.columns[:, window + 1 :],
-        offer.real[:, window + 1 :],
-        rows.law[:, window + 1 :],
+    columns, valid, log_probs = (
+        candidates.columns[:, window + 1 :],
+        candidates.valid[:, window + 1 :],
+        rows.log_probs[:, window + 1 :],
     )
     if entropy_bound is not None:
         h = rows.entropy[:, window + 1 :]
         excess = jnp.cumsum(h, axis=1) - jax.lax.cummax(h, axis=1)
-        real &= excess <= entropy_bound  # grows along the window: a prefix
-    count = jnp.where(wanted, jnp.sum(real, axis=1, dtype=jnp.int32), 0)
-    tokens = judge.draw(columns, laws, _PROPOSE)
-    return Drafts(tokens, count, laws, proposed=count, accepted=count)
+        valid &= excess <= entropy_bound  # grows along the window: a prefix
+    count = jnp.where(wanted, jnp.sum(valid, axis=1, dtype=jnp.int32), 0)
+    tokens = sampler.draw(columns, log_probs, _PROPOSE)
+    return Drafts(tokens, count, log_probs, proposed=count, accepted=count)
 
 
 def residual(target, draft):
@@ -120,5 +120,5 @@ def residual(target, draft):
     return jnp.where(mass > 0, jnp.log(rest / jnp.where(mass > 0, mass, 1.0)), target)
 
 
-def _at_token(laws, tokens):
-    return jnp.take_along_axis(laws, tokens[..., None], axis=-1)[..., 0]
+def _at_token(log_probs, tokens):
+    return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]

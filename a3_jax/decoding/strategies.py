@@ -2,8 +2,8 @@
 
 A strategy is a pair, and the loop knows nothing else about it:
 
-    offer(state)                    the candidates of a step, before its forward: `Offer`
-    accept(state, offer, judge)     what is committed, after it: the new state
+    offer(state)                    the candidates of a step, before its forward: `Candidates`
+    accept(state, candidates, sampler)     what is committed, after it: the new state
 
 `speculative` is one more such pair, in a module of its own.
 """
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from a3_jax.decoding.state import State, commit, compact
+from a3_jax.decoding.decode_state import DecodeState, commit, compact
 
 
-class Offer(NamedTuple):
+class Candidates(NamedTuple):
     """The candidates of a step, [B, Q] each.
 
     Attributes:
@@ -28,17 +28,17 @@ class Offer(NamedTuple):
     """
 
     columns: Any
-    real: Any
-    behind: Any
+    valid: Any
+    num_visible_drafts: Any
 
 
 class Strategy(NamedTuple):
-    offer: Callable[[State], Offer]
-    accept: Callable[[State, Offer, Any], State]
+    offer: Callable[[DecodeState], Candidates]
+    accept: Callable[[DecodeState, Candidates, Any], DecodeState]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class CommitPolicy:
     """How many of the best candidates a dynamic step commits: the longest run allowed, the first in any case.
 
     Bounds read the distribution that tokens are drawn from, after temperature (1 if it is 0) and filters.
@@ -60,32 +60,34 @@ class Rule:
     min_gap: int = 1
 
 
-ONE_BEST = Rule()
+ONE_BEST = CommitPolicy()
 
 
 def groupwise(query_rows: int) -> Strategy:
     """Fixed groups: offers the unfilled columns of the lowest planned rank, and commits them all."""
 
-    def accept(state, offer, judge):
-        judged = judge(offer)
-        return commit(state, offer.columns, offer.real, judged.token, judged.logprob)
+    def accept(state, candidates, sampler):
+        sampled = sampler(candidates)
+        return commit(state, candidates.columns, candidates.valid, sampled.token, sampled.logprob)
 
     return Strategy(lambda state: _lowest(state, query_rows), accept)
 
 
-def dynamic(query_rows: int, rule: Rule) -> Strategy:
+def dynamic(query_rows: int, policy: CommitPolicy) -> Strategy:
     """Offers the unfilled columns of the lowest planned rank, and commits the best of them by a rule."""
 
-    def accept(state, offer, judge):
-        judged = judge(offer)
-        positions = jnp.take_along_axis(state.positions, offer.columns, axis=1)
-        chosen = choose(rule, judged.score, judged.entropy, judged.confidence, positions, offer.real)
-        return commit(state, offer.columns, chosen, judged.token, judged.logprob)
+    def accept(state, candidates, sampler):
+        sampled = sampler(candidates)
+        positions = jnp.take_along_axis(state.positions, candidates.columns, axis=1)
+        chosen = choose(
+            policy, sampled.score, sampled.entropy, sampled.confidence, positions, candidates.valid
+        )
+        return commit(state, candidates.columns, chosen, sampled.token, sampled.logprob)
 
     return Strategy(lambda state: _lowest(state, query_rows), accept)
 
 
-def choose(rule: Rule, scores, entropy, confidence, positions, real):
+def choose(policy: CommitPolicy, scores, entropy, confidence, positions, valid):
     """The candidates with the highest scores, as many as the rule allows, the best in any case.
 
     Args:
@@ -105,31 +107,31 @@ def choose(rule: Rule, scores, entropy, confidence, positions, real):
         h, c, at = (jnp.take_along_axis(array, best, axis=1) for array in (entropy, confidence, positions))
         total, largest, lowest = total + h, jnp.maximum(largest, h), jnp.minimum(lowest, c)
         going &= jnp.any(open_, axis=1, keepdims=True)
-        going &= (number == 0) | _allows(rule, number + 1, total - largest, c, lowest)
+        going &= (number == 0) | _allows(policy, number + 1, total - largest, c, lowest)
         here = index == best
         chosen |= here & going
-        open_ &= ~here & (jnp.abs(positions - at) >= rule.min_gap)
+        open_ &= ~here & (jnp.abs(positions - at) >= policy.min_gap)
         return open_, chosen, going, total, largest, lowest
 
     nothing = jnp.zeros((scores.shape[0], 1), jnp.float32)
-    carry = (real, jnp.zeros_like(real), nothing == 0, nothing, nothing, nothing + 1)
-    return jax.lax.fori_loop(0, rule.max_commit, pick, carry)[1]
+    carry = (valid, jnp.zeros_like(valid), nothing == 0, nothing, nothing, nothing + 1)
+    return jax.lax.fori_loop(0, policy.max_commit, pick, carry)[1]
 
 
-def _allows(rule: Rule, count, excess, confidence, lowest):
+def _allows(policy: CommitPolicy, count, excess, confidence, lowest):
     """Whether a run of `count` candidates may be committed, by each bound that is set."""
     allowed = jnp.ones(excess.shape, bool)
-    if rule.entropy_bound is not None:
-        allowed &= excess <= rule.entropy_bound
-    if rule.threshold is not None:
-        allowed &= confidence >= rule.threshold
-    if rule.factor is not None:
-        allowed &= (count + 1) * (1.0 - lowest) < rule.factor
+    if policy.entropy_bound is not None:
+        allowed &= excess <= policy.entropy_bound
+    if policy.threshold is not None:
+        allowed &= confidence >= policy.threshold
+    if policy.factor is not None:
+        allowed &= (count + 1) * (1.0 - lowest) < policy.factor
     return allowed
 
 
-def _lowest(state: State, query_rows: int) -> Offer:
-    none = jnp.iinfo(state.plan.dtype).max
-    rank = jnp.min(jnp.where(state.unfilled, state.plan, none), axis=1, keepdims=True)
-    columns, real = compact(state.unfilled & (state.plan == rank), query_rows)
-    return Offer(columns, real, jnp.zeros_like(columns))
+def _lowest(state: DecodeState, query_rows: int) -> Candidates:
+    none = jnp.iinfo(state.planned_rank.dtype).max
+    rank = jnp.min(jnp.where(state.unfilled, state.planned_rank, none), axis=1, keepdims=True)
+    columns, valid = compact(state.unfilled & (state.planned_rank == rank), query_rows)
+    return Candidates(columns, valid, jnp.zeros_like(columns))

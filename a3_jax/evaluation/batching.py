@@ -1,9 +1,7 @@
 """Requests of one padded length run together, whatever order they came in."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
-from a3_jax.decoding.batching import batches, bucket
+from a3_jax.decoding.batching import bucket
 
 
 def length_bucket(count: int, smallest: int = 16) -> int:
@@ -15,24 +13,6 @@ def length_bucket(count: int, smallest: int = 16) -> int:
     whole = bucket(count, smallest)
     three_quarters = whole // 4 * 3
     return three_quarters if smallest <= count <= three_quarters else whole
-
-
-def in_batches(
-    requests: Iterable[Any], length_of: Callable[[Any], int], batch_size: int | None = None
-) -> Iterator[tuple[int, list[int], int]]:
-    """Requests by padded length.
-
-    Args:
-      requests: anything.
-      length_of: a request's tokens.
-      batch_size: requests a batch, at most; None: as many as their rows allow.
-
-    Yields:
-      (padded length, indices into `requests`, batch size to pad to).
-    """
-    shapes = batches(requests, lambda request: (length_bucket(length_of(request)),), batch_size)
-    for (length,), indices, padded_size in shapes:
-        yield length, indices, padded_size
 
 
 def fewest(shape: tuple[int, int]) -> int:

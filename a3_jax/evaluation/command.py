@@ -119,7 +119,7 @@ def _add_how(parser) -> None:
 
 
 def _evaluate(args):
-    from a3_jax.decoding.commands import mesh_of
+    from a3_jax.decoding.command import mesh_of
     from a3_jax.evaluation.runner import evaluate
     from a3_jax.runtime.preemption import StopRequest
 

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from a3_jax.decoding.batched_decode import BlankRequest, DecodeRequest, decoding_params, fill
 from a3_jax.decoding.batching import bucket
-from a3_jax.decoding.filling import BlankRequest, Task, decoding_params, fill
 from a3_jax.decoding.generation import context_of
 from a3_jax.decoding.options import GenerateOptions, make_options, one_of, whole_number
 from a3_jax.decoding.scoring import PassRows, PassScores, run_passes
@@ -94,7 +94,7 @@ class Decoder:
     def _fill(self, requests: Sequence[BlankRequest]) -> list[np.ndarray]:
         """[n] int32 tokens of each request's n blanks; EOS is a token like any other."""
         context = self.options.context or "flat"
-        tasks = [Task(request, 0, context, self.options) for request in requests]
+        tasks = [DecodeRequest(request, 0, context, self.options) for request in requests]
         results = fill(
             self._decoding_params, self.checkpoint.config, tasks, self.options, (), self.batch_size
         )

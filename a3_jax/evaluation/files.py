@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from a3_jax.data.documents import BadRecord, Source, check_single
+from a3_jax.data.documents import BadRecord, DocumentSource, check_single
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.tasks import Field, Task
 from a3_jax.paths import as_path, parse_json, read_text, snapshot_hint
@@ -188,7 +188,7 @@ def _records(paths, task: Task) -> Iterator[tuple[Any, int, dict]]:
 
 
 def _streamed(path, task: Task) -> Iterator[tuple[Any, int, dict]]:
-    source = Source(str(path))
+    source = DocumentSource(str(path))
     names = source.column_names() if path.name.endswith(".parquet") else []
     columns = [_present(field, names, path) for field in task.fields] if names else []
     for number, record in source.records([name for name in columns if name]):

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from a3_jax.data.documents import COMPRESSIONS, Source
+from a3_jax.data.documents import COMPRESSIONS, DocumentSource
 from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.evaluation.lm_eval_adapter import HarnessModel
 from a3_jax.evaluation.requests import EvaluatedModel
@@ -205,7 +205,7 @@ def _plain(path: str, copies: Path) -> str:
     copy = copies / Path(path).name.removesuffix(".gz").removesuffix(".zst")
     try:
         with copy.open("wb") as file:
-            file.writelines(Source(path).text_blocks())
+            file.writelines(DocumentSource(path).text_blocks())
     except OSError as error:
         raise InputError(f"can't be read: {error.strerror or error}", file=path) from error
     return str(copy)

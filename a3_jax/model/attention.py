@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from a3_jax.model import attention_tpu
+from a3_jax.model import attention_splash
 from a3_jax.model.attention_chunked import chunked_attention
 from a3_jax.model.sharding import axis_parts, partition_spec, platform
 
@@ -81,7 +81,7 @@ def dense_attention(query, key, value, start, limit, *, scale, logit_softcap=Non
 
 def _splash(query, key, value, start, limit, *, scale, logit_softcap, precision):
     del precision  # the kernel's products are in the dtype of its inputs, summed in float32
-    return attention_tpu.splash_attention(
+    return attention_splash.splash_attention(
         query, key, value, start, limit,
         scale=scale, logit_softcap=logit_softcap, interpret=platform() != "tpu",
     )  # fmt: skip
@@ -99,7 +99,7 @@ def _chosen(query, key) -> str:
     """What "auto" means for these shapes, on the devices of the mesh or the default ones."""
     if query.shape[1] <= FEW_ROWS:
         return "dense"
-    if platform() == "tpu" and attention_tpu.available(query.shape, key.shape):
+    if platform() == "tpu" and attention_splash.available(query.shape, key.shape):
         return "splash"
     return "chunked"
 

@@ -191,11 +191,6 @@ def _mlp_matrices(config: ModelConfig) -> int:
     return 3 if config.gated_mlp else 2
 
 
-def cache_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
-    """Bytes of the keys and values that decoding keeps of a committed token."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_size * itemsize
-
-
 def kept_bytes_per_token(config: ModelConfig, remat: str, itemsize: int = 2) -> int:
     """Bytes that the two-stream layers keep of a token for the backward pass of a training step.
 

@@ -99,7 +99,7 @@ class Outputs:
 
 
 @struct.dataclass
-class LayerRecord:
+class LayerConfig:
     """What differs from layer to layer besides weights, [L] each; the layer scan slices it.
 
     Attributes:
@@ -113,7 +113,7 @@ class LayerRecord:
     rotary_table: Any
 
 
-def layer_records(config: ModelConfig) -> LayerRecord:
+def layer_configs(config: ModelConfig) -> LayerConfig:
     """The records of all layers, NumPy [L] each."""
     window, table = [], []
     local_table = int(config.local_rope_theta is not None)
@@ -123,7 +123,7 @@ def layer_records(config: ModelConfig) -> LayerRecord:
         table.append(local_table if local else 0)
         if layer in config.unrotated_layers:
             table[-1] = local_table + 1
-    return LayerRecord(*(np.asarray(values, np.int32) for values in (range(len(table)), window, table)))
+    return LayerConfig(*(np.asarray(values, np.int32) for values in (range(len(table)), window, table)))
 
 
 def frequency_tables(config: ModelConfig):
@@ -143,7 +143,7 @@ def frequency_tables(config: ModelConfig):
 
 
 @struct.dataclass
-class Geometry:
+class AttentionInputs:
     """Where the rows of both sets stand, content rows first: the same for all layers.
 
     Attributes:
@@ -164,7 +164,7 @@ class Block(nn.Module):
       content_rows: how many of the rows are content rows; they come first.
       first_output: the rows before it give keys and values only. 0, or `content_rows` in the last
         layer when just the query output is wanted.
-      few_rows: weights lie [out, in], see `lay_out_for_few_rows`.
+      few_rows: weights lie [out, in], see `prepare_cpu_decode_params`.
     """
 
     config: ModelConfig
@@ -199,7 +199,7 @@ class Block(nn.Module):
         return apply
 
     @nn.compact
-    def __call__(self, carry, record: LayerRecord, geometry: Geometry):
+    def __call__(self, carry, record: LayerConfig, geometry: AttentionInputs):
         c = self.config
         x_BRD, cache = carry
         x_BRD = checkpoint_name(x_BRD, _BLOCK_INPUT)
@@ -276,7 +276,7 @@ class TwoStream(nn.Module):
         "dots" (matrix products and attention), "block" (each block's input), "offload" (the same, in
         the host's memory).
       attention: how attention is computed, see `attention.IMPLEMENTATIONS`.
-      few_rows: layers one by one, with those parameters of `lay_out_for_few_rows`, instead of in a scan.
+      few_rows: layers one by one, with those parameters of `prepare_cpu_decode_params`, instead of in a scan.
     """
 
     config: ModelConfig
@@ -346,7 +346,7 @@ class TwoStream(nn.Module):
 
     def _layers(self, x_BRD, cache, geometry, content_rows, first_output):
         """All blocks but the last in one scan or one by one; the last alone, as less of it may be wanted."""
-        records = layer_records(self.config)
+        records = layer_configs(self.config)
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -386,7 +386,7 @@ def make_two_stream(config: ModelConfig, dtype: str) -> TwoStream:
     return TwoStream(config, dtype=jnp.dtype(dtype), precision=precision)
 
 
-def lay_out_for_few_rows(params, config: ModelConfig):
+def prepare_cpu_decode_params(params, config: ModelConfig):
     """The layers' parameters for a model with `few_rows`: each layer's weights by themselves, as [out, in].
 
     On CPU a scan over layers copies each one's weights out of their stack, and a product of few rows with
@@ -518,20 +518,20 @@ def _normal(scale, key, shape, dtype=jnp.float32):
     return (scale * drawn.reshape(-1)[:size]).reshape(shape).astype(dtype)
 
 
-def _geometry(config, content, query) -> Geometry:
+def _geometry(config, content, query) -> AttentionInputs:
     sets = [content] if query is None else [content, query]
     positions, start, limit = (
         jnp.concatenate([getattr(rows, field) for rows in sets], axis=1)
         for field in ("positions", "start", "limit")
     )
     if config.positions == "learned":
-        return Geometry(start=start, limit=limit, cos=None, sin=None)
+        return AttentionInputs(start=start, limit=limit, cos=None, sin=None)
     tables = []
     for frequencies, factor in frequency_tables(config):
         cos, sin = rotary_angles(positions, frequencies)
         tables.append((cos, sin) if factor == 1.0 else (factor * cos, factor * sin))
     cos, sin = (jnp.stack(parts) for parts in zip(*tables, strict=True))
-    return Geometry(start=start, limit=limit, cos=cos, sin=sin)
+    return AttentionInputs(start=start, limit=limit, cos=cos, sin=sin)
 
 
 def _windowed(geometry, window, content_rows):

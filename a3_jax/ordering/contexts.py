@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from a3_jax.ordering.packed import count, fractions, log_uniform, places, shuffle, uniform
+from a3_jax.ordering.segments import count, fractions, log_uniform, places, shuffle, uniform
 
 _LEAST_MASKED = 1e-3
 

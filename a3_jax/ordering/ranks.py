@@ -21,7 +21,7 @@ import numpy as np
 
 from a3_jax.errors import InputError, nearest
 from a3_jax.ordering.contexts import draw_absent, draw_context, draw_masked
-from a3_jax.ordering.packed import count, fractions, places, shuffle
+from a3_jax.ordering.segments import count, fractions, places, shuffle
 
 if TYPE_CHECKING:
     from a3_jax.ordering.curriculum import Stage

@@ -17,7 +17,7 @@ from a3_jax.pods.spec import COMPILER_FLAGS
 # A program of its own: an unknown flag ends the process that compiles.
 _PROBE = """
 import sys, jax, jax.numpy as jnp
-from a3_jax.pods.chips import topology_devices
+from a3_jax.pods.aot_compile import topology_devices
 place = jax.sharding.SingleDeviceSharding(topology_devices(sys.argv[1])[0])
 jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=place)).compile()
 """

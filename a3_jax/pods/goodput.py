@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from a3_jax.errors import EXIT_OK
-from a3_jax.pods.records import Event, attempts, read_events, sort_steps
+from a3_jax.pods.run_records import Event, attempts, read_events, sort_steps
 from a3_jax.tables import duration, print_table
 
 CATEGORIES = {

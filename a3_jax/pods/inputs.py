@@ -61,10 +61,10 @@ def _check_checkpoint(path: str) -> tuple[ModelConfig, str]:
     """Its model: manifest, sizes and tree of an A3 checkpoint; headers and shapes of a Hugging Face one."""
     from a3_jax.checkpoints.a3_format import load_meta
     from a3_jax.checkpoints.hf_format import open_hf
+    from a3_jax.checkpoints.loading import find_checkpoint
     from a3_jax.checkpoints.manifest import raise_damage, read_manifest
-    from a3_jax.checkpoints.opening import find_checkpoint
     from a3_jax.checkpoints.orbax_items import PARAMS
-    from a3_jax.checkpoints.reading import check_same_tree
+    from a3_jax.checkpoints.verified_restore import check_same_tree
     from a3_jax.model.two_stream import abstract_params
 
     directory, is_hf = find_checkpoint(path)
@@ -77,8 +77,8 @@ def _check_checkpoint(path: str) -> tuple[ModelConfig, str]:
 
 
 def _check_data(run: RunConfig) -> str:
-    from a3_jax.data.manifest import check_shards
     from a3_jax.data.prepared import find_prepared
+    from a3_jax.data.prepared_manifest import check_shards
     from a3_jax.data.sources import find_files
 
     if not run.data:

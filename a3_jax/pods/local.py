@@ -36,7 +36,7 @@ from a3_jax.errors import (
     nearest,
 )
 from a3_jax.paths import check_parents, write_json
-from a3_jax.pods.records import CONFIG, append_event, newest_step, position, read_events, read_object
+from a3_jax.pods.run_records import CONFIG, append_event, newest_step, position, read_events, read_object
 
 REPORT = "no_progress.json"
 PROGRAMS = "A3_COMPILATION_CACHE"  # an environment variable, see `runtime.compile_cache`

@@ -16,7 +16,7 @@ import dataclasses
 
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import kept_bytes_per_token, parameter_count
-from a3_jax.pods.layout import Layout
+from a3_jax.pods.parallel_config import ParallelConfig
 from a3_jax.training.config import RunConfig
 
 CHUNK_ROWS = 1024  # of the loss on accelerators, `training.loss`
@@ -43,7 +43,9 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def estimate_memory(run: RunConfig, model: ModelConfig, layout: Layout, objective="any_order") -> Memory:
+def estimate_memory(
+    run: RunConfig, model: ModelConfig, layout: ParallelConfig, objective="any_order"
+) -> Memory:
     """Bytes of a chip in a run's step.
 
     Args:

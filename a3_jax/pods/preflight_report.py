@@ -8,8 +8,8 @@ from typing import Any
 from a3_jax.model.config import ModelConfig
 from a3_jax.pods.collectives import read_collectives, traffic
 from a3_jax.pods.compiler import Compiled
-from a3_jax.pods.layout import layout_of
 from a3_jax.pods.memory_estimate import estimate_memory
+from a3_jax.pods.parallel_config import parallel_config_of
 from a3_jax.pods.roofline import accelerator_of, describe, estimate_times, estimate_traffic, step_flops
 from a3_jax.pods.search import Candidate, advice
 from a3_jax.pods.topologies import Pod
@@ -30,7 +30,7 @@ def make_report(
       compiled: the programs, train steps first; the one that needs most decides.
       asked: names of the others.
     """
-    layout, capacity = layout_of(run, pod), accelerator_of(pod).memory_bytes
+    layout, capacity = parallel_config_of(run, pod), accelerator_of(pod).memory_bytes
     steps = [program for program in compiled if program.name.startswith("train")]
     worst = max(steps, key=lambda program: (bool(program.refused), program.total))
     objective = worst.name.split()[1]

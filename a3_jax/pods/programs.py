@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, batch_sharding
 from a3_jax.model.two_stream import abstract_params, param_shardings
-from a3_jax.pods.chips import compile_step
+from a3_jax.pods.aot_compile import compile_step
 from a3_jax.training.config import RunConfig
 from a3_jax.training.optimizer import make_optimizer
 from a3_jax.training.setup import make_model, sharded_state, with_shardings
@@ -57,15 +57,15 @@ def _restore(run, model, mesh):
 
 def _decode(run, model, mesh):
     """`a3 generate` in bfloat16 with its defaults: a text a part of the batch axis, half of it blank."""
-    from a3_jax.decoding.filling import first_state, make_program
+    from a3_jax.decoding.batched_decode import first_state, make_decode_spec
     from a3_jax.decoding.loop import decode
     from a3_jax.decoding.options import GenerateOptions
 
     options, columns = GenerateOptions(dtype="bfloat16"), run.seq_len
     group = min(options.group_size, columns)
-    program = make_program(model, options, None, (columns, max(1, columns // 2), group, group))
+    spec = make_decode_spec(model, options, None, (columns, max(1, columns // 2), group, group))
     params = with_shardings(abstract_params(model, jnp.bfloat16), param_shardings(mesh, model))
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda: first_state([], columns, axis_parts("batch"), 0))
         state = with_shardings(state, jax.tree.map(lambda _: batch_sharding(mesh), state))
-        return decode.lower(params, state, program=program).compile()
+        return decode.lower(params, state, spec=spec).compile()

@@ -21,7 +21,7 @@ from a3_jax.model.flops import (
     train_step_flops,
     visible_pairs,
 )
-from a3_jax.pods.layout import Layout
+from a3_jax.pods.parallel_config import ParallelConfig
 from a3_jax.pods.topologies import Pod
 from a3_jax.training.config import RunConfig
 
@@ -59,7 +59,14 @@ def step_flops(run: RunConfig, model: ModelConfig, objective: str = "any_order")
 
 
 def estimate_times(
-    run: RunConfig, model: ModelConfig, layout: Layout, pod: Pod, *, ici: float, dcn: float, objective: str
+    run: RunConfig,
+    model: ModelConfig,
+    layout: ParallelConfig,
+    pod: Pod,
+    *,
+    ici: float,
+    dcn: float,
+    objective: str,
 ) -> Times:
     """The times of a step.
 
@@ -77,7 +84,9 @@ def estimate_times(
     )
 
 
-def estimate_traffic(run: RunConfig, model: ModelConfig, layout: Layout, pod: Pod) -> tuple[float, float]:
+def estimate_traffic(
+    run: RunConfig, model: ModelConfig, layout: ParallelConfig, pod: Pod
+) -> tuple[float, float]:
     """Bytes that a chip sends in a step by formula, within its slice and beyond: for a search.
 
     Every microbatch gathers the weights twice (for the backward pass again) and scatters their gradient, all

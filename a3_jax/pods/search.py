@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Iterator
 
 from a3_jax.model.config import ModelConfig
-from a3_jax.pods.layout import Layout
 from a3_jax.pods.memory_estimate import Memory, estimate_memory
+from a3_jax.pods.parallel_config import ParallelConfig
 from a3_jax.pods.roofline import Times, accelerator_of, estimate_times, estimate_traffic
 from a3_jax.pods.topologies import Pod
 from a3_jax.training.config import RunConfig
@@ -23,7 +23,7 @@ POLICIES = ("dots", "block", "offload")
 class Candidate:
     """A layout with its bytes and seconds by formula."""
 
-    layout: Layout
+    layout: ParallelConfig
     memory: Memory
     times: Times
     fits: bool
@@ -50,7 +50,7 @@ def search(run: RunConfig, model: ModelConfig, pod: Pod, objective: str = "any_o
     return sorted(found, key=lambda candidate: candidate.rank)
 
 
-def layouts(run: RunConfig, model: ModelConfig, pod: Pod) -> Iterator[Layout]:
+def layouts(run: RunConfig, model: ModelConfig, pod: Pod) -> Iterator[ParallelConfig]:
     """The layouts that suit pod, model and batch; data is a multiple of the slices, which it alone joins."""
     for fsdp in _powers(pod.slice.chips):
         for tensor in _powers(pod.slice.chips // fsdp):
@@ -59,10 +59,12 @@ def layouts(run: RunConfig, model: ModelConfig, pod: Pod) -> Iterator[Layout]:
                 continue
             for pieces in range(1, run.batch_size + 1):
                 if run.batch_size % pieces == 0 and run.batch_size // pieces % (data * fsdp) == 0:
-                    yield from (Layout(data, fsdp, tensor, pieces, remat) for remat in POLICIES)
+                    yield from (ParallelConfig(data, fsdp, tensor, pieces, remat) for remat in POLICIES)
 
 
-def advice(run: RunConfig, model: ModelConfig, pod: Pod, now: Layout, objective: str) -> list[Candidate]:
+def advice(
+    run: RunConfig, model: ModelConfig, pod: Pod, now: ParallelConfig, objective: str
+) -> list[Candidate]:
     """Layouts that fit by formula when `now` does not: the nearest change first, then the best of all."""
     fitting = [candidate for candidate in search(run, model, pod, objective) if candidate.fits]
 

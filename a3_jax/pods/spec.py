@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.pods.layout import mesh_sizes
+from a3_jax.pods.parallel_config import mesh_sizes
 from a3_jax.pods.topologies import Pod, Topology, find_topology
 from a3_jax.pods.yaml_file import read_yaml
 

@@ -9,7 +9,7 @@ from typing import Any
 from a3_jax.checkpoints.manifest import find_damage, read_manifest
 from a3_jax.errors import EXIT_OK, InputError
 from a3_jax.paths import as_path
-from a3_jax.pods.records import (
+from a3_jax.pods.run_records import (
     CHECKPOINTS,
     CONFIG,
     LEASE,

@@ -42,7 +42,7 @@ def fill(checkpoint, texts: Iterable[str], **options) -> list[str]:
     return [result["text"] for result in generate(checkpoint, [{"text": text} for text in texts], **options)]
 
 
-def exact_match(checkpoint, blanks: Sequence[embedded.Blank], **options) -> float:
+def exact_match(checkpoint, blanks: Sequence[embedded.HiddenWords], **options) -> float:
     """The share of one-word blanks that are filled with the very word, 0 to 1."""
     filled = fill(checkpoint, (blank.text for blank in blanks), **options)
     truths = [blank.text.replace("[[1]]", blank.answer) for blank in blanks]

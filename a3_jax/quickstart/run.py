@@ -25,7 +25,7 @@ SMOKE_BLANKS = 2 * 36
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class QuickstartPlan:
     """What is run.
 
     Attributes:
@@ -39,7 +39,7 @@ class Plan:
     text: str | None
 
     @classmethod
-    def make(cls, *, smoke: bool, text: str | None) -> "Plan":
+    def make(cls, *, smoke: bool, text: str | None) -> "QuickstartPlan":
         if text is not None:
             config, blanks = text_run(text, SMOKE_STEPS if smoke else BYTE_STEPS), 0
         else:
@@ -49,7 +49,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class QuickstartOutcome:
     """What came out.
 
     Attributes:
@@ -62,7 +62,7 @@ class Outcome:
     infillings: list[questions.Infilling]
 
 
-def quickstart(workdir, *, smoke: bool = False, text: str | None = None) -> Outcome:
+def quickstart(workdir, *, smoke: bool = False, text: str | None = None) -> QuickstartOutcome:
     """Walks the whole path and writes what came out.
 
     Args:
@@ -75,7 +75,7 @@ def quickstart(workdir, *, smoke: bool = False, text: str | None = None) -> Outc
     """
     begin = time.monotonic()
     workdir = as_path(workdir)
-    plan = Plan.make(smoke=smoke, text=text)
+    plan = QuickstartPlan.make(smoke=smoke, text=text)
     _walk(plan.run, workdir)
 
     _say("filling blanks")
@@ -89,7 +89,7 @@ def quickstart(workdir, *, smoke: bool = False, text: str | None = None) -> Outc
     }
     report.write(workdir, figures, infillings, plan.run)
     write_text(workdir / "quickstart.json", json.dumps(figures, indent=2) + "\n")
-    return Outcome(figures, infillings)
+    return QuickstartOutcome(figures, infillings)
 
 
 def _walk(run: RunConfig, workdir) -> None:
@@ -115,16 +115,16 @@ def _walk(run: RunConfig, workdir) -> None:
 
 
 def _open(directory):
-    from a3_jax.checkpoints.opening import open_checkpoint
+    from a3_jax.checkpoints.loading import open_checkpoint
 
     return open_checkpoint(directory)
 
 
-def _questions(plan: Plan) -> list[questions.Question]:
+def _questions(plan: QuickstartPlan) -> list[questions.Question]:
     if plan.text is None:
         return questions.story_questions()
+    from a3_jax.data.seqio_tasks import split_documents
     from a3_jax.data.sources import read_documents
-    from a3_jax.data.tasks import split_documents
 
     splits = split_documents(read_documents(plan.text), plan.run.holdout)
     return questions.text_questions(splits["heldout"] or splits["train"])

@@ -11,7 +11,7 @@ from a3_jax.ordering.curriculum import stage_at
 from a3_jax.runtime.coordination import run_on_process_zero
 from a3_jax.runtime.distributed import rows_of_process
 from a3_jax.training.config import RunConfig
-from a3_jax.training.records import JsonLines, Records, numbers
+from a3_jax.training.run_log import JsonLines, RunLog, numbers
 from a3_jax.training.step import LOSSES, make_loss
 
 GROUP_SIZE = 4  # of the contiguous and random orders: the size that the paper's curriculum ends with
@@ -107,7 +107,7 @@ def stage_due(run: RunConfig, first_step: int, restored: bool, evaluations: Json
     return stage_at(run.stages, first_step - 1)[1].name if due else ""
 
 
-def write_losses(records: Records, step: int, stage: str, losses: Mapping[str, float | None]) -> None:
+def write_losses(records: RunLog, step: int, stage: str, losses: Mapping[str, float | None]) -> None:
     """Writes the held-out losses after a step."""
     row = {"step": step, "stage": stage, **losses}
     records.evaluations.append(row)

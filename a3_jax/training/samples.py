@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from a3_jax.training.records import JsonLines
+from a3_jax.training.run_log import JsonLines
 
 SAMPLES = 4
 MAX_TOKENS = 64
@@ -44,7 +44,7 @@ def make_sampler(
     documents = [document for document in documents if len(document) > 1][:SAMPLES]
 
     def sample(step: int, params: Any) -> None:
-        from a3_jax.decoding.filling import BlankRequest, Task, decoding_params, fill
+        from a3_jax.decoding.batched_decode import BlankRequest, DecodeRequest, decoding_params, fill
         from a3_jax.decoding.options import GenerateOptions
 
         options = GenerateOptions(strategy="dynamic", context="flat", seed=seed)
@@ -52,7 +52,7 @@ def make_sampler(
             BlankRequest(number, *blanked(document), ranks=None)
             for number, document in enumerate(documents, start=1)
         ]
-        tasks = [Task(request, 0, "flat", options) for request in requests]
+        tasks = [DecodeRequest(request, 0, "flat", options) for request in requests]
         filled = fill(decoding_params(params, config, options), config, tasks, options)
         for document, request, arrays in zip(documents, requests, filled, strict=True):
             row = _readable(document, request.blank, arrays["tokens"], tokenizer)

@@ -18,7 +18,7 @@ from a3_jax.runtime.distributed import ProcessFlags
 from a3_jax.runtime.lease import Lease
 from a3_jax.tokenizer import Tokenizer
 from a3_jax.training.config import RunConfig, check_unchanged
-from a3_jax.training.state import Numerics, TrainState
+from a3_jax.training.train_state import Numerics, TrainState
 
 
 def find_progress(run: RunConfig, workdir) -> int | None:

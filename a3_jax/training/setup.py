@@ -23,7 +23,7 @@ from a3_jax.model.two_stream import TwoStream
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer, from_files, load_tokenizer
 from a3_jax.training.config import RunConfig, model_config, with_mask
 from a3_jax.training.optimizer import make_optimizer
-from a3_jax.training.state import abstract_state, state_shardings
+from a3_jax.training.train_state import abstract_state, state_shardings
 
 SLICES_ARE_PROCESSES = "A3_SLICES_ARE_PROCESSES"  # an environment variable
 
@@ -76,7 +76,7 @@ def init_from_config(run: RunConfig, mesh) -> Start:
         model = with_mask(run, model_config(run, tokenizer.vocab_size))
         check_eos_ids(tokenizer, tokenizer.eos_ids, model.vocab_size, run.tokenizer or run.data or None)
         return Start(model, tokenizer)
-    from a3_jax.checkpoints.opening import open_checkpoint
+    from a3_jax.checkpoints.loading import open_checkpoint
 
     checkpoint = open_checkpoint(run.init_from, dtype="float32", seed=run.seed, mesh=mesh)
     tokenizer = _open_tokenizer(run, checkpoint.tokenizer)
@@ -90,7 +90,7 @@ def init_from_config(run: RunConfig, mesh) -> Start:
 
 def init_from_checkpoint(checkpoints) -> Start:
     """Continues a run: everything is in its own checkpoints, `init_from` may be gone."""
-    from a3_jax.checkpoints.opening import a3_tokenizer
+    from a3_jax.checkpoints.loading import a3_tokenizer
 
     damages = []
     for step in with_manifest(checkpoints):
@@ -146,7 +146,7 @@ def open_run_data(run: RunConfig, start: Start, saved: Mapping[str, Any] | None)
       InputError: data that can't be used, has changed, or has ids without an embedding.
     """
     from a3_jax.data.prepared import check_tokenizer, describe, find_prepared, open_tables
-    from a3_jax.data.tasks import Data, open_data
+    from a3_jax.data.seqio_tasks import Data, open_data
 
     def check_same(described):
         if saved and saved != described:

@@ -26,7 +26,7 @@ from a3_jax.model.two_stream import Rows, TwoStream, run_rows
 from a3_jax.ordering.curriculum import Stage
 from a3_jax.ordering.intervals import bounds
 from a3_jax.training.loss import cross_entropy
-from a3_jax.training.state import TrainState, state_shardings
+from a3_jax.training.train_state import TrainState, state_shardings
 
 Batch = dict[str, Any]  # tokens, positions, segment_ids, ranks: int32 [B, T]; weights: float32 [B, T]
 Pairs = dict[str, tuple[jax.Array, jax.Array]]  # loss -> (sum in nats, sum of weights): float32 scalars

@@ -35,7 +35,7 @@ from a3_jax.runtime.watchdog import Limits, Watchdog
 from a3_jax.training.config import RunConfig
 from a3_jax.training.heldout import make_evaluator, stage_due, write_losses
 from a3_jax.training.optimizer import learning_rate, make_optimizer
-from a3_jax.training.records import Events, LastWords, MetricsReader, open_records
+from a3_jax.training.run_log import Events, LastWords, MetricsReader, open_records
 from a3_jax.training.samples import make_sampler
 from a3_jax.training.saving import (
     Saver,
@@ -58,8 +58,8 @@ from a3_jax.training.setup import (
     step_arguments,
     warn,
 )
-from a3_jax.training.state import init_state
 from a3_jax.training.step import make_reset, make_train_step, step_kind
+from a3_jax.training.train_state import init_state
 
 
 def train(config: Mapping[str, Any], workdir, devices=None):

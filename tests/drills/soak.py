@@ -21,7 +21,7 @@ import time
 
 from a3_jax.checkpoints.manifest import find_damage, list_files, read_manifest
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_HUNG, EXIT_PREEMPTED, InputError
-from a3_jax.pods.records import checkpoint_steps
+from a3_jax.pods.run_records import checkpoint_steps
 from tests.drills.harness import TIMEOUT, Run
 
 PROCESSES, DEVICES = 2, 1

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from a3_jax.data import embedded, sources
-from a3_jax.data.manifest import HELDOUT, TRAIN
+from a3_jax.data.prepared_manifest import HELDOUT, TRAIN
 from a3_jax.data.table import Table, pack
 from a3_jax.data.tensorflow_host import seqio, tf
 from a3_jax.data.vocabulary import TextVocabulary

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from a3_jax.model import attention_tpu, sharding
-from a3_jax.model.attention_tpu import splash_attention
+from a3_jax.model import attention_splash, sharding
+from a3_jax.model.attention_splash import splash_attention
 from tests.test_attention import loop_attention
 
 BLOCK, KEYS, SCALE = 128, 300, 0.3  # three blocks of keys, the last one ragged
@@ -156,9 +156,9 @@ def test_a_wrong_limit_is_seen():
 
 def test_a_needed_block_switched_off_is_seen(monkeypatch):
     """Negative control: the block mask decides what is computed, in every kernel."""
-    needed_blocks = attention_tpu._needed_blocks
+    needed_blocks = attention_splash._needed_blocks
     monkeypatch.setattr(
-        attention_tpu, "_needed_blocks", lambda *args: needed_blocks(*args).at[0, 2, 1].set(False)
+        attention_splash, "_needed_blocks", lambda *args: needed_blocks(*args).at[0, 2, 1].set(False)
     )
     given = arrays("left to right", "left to right")
     errors = largest_errors(jax.jit(lambda *given: run.__wrapped__(*given))(*given), given)
@@ -169,7 +169,7 @@ def test_a_mesh_changes_nothing():
     """Each device with its own examples and heads, as `attention.attention` calls it."""
     given = arrays(*list(ORDERS)[:4])
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    row, heads = (sharding.partition_spec(axes) for axes in (("batch",), attention_tpu._QUERY_AXES))
+    row, heads = (sharding.partition_spec(axes) for axes in (("batch",), attention_splash._QUERY_AXES))
     specs = (heads, heads, heads, row, row, heads)
     function = jax.shard_map(
         run.__wrapped__, mesh=mesh, in_specs=specs, out_specs=(heads, (heads,) * 3), check_vma=False
@@ -189,7 +189,7 @@ def test_needed_blocks_are_those_with_a_visible_key():
     keys = np.arange(384)
     dense = (keys >= start[..., None]) & (keys < limit[..., None])
     expected = dense.reshape(5, 5, 128, 3, 128).any(axis=(2, 4))
-    np.testing.assert_array_equal(attention_tpu._needed_blocks(start, limit, 3, (128, 128)), expected)
+    np.testing.assert_array_equal(attention_splash._needed_blocks(start, limit, 3, (128, 128)), expected)
     assert 20 < expected.sum() < 55
 
 
@@ -197,23 +197,23 @@ def test_blocks_that_are_not_needed_are_not_fetched():
     """Along the grid the index never names a skipped block, and names needed ones where they are."""
     needed = np.array([[0, 1, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], bool)
     expected = [[1, 1, 4, 4, 4, 4], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(attention_tpu._next_needed(jnp.asarray(needed), axis=1), expected)
+    np.testing.assert_array_equal(attention_splash._next_needed(jnp.asarray(needed), axis=1), expected)
     np.testing.assert_array_equal(
-        attention_tpu._next_needed(jnp.asarray(needed.T), axis=0), np.transpose(expected)
+        attention_splash._next_needed(jnp.asarray(needed.T), axis=0), np.transpose(expected)
     )
 
 
 def test_intervals_in_one_int32():
     """Up to the largest length, and for examples whose offset is far beyond 2**16."""
     rng = np.random.default_rng(5)
-    size = attention_tpu.MAX_KEYS
+    size = attention_splash.MAX_KEYS
     start, limit, key = rng.integers(0, size + 1, (3, 20000))
     start[:3], limit[:3], key[:3] = (0, 0, size - 1), (size, size, size), (size - 1, 0, size - 2)
     key[3:8000] = np.clip(limit[3:8000] + rng.integers(-2, 3, 7997), 0, size - 1)
     key[8000:16000] = np.clip(start[8000:16000] + rng.integers(-2, 3, 8000), 0, size - 1)
     for offset in (0, 2**16 * 3 + 640, 65408 * 7):
-        packed = attention_tpu._pack(jnp.int32(start + offset), jnp.int32(limit - start))
-        visible = attention_tpu._visible(packed, jnp.int32(key + offset))
+        packed = attention_splash._pack(jnp.int32(start + offset), jnp.int32(limit - start))
+        visible = attention_splash._visible(packed, jnp.int32(key + offset))
         np.testing.assert_array_equal(visible, (start <= key) & (key < limit))
 
 
@@ -221,11 +221,11 @@ def test_intervals_in_one_int32():
     ("length", "block"), [(1, 128), (300, 128), (512, 512), (700, 256), (1000, 512), (2048, 512), (640, 128)]
 )
 def test_blocks_pad_by_little(length, block):
-    assert attention_tpu._choose_block(length) == block
+    assert attention_splash._choose_block(length) == block
 
 
 def test_why_not(monkeypatch, capsys):
-    reason = attention_tpu.unavailable
+    reason = attention_splash.unavailable
     mesh = jax.sharding.AbstractMesh((1, 2, 4), ("data", "fsdp", "tensor"))
     assert reason((3, 256, 8, 64), (3, 256, 2, 64)) is None
     with jax.sharding.use_abstract_mesh(mesh):
@@ -235,8 +235,8 @@ def test_why_not(monkeypatch, capsys):
     assert reason((1, 512, 8, 64), (1, 65536, 8, 64)) == "65536 keys are more than 65535"
     assert "4096 examples of 256 rows" in str(reason((4096, 256, 8, 64), (4096, 256, 8, 64)))
 
-    attention_tpu._warn_once.cache_clear()
-    answers = [attention_tpu.available((1, 1, 8, 64), (1, size, 8, 64)) for size in (70000, 70000, 7)]
+    attention_splash._warn_once.cache_clear()
+    answers = [attention_splash.available((1, 1, 8, 64), (1, size, 8, 64)) for size in (70000, 70000, 7)]
     assert answers == [False, False, True]
     assert capsys.readouterr().err == (
         "warning: attention without the TPU kernel, which is slower: 70000 keys are more than 65535\n"
@@ -248,9 +248,9 @@ def test_why_not(monkeypatch, capsys):
 def test_a_library_without_the_names_is_named(monkeypatch):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-    library = attention_tpu._library.__wrapped__
-    monkeypatch.setattr(attention_tpu, "_library", library)
+    library = attention_splash._library.__wrapped__
+    monkeypatch.setattr(attention_splash, "_library", library)
     monkeypatch.setattr(splash_attention_kernel, "BlockSizes", lambda block_q, block_kv: None)
-    assert "has no block_q_dq" in str(attention_tpu.unavailable((1, 1, 1, 8), (1, 1, 1, 8)))
+    assert "has no block_q_dq" in str(attention_splash.unavailable((1, 1, 1, 8), (1, 1, 1, 8)))
     monkeypatch.delattr(splash_attention_kernel, "SplashAttentionKernel")
-    assert "SplashAttentionKernel" in str(attention_tpu.unavailable((1, 1, 1, 8), (1, 1, 1, 8)))
+    assert "SplashAttentionKernel" in str(attention_splash.unavailable((1, 1, 1, 8), (1, 1, 1, 8)))

@@ -15,16 +15,16 @@ from a3_jax.decoding.sampling import (
     Sampling,
     candidate_score,
     draw,
+    draw_log_probs,
     entropy,
     filtered_logprobs,
-    law,
     map_rows,
 )  # fmt: skip
 
 _DRAW, _SCORE = 0, 1  # purposes
 
 
-class Judged(NamedTuple):
+class SampledTokens(NamedTuple):
     """[B, Q] each: the drawn token, its log-probability by the model itself, what the rules look at."""
 
     token: Any
@@ -34,19 +34,19 @@ class Judged(NamedTuple):
     confidence: Any
 
 
-class Laws(NamedTuple):
+class Distributions(NamedTuple):
     """Log-probabilities, float32 [B, Q, V]: what is drawn from, and the model's own.
 
     `entropy` [B, Q], in nats, is that of the filtered distribution, at temperature 0 too.
     """
 
-    law: Any
-    own: Any
+    log_probs: Any
+    model_log_probs: Any
     entropy: Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class TokenSampler:
     """What a strategy may ask about the rows of its offer.
 
     Attributes:
@@ -54,7 +54,7 @@ class Judge:
       head: [D] -> scores over the vocabulary [V].
       keys: [B] of this step.
       sampling: how tokens are drawn.
-      criterion: of `Judged.score`.
+      criterion: of `SampledTokens.score`.
       vocab_size: V.
     """
 
@@ -65,7 +65,7 @@ class Judge:
     criterion: str
     vocab_size: int
 
-    def __call__(self, offer) -> Judged:
+    def __call__(self, candidates) -> SampledTokens:
         """Some rows' logits at a time."""
 
         def one_row(hidden_D, key):
@@ -73,25 +73,31 @@ class Judge:
             drawn_from = filtered_logprobs(scores_V, self.sampling)
             token = draw(drawn_from, key, self.sampling)
             score = candidate_score(drawn_from, jax.random.fold_in(key, _SCORE), self.criterion)
-            own = jax.nn.log_softmax(scores_V)[token]
-            return Judged(token, own, score, entropy(drawn_from), jnp.exp(jnp.max(drawn_from)))
+            model_log_prob = jax.nn.log_softmax(scores_V)[token]
+            return SampledTokens(
+                token, model_log_prob, score, entropy(drawn_from), jnp.exp(jnp.max(drawn_from))
+            )
 
-        return map_rows(one_row, (self.hidden, self._row_keys(offer.columns)), self.vocab_size)
+        return map_rows(one_row, (self.hidden, self._row_keys(candidates.columns)), self.vocab_size)
 
-    def laws(self) -> Laws:
+    def distributions(self) -> Distributions:
         """The whole distributions of all rows at once: for few rows."""
 
         def one_row(hidden_D):
             scores_V = self.head(hidden_D).astype(jnp.float32)
             filtered = filtered_logprobs(scores_V, self.sampling)
-            return Laws(law(filtered, self.sampling), jax.nn.log_softmax(scores_V), entropy(filtered))
+            return Distributions(
+                draw_log_probs(filtered, self.sampling), jax.nn.log_softmax(scores_V), entropy(filtered)
+            )
 
         return map_rows(one_row, (self.hidden,), self.vocab_size)
 
-    def draw(self, columns, laws, purpose: int = _DRAW):
+    def draw(self, columns, log_probs_BQV, purpose: int = _DRAW):
         """Tokens [B, Q] for columns [B, Q] from log-probabilities [B, Q, V]."""
         keys = self._row_keys(columns, purpose)
-        return jax.vmap(jax.vmap(lambda law, key: draw(law, key, self.sampling)))(laws, keys)
+        return jax.vmap(jax.vmap(lambda log_probs_V, key: draw(log_probs_V, key, self.sampling)))(
+            log_probs_BQV, keys
+        )
 
     def uniform(self, columns, purpose: int):
         """[B, Q] float32 in [0, 1)."""

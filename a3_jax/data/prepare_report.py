@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from a3_jax.data.manifest import HELDOUT, TRAIN, Manifest
+from a3_jax.data.prepared_manifest import HELDOUT, TRAIN, PreparedManifest
 
 _SECONDS_BETWEEN_LINES = 10
 _NAMES_SHOWN = 10
@@ -64,7 +64,7 @@ class ReadingLine:
             self._bar.stop()
 
 
-def summary(manifest: Manifest) -> list[str]:
+def summary(manifest: PreparedManifest) -> list[str]:
     """Lines that say what a prepared directory holds."""
     counts, settings = manifest.counts, manifest.settings
     heldout = manifest.splits.get(HELDOUT, [])

@@ -8,7 +8,7 @@ from a3_jax.pods.topologies import Pod
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ParallelConfig:
     """What a search may change without changing what a run learns.
 
     Attributes:
@@ -33,10 +33,10 @@ class Layout:
         return batch_size // (self.microbatches * self.data * self.fsdp)
 
 
-def layout_of(run, pod: Pod) -> Layout:
+def parallel_config_of(run, pod: Pod) -> ParallelConfig:
     """The layout that a run's config asks for on a pod; its mesh suits it (`spec.check_mesh`)."""
     sizes = mesh_sizes(run.mesh, pod)
-    return Layout(**sizes, microbatches=run.microbatches, remat=run.remat)
+    return ParallelConfig(**sizes, microbatches=run.microbatches, remat=run.remat)
 
 
 def mesh_sizes(mesh: Mapping[str, int], pod: Pod) -> dict[str, int]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from a3_jax.data.documents import BadRecord
-from a3_jax.data.manifest import SPLITS, TOKENIZER_DIRECTORY, ShardInfo, parse_shard
+from a3_jax.data.prepared_manifest import SPLITS, TOKENIZER_DIRECTORY, ShardInfo, parse_shard
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path, check_parents, read_json
 
@@ -35,7 +35,7 @@ Waiting = dict[str, list[tuple[np.ndarray, np.ndarray | None]]]  # tokens and ro
 
 
 @dataclasses.dataclass
-class Progress:
+class PrepareProgress:
     """How far a preparation is.
 
     Attributes:
@@ -109,7 +109,7 @@ class Progress:
             raise InputError(message, file=directory)
 
 
-def read_progress(directory) -> Progress | None:
+def read_progress(directory) -> PrepareProgress | None:
     """What an unfinished preparation left; None where there is none.
 
     Raises:
@@ -127,12 +127,12 @@ def read_progress(directory) -> Progress | None:
         fields["next"] = int(source), int(record)
         if fields["pending"] is not None and not _PENDING.fullmatch(fields["pending"]):
             raise ValueError(f"{fields['pending']!r} is no file of ours")
-        return Progress(**fields)
+        return PrepareProgress(**fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError("not what `a3 data prepare` writes; remove it to begin anew", file=file) from error
 
 
-def write_progress(directory, progress: Progress, waiting: Waiting) -> None:
+def write_progress(directory, progress: PrepareProgress, waiting: Waiting) -> None:
     """Saves progress and the documents in no shard yet; what was saved before is valid until then.
 
     Raises:
@@ -148,7 +148,7 @@ def write_progress(directory, progress: Progress, waiting: Waiting) -> None:
         (as_path(directory) / before).unlink(missing_ok=True)
 
 
-def read_waiting(directory, progress: Progress) -> Waiting:
+def read_waiting(directory, progress: PrepareProgress) -> Waiting:
     """The documents that `write_progress` saved.
 
     Raises:

@@ -45,7 +45,7 @@ class ShardInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class PreparedManifest:
     """A prepared directory.
 
     Attributes:
@@ -88,11 +88,11 @@ def is_prepared(path) -> bool:
     return (as_path(path) / MANIFEST_FILE).exists()
 
 
-def write_manifest(directory, manifest: Manifest) -> None:
+def write_manifest(directory, manifest: PreparedManifest) -> None:
     write_json(as_path(directory) / MANIFEST_FILE, manifest.to_dict())
 
 
-def read_manifest(directory) -> Manifest:
+def read_manifest(directory) -> PreparedManifest:
     """The manifest of a prepared directory.
 
     Raises:
@@ -109,11 +109,11 @@ def read_manifest(directory) -> Manifest:
     if fields.pop("crc32", None) != _text_crc32(fields):
         raise InputError("is damaged: its checksum is not that of its text", file=file, field="crc32")
     try:
-        fields = {field.name: fields[field.name] for field in dataclasses.fields(Manifest)}
+        fields = {field.name: fields[field.name] for field in dataclasses.fields(PreparedManifest)}
         fields["splits"] = {
             split: [parse_shard(shard) for shard in shards] for split, shards in fields["splits"].items()
         }
-        manifest = Manifest(**fields)
+        manifest = PreparedManifest(**fields)
         _check_fields(manifest)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"is damaged: {type(error).__name__}: {error}", file=file) from error
@@ -135,7 +135,7 @@ def parse_shard(fields) -> ShardInfo:
     return shard
 
 
-def _check_fields(manifest: Manifest) -> None:
+def _check_fields(manifest: PreparedManifest) -> None:
     """Refuses, by a ValueError, what rows can't be read by."""
     if type(manifest.seq_len) is not int or not 0 < manifest.seq_len <= _MAX_SEQ_LEN:
         raise ValueError(f"seq_len is {str(manifest.seq_len)[:40]}")
@@ -149,7 +149,7 @@ def _check_fields(manifest: Manifest) -> None:
             raise ValueError(f"{field} is no {kind.__name__}")
 
 
-def check_shards(directory, manifest: Manifest, *, deep: bool) -> None:
+def check_shards(directory, manifest: PreparedManifest, *, deep: bool) -> None:
     """Compares the files of a directory with its manifest.
 
     Args:
@@ -162,7 +162,7 @@ def check_shards(directory, manifest: Manifest, *, deep: bool) -> None:
         raise complaint
 
 
-def complaints(directory, manifest: Manifest, *, deep: bool) -> Iterator[InputError]:
+def complaints(directory, manifest: PreparedManifest, *, deep: bool) -> Iterator[InputError]:
     """Every shard that is absent, of another size or, if `deep`, of another checksum."""
     for shard in manifest.shards:
         path = as_path(directory) / shard.file

@@ -296,7 +296,7 @@ class ProgressLine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Records:
+class RunLog:
     """Everything that a run writes down besides its checkpoints."""
 
     metrics: JsonLines
@@ -313,7 +313,7 @@ class Records:
             file.cut_back(step)
 
 
-def open_records(run, workdir, events: Events, first_step: int, writes: bool, stack) -> Records:
+def open_records(run, workdir, events: Events, first_step: int, writes: bool, stack) -> RunLog:
     """Opens the records, cut back to the step that the run goes on from; `stack` closes them."""
 
     def opened(record):
@@ -324,7 +324,7 @@ def open_records(run, workdir, events: Events, first_step: int, writes: bool, st
     tensorboard = opened(TensorBoard(workdir / "tensorboard", writes))
     progress = opened(ProgressLine(first_step, run.total_steps, run.log_every, writes))
     profiler = opened(Profiler(workdir / "profile", run.profile_steps, progress.note))
-    records = Records(metrics, evaluations, samples, events, tensorboard, progress, profiler)
+    records = RunLog(metrics, evaluations, samples, events, tensorboard, progress, profiler)
     records.cut_back(first_step)
     return records
 
@@ -338,7 +338,7 @@ class MetricsReader:
       stop, save_failed: whether any process was told to stop, or failed to save.
     """
 
-    def __init__(self, records: Records, log_every: int, utilization: Callable[[str, float], float] | None):
+    def __init__(self, records: RunLog, log_every: int, utilization: Callable[[str, float], float] | None):
         self.step = self.skipped = 0
         self.stop = self.save_failed = False
         self._pending: tuple[int, Stage, float, Mapping[str, Any], Any] | None = None

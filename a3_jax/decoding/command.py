@@ -190,7 +190,7 @@ def _run(args, options_class, check, compute) -> int:
     """
     options = _options(args, options_class)
     _check_output(args.output)
-    from a3_jax.checkpoints.opening import check_has_orders, open_checkpoint
+    from a3_jax.checkpoints.loading import check_has_orders, open_checkpoint
     from a3_jax.decoding.requests import read_lines
 
     bad: list[InputError] = []

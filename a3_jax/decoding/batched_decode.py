@@ -10,11 +10,11 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.loop import Program, decode, lay_out
+from a3_jax.decoding.decode_state import DecodeState, final_eos, finished
+from a3_jax.decoding.loop import DecodeSpec, decode, lay_out
 from a3_jax.decoding.options import GenerateOptions
 from a3_jax.decoding.sampling import Sampling
-from a3_jax.decoding.state import State, final_eos, finished
-from a3_jax.decoding.strategies import Rule
+from a3_jax.decoding.strategies import CommitPolicy
 from a3_jax.model.sharding import axis_parts, constrain, mesh_of
 from a3_jax.model.two_stream import default_dtype
 from a3_jax.ordering.ranks import context_first, contiguous, l2r, order_ranks
@@ -42,7 +42,7 @@ class BlankRequest:
     text: Any = None
 
 
-class Task:
+class DecodeRequest:
     """One completion to make.
 
     Attributes:
@@ -60,7 +60,7 @@ class Task:
 def fill(
     params,
     config,
-    tasks: list[Task],
+    tasks: list[DecodeRequest],
     options: GenerateOptions,
     eos_ids: tuple[int, ...] = (),
     most: int | None = None,
@@ -81,11 +81,11 @@ def fill(
     limits = [limit for limit in (most, _most_examples(config, options)) if limit is not None]
     most = min(limits, default=None)
     for shape, indices, batch_size in batches(tasks, lambda task: task.shape, most):
-        program = make_program(config, options, eos_ids, shape)
+        spec = make_decode_spec(config, options, eos_ids, shape)
         with mesh_of(params):
             batch_size = math.lcm(batch_size, axis_parts("batch"))
             state = first_state([tasks[index] for index in indices], shape[0], batch_size, options.seed)
-            final = final_fields(decode(params, state, program=program), eos_ids)
+            final = final_fields(decode(params, state, spec=spec), eos_ids)
         for row, index in enumerate(indices):
             filled[index] = {name: field[row] for name, field in final.items()}
     return filled
@@ -99,7 +99,7 @@ def decoding_params(params, config, options: GenerateOptions):
         return lay_out(params, config)
 
 
-def final_fields(state: State, eos_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
+def final_fields(state: DecodeState, eos_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
     """What results are made of, on the host; `length`: columns up to a final EOS."""
     names = ("tokens", "filled", "commit_rank", "logprob", "forwards")
     fields = {name: getattr(state, name) for name in names}
@@ -141,7 +141,7 @@ def _planned_ranks(request: BlankRequest, sample: int, context: str, options: Ge
 
 
 def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tuple[int, int, int, int]:
-    """(columns, prefill rows, content rows, query rows): what `Program` calls so."""
+    """(columns, prefill rows, content rows, query rows): what `DecodeSpec` calls so."""
     blank, count = request.blank, int(request.blank.sum())
     columns = bucket(len(blank))
     prefill = len(blank) - count
@@ -154,7 +154,7 @@ def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tup
         content_rows, query_rows = window + 1, 2 * window + 1
     elif options.strategy == "dynamic":
         offered = min(count, options.block_size) if options.order == "block" else count
-        query_rows, content_rows = bucket(offered), _rule(options).max_commit
+        query_rows, content_rows = bucket(offered), _policy(options).max_commit
     elif request.ranks is None:
         query_rows = content_rows = options.group_size
     else:
@@ -174,16 +174,16 @@ def _most_examples(config, options: GenerateOptions) -> int | None:
     return max(1, _LAWS_BYTES // (4 * config.vocab_size * (5 * options.window + 2)))
 
 
-def _rule(options: GenerateOptions) -> Rule:
+def _policy(options: GenerateOptions) -> CommitPolicy:
     """How many blanks dynamic commits a step."""
     bounds = (options.entropy_bound, options.threshold, options.factor)
     most = options.step_size if bounds == (None, None, None) else options.max_commit
-    return Rule(most, *bounds, min_gap=options.min_gap)
+    return CommitPolicy(most, *bounds, min_gap=options.min_gap)
 
 
-def make_program(config, options: GenerateOptions, eos_ids: tuple[int, ...] | None, shape) -> Program:
+def make_decode_spec(config, options: GenerateOptions, eos_ids: tuple[int, ...] | None, shape) -> DecodeSpec:
     columns, prefill_rows, content_rows, query_rows = shape
-    return Program(
+    return DecodeSpec(
         config=config,
         dtype=options.dtype or default_dtype(),
         model=options.model,
@@ -195,32 +195,34 @@ def make_program(config, options: GenerateOptions, eos_ids: tuple[int, ...] | No
         prefill_rows=prefill_rows,
         content_rows=content_rows,
         query_rows=query_rows,
-        rule=dataclasses.replace(_rule(options), max_commit=min(_rule(options).max_commit, columns)),
+        policy=dataclasses.replace(_policy(options), max_commit=min(_policy(options).max_commit, columns)),
         window=min(options.window, columns),
     )
 
 
-def first_state(tasks, columns: int, batch_size: int, seed: int) -> State:
+def first_state(tasks, columns: int, batch_size: int, seed: int) -> DecodeState:
     """The state before the first step; rows without a task are empty, hence finished."""
     shape = (batch_size, columns)
-    tokens, plan, present, given = (np.zeros(shape, kind) for kind in (np.int32, np.int32, bool, bool))
+    tokens, planned_rank, present, given = (
+        np.zeros(shape, kind) for kind in (np.int32, np.int32, bool, bool)
+    )
     next_rank, samples = (np.zeros(batch_size, np.int32) for _ in range(2))
     numbers = np.zeros(batch_size, np.uint32)
     for row, task in enumerate(tasks):
         blank, length = task.request.blank, len(task.request.blank)
-        tokens[row, :length], plan[row, :length] = task.request.tokens, task.ranks
+        tokens[row, :length], planned_rank[row, :length] = task.request.tokens, task.ranks
         present[row, :length], given[row, :length] = True, ~blank
         next_rank[row] = task.ranks[blank].min() if blank.any() else 0
         numbers[row], samples[row] = task.request.number, task.sample
-    state = State(
+    state = DecodeState(
         tokens=jnp.asarray(tokens),
         positions=jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), shape),
         present=jnp.asarray(present),
         given=jnp.asarray(given),
         filled=jnp.asarray(given),
-        stored=jnp.zeros(shape, bool),
-        plan=jnp.asarray(plan),
-        commit_rank=jnp.asarray(np.where(given, plan, 0)),
+        in_cache=jnp.zeros(shape, bool),
+        planned_rank=jnp.asarray(planned_rank),
+        commit_rank=jnp.asarray(np.where(given, planned_rank, 0)),
         logprob=jnp.zeros(shape, jnp.float32),
         next_rank=jnp.asarray(next_rank),
         forwards=jnp.zeros(batch_size, jnp.int32),

@@ -17,18 +17,18 @@ class Drafts(struct.PyTreeNode):
     Attributes:
       tokens: [B, W] int32.
       count: [B] int32, how many there are.
-      laws: [B, W, V] float32, the log-probabilities that each was drawn from.
+      log_probs: [B, W, V] float32, the log-probabilities that each was drawn from.
       proposed, accepted: [B] int32, how many were verified so far, and passed.
     """
 
     tokens: Any
     count: Any
-    laws: Any
+    log_probs: Any
     proposed: Any
     accepted: Any
 
 
-class State(struct.PyTreeNode):
+class DecodeState(struct.PyTreeNode):
     """B examples of at most N columns.
 
     Attributes:
@@ -53,8 +53,8 @@ class State(struct.PyTreeNode):
     present: Any
     given: Any
     filled: Any
-    stored: Any
-    plan: Any
+    in_cache: Any
+    planned_rank: Any
     commit_rank: Any
     logprob: Any
     next_rank: Any
@@ -69,7 +69,7 @@ class State(struct.PyTreeNode):
         return self.present & ~self.filled
 
 
-def finished(state: State, eos_ids: tuple[int, ...]):
+def finished(state: DecodeState, eos_ids: tuple[int, ...]):
     """[B] bool: no blank is left or, where there are `eos_ids`, a final EOS has been placed."""
     done = ~jnp.any(state.unfilled, axis=1)
     if eos_ids:
@@ -77,7 +77,7 @@ def finished(state: State, eos_ids: tuple[int, ...]):
     return done
 
 
-def final_eos(state: State, eos_ids: tuple[int, ...]):
+def final_eos(state: DecodeState, eos_ids: tuple[int, ...]):
     """[B, N] bool: generated EOS tokens with every column before them filled and none behind given."""
     filled_so_far = jnp.cumsum(state.unfilled, axis=1) == 0
     given_behind = jnp.flip(jnp.cumsum(jnp.flip(state.given, axis=1), axis=1), axis=1) > 0
@@ -114,17 +114,17 @@ def earliest(ranks, among, size: int):
     return jax.lax.top_k(first, min(size, ranks.shape[1]))[1]
 
 
-def upcoming(state: State, size: int):
+def upcoming(state: DecodeState, size: int):
     """The next `size` unfilled columns as planned, in reading order where ranks are equal; then others.
 
     Returns:
       columns [B, min(size, N)] int32, and how many are unfilled in all, [B] int32.
     """
-    columns = earliest(state.plan, state.unfilled, size)
+    columns = earliest(state.planned_rank, state.unfilled, size)
     return columns, jnp.sum(state.unfilled, axis=1, dtype=jnp.int32)
 
 
-def lay_drafts(state: State):
+def lay_drafts(state: DecodeState):
     """The drafts in their columns, each at a rank of its own.
 
     Returns:
@@ -143,7 +143,7 @@ def lay_drafts(state: State):
     )
 
 
-def commit(state: State, columns, chosen, tokens, logprobs, place=None) -> State:
+def commit(state: DecodeState, columns, chosen, tokens, logprobs, place=None) -> DecodeState:
     """Fills the chosen columns; examples without a chosen column stay as they are.
 
     Args:
@@ -163,7 +163,7 @@ def commit(state: State, columns, chosen, tokens, logprobs, place=None) -> State
     )
 
 
-def keep_drafts(state: State, accepted) -> State:
+def keep_drafts(state: DecodeState, accepted) -> DecodeState:
     """Takes the first `accepted` [B] drafts' keys, already written, as stored: the pointer moves over them.
 
     Called before they are committed: `upcoming` still begins with them.
@@ -174,7 +174,7 @@ def keep_drafts(state: State, accepted) -> State:
     columns = upcoming(state, size)[0]
     put = _at(state, columns, jnp.arange(size) < accepted[:, None])
     cache = state.cache.replace(length=state.cache.length + accepted)
-    return state.replace(cache=cache, stored=put(state.stored, True))
+    return state.replace(cache=cache, in_cache=put(state.in_cache, True))
 
 
 def _at(state, columns, chosen):
