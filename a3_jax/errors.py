@@ -1,7 +1,6 @@
 """What can go wrong, and the exit status that says so."""
 
 import difflib
-import numbers
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # the run itself failed
@@ -58,19 +57,6 @@ class RunError(Exception):
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status, self.message = status, message
-
-
-MAX_SEED = 2**32 - 1
-
-
-def check_seed(seed: int) -> None:
-    """Refuses a seed that random keys can't be made from: the same ones in every command.
-
-    Raises:
-      InputError: no whole number from 0 to 2^32 - 1.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= int(seed) <= MAX_SEED:
-        raise InputError(f"must be from 0 to {MAX_SEED}, got {seed!r}", field="seed")
 
 
 def nearest(name, choices) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import tokenizers
 
+from a3_jax.checks import one_of
 from a3_jax.errors import InputError, nearest
 from a3_jax.paths import as_path, parse_json, read_text, snapshot_hint
 
@@ -216,8 +217,7 @@ class Tokenizer:
         return ids[1:] == self.encode("a", "no")
 
     def _front(self, bos: str) -> list[int]:
-        if bos not in BOS_POLICIES:
-            raise InputError(f"must be one of {', '.join(BOS_POLICIES)}, got {bos!r}", field="bos")
+        one_of("bos", bos, BOS_POLICIES)
         if bos == "no" or (bos == "auto" and not self.adds_bos):
             return []
         if self.bos_id is None:

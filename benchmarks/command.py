@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from a3_jax.checks import one_of
 from a3_jax.errors import EXIT_FAILED, EXIT_OK, InputError, nearest
-from benchmarks.settings import MODEL, Settings, check_name, set_threads
+from benchmarks.settings import MODEL, Settings, set_threads
 
 EPILOG = """examples:
   a3 bench train --length=1024 --json > train.json
@@ -75,8 +76,8 @@ def run(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     from a3_jax.model.two_stream import REMAT_POLICIES
     from benchmarks.measurement import MeasurementError, show, to_json
 
-    check_name("remat", settings.remat, REMAT_POLICIES)
-    check_name("attention", settings.attention, IMPLEMENTATIONS)
+    one_of("remat", settings.remat, REMAT_POLICIES)
+    one_of("attention", settings.attention, IMPLEMENTATIONS)
     module = importlib.import_module(f"benchmarks.{BENCHMARKS[settings.name].module}")
     try:
         rows = module.measure(settings)

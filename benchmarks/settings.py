@@ -5,7 +5,8 @@ import os
 
 import numpy as np
 
-from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.checks import check_seed, one_of
+from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.ordering import ranks
 from a3_jax.ordering.curriculum import Order, Stage
@@ -48,8 +49,8 @@ class Settings:
         object.__setattr__(self, "lengths", tuple(self.lengths))  # a list from argparse or JSON
         if self.d_model % self.heads:
             raise InputError(f"{self.heads} does not divide d_model={self.d_model}", field="heads")
-        check_name("dtype", self.dtype, ("float32", "bfloat16"))
-        check_name("order", self.order, TRAINING_ORDERS)
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("order", self.order, TRAINING_ORDERS)
         check_seed(self.seed)
         self.model(max(self.lengths))  # checks the rest of the shape
 
@@ -73,13 +74,6 @@ class Settings:
         fields = {name: getattr(self, name) for name in (*MODEL, "dtype", "remat", "attention", "order")}
         sizes = {"length": length, "batch": batch or self.batch_at(length)}
         return sizes | more | fields | {"group_size": self.tokens_per_group}
-
-
-def check_name(field: str, value: str, names) -> None:
-    """Refuses a value that is not among the names."""
-    if value not in names:
-        message = f"must be one of {', '.join(names)}, got {value!r}{nearest(value, names)}"
-        raise InputError(message, field=field)
 
 
 def draw_rows(settings: Settings, length: int, batch: int, objective: str = "any_order") -> dict:

@@ -11,10 +11,11 @@ import pytest
 from a3_jax import cli
 from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.loading import find_checkpoint, open_checkpoint
+from a3_jax.checks import MAX_SEED
 from a3_jax.data.dialogs import chat_template
 from a3_jax.decoding.generation import generate
 from a3_jax.decoding.scoring import score
-from a3_jax.errors import MAX_SEED, InputError
+from a3_jax.errors import InputError
 from a3_jax.paths import as_path, read_json, read_text
 from a3_jax.tokenizer import bytes_tokenizer, load_tokenizer
 from a3_jax.training.config import RunConfig, read_run_config

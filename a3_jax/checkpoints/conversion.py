@@ -16,7 +16,8 @@ from a3_jax.checkpoints.release_format import release_target
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES
 from a3_jax.checkpoints.source_hashes import Hashing, compare_sha256, read_sha256_list, sha256_of
 from a3_jax.checkpoints.streaming import finish_checkpoint, write_params
-from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.checks import check_seed
+from a3_jax.errors import InputError, nearest
 from a3_jax.paths import as_path
 from a3_jax.runtime.coordination import gather_and_decide, run_on_all, run_on_process_zero
 

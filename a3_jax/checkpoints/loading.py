@@ -19,7 +19,8 @@ from a3_jax.checkpoints.hf_config import CONFIG_FILE
 from a3_jax.checkpoints.hf_format import FLOATS, open_hf, read_params
 from a3_jax.checkpoints.safetensors_io import has_tensors
 from a3_jax.checkpoints.special_tokens import source_eos_ids, with_all_eos
-from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.checks import check_seed
+from a3_jax.errors import InputError, nearest
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import param_shardings
 from a3_jax.paths import as_path, snapshot_hint

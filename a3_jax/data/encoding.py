@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from a3_jax.borders import predicted_tokens
+from a3_jax.checks import one_of
 from a3_jax.data.dialogs import Part
 from a3_jax.data.documents import BadRecord
 from a3_jax.data.table import FILLER, GIVEN, PREDICTED
@@ -62,8 +63,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, bos: str, eos: str, seq_len: int, filler: int):
-        if eos not in EOS_POLICIES:
-            raise InputError(f"must be one of {', '.join(EOS_POLICIES)}, got {eos!r}", field="eos")
+        one_of("eos", eos, EOS_POLICIES)
         if eos == "yes" and not tokenizer.eos_ids:
             raise InputError("the tokenizer has no EOS token", field="eos")
         self.tokenizer, self.seq_len, self.filler = tokenizer, seq_len, filler

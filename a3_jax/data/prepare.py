@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from a3_jax.checks import number, one_of, whole_number
 from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, DocumentSource
 from a3_jax.data.encoding import Document, Encoded, Encoder
 from a3_jax.data.packing import long_first_fit
@@ -66,19 +67,13 @@ class Options:
     max_passed_over: float = 0.5
 
     def __post_init__(self):
-        for name in ("seq_len", "shard_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"must be at least 1, got {getattr(self, name)}", field=name)
-        if self.filler < 0:
-            raise InputError(f"must be 0 or more, got {self.filler}", field="filler")
-        if self.packing not in PACKINGS:
-            raise InputError(f"must be one of {', '.join(PACKINGS)}, got {self.packing!r}", field="packing")
+        for name, least in (("seq_len", 1), ("shard_tokens", 1), ("filler", 0)):
+            whole_number(name, getattr(self, name), least)
+        one_of("packing", self.packing, PACKINGS)
         if not self.holdout >= 0 or (self.holdout >= 1 and not float(self.holdout).is_integer()):
             message = f"must be a share below 1 or a number of documents, got {self.holdout}"
             raise InputError(message, field="holdout")
-        if not 0 <= self.max_passed_over <= 1:
-            message = f"must be a share from 0 to 1, got {self.max_passed_over}"
-            raise InputError(message, field="max_passed_over")
+        number("max_passed_over", self.max_passed_over, 0, 1)
 
 
 def prepare(data: Sequence[str], directory, options: Options) -> tuple[PreparedManifest, bool]:

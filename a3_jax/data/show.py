@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from a3_jax.checks import check_seed, one_of, whole_number
 from a3_jax.config_file import read_config
 from a3_jax.data.prepared_manifest import SPLITS, TRAIN
-from a3_jax.errors import EXIT_OK, InputError, check_seed, nearest
+from a3_jax.errors import EXIT_OK, InputError
 
 _BOTH, _OWN_GROUP, _UNSEEN = "█", "▒", "·"
 _LEGEND = (
@@ -62,10 +63,7 @@ def find_stage(
     else:
         stages = stages_from_config(read_config(config, overrides, run_defaults()).stages)
     named = {stage.name: stage for stage in stages}
-    if name not in named:
-        raise InputError(
-            f"must be one of {', '.join(named)}, got {name!r}{nearest(name, named)}", field="--stage"
-        )
+    one_of("--stage", name, named)
     return named[name]
 
 
@@ -142,9 +140,6 @@ def _readable(tokenizer, token) -> str:
 
 def _check(args) -> None:
     for name, least in (("n", 1), ("tokens", 1), ("step", 0)):
-        if (value := getattr(args, name)) < least:
-            raise InputError(f"must be at least {least}, got {value}", file="data show", field=f"--{name}")
+        whole_number(f"--{name}", getattr(args, name), least)
     check_seed(args.seed)
-    if args.split not in SPLITS:
-        message = f"must be one of {', '.join(SPLITS)}, got {args.split!r}{nearest(args.split, SPLITS)}"
-        raise InputError(message, file="data show", field="--split")
+    one_of("--split", args.split, SPLITS)

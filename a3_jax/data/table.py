@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from a3_jax.checks import one_of
 from a3_jax.errors import InputError
 
 GIVEN, PREDICTED, FILLER = range(3)  # roles of tokens: known beforehand; scored; follow, but not scored
@@ -92,8 +93,7 @@ def pack(
         packing = "first_fit" if packing else "none"
     if seq_len < 1:
         raise InputError(f"must be at least 1, got {seq_len}", field="seq_len")
-    if packing not in PACKINGS:
-        raise InputError(f"must be one of {', '.join(PACKINGS)}, got {packing!r}", field="packing")
+    one_of("packing", packing, PACKINGS)
     pieces = _cut(documents, seq_len, packing)
     lengths = np.array([stop - start for _, start, stop in pieces], np.int64)
     place = first_fit_by if first_fit_by and packing == "first_fit" else _PLACES[packing]

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.checks import check_seed, from_mapping, number, one_of, whole_number
+from a3_jax.errors import InputError
 
 MODELS = ("a3", "ar")
 STRATEGIES = ("groupwise", "dynamic", "speculative")
@@ -12,25 +13,6 @@ COMMITS = ("chain", "flat")
 CONTEXTS = ("flat", "l2r")
 DTYPES = ("float32", "bfloat16")
 BOS = ("auto", "yes", "no")
-
-
-def one_of(name: str, value, choices) -> None:
-    """Raises `InputError` with the nearest choice unless `value` is one of `choices`."""
-    if value not in choices:
-        known = ", ".join(choices)
-        raise InputError(f"must be one of {known}, got {value!r}{nearest(value, choices)}", field=name)
-
-
-def whole_number(name: str, value, low: int, high: int | None = None) -> None:
-    """Raises `InputError` unless `value` is an int (no bool) with low <= value <= high."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < low
-        or (high is not None and value > high)
-    ):
-        upper = "" if high is None else f" and at most {high}"
-        raise InputError(f"must be a whole number, at least {low}{upper}, got {value!r}", field=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +119,9 @@ class GenerateOptions(SharedOptions):
         one_of("block_order", self.block_order, INNER_ORDERS)
         for name in ("max_commit", "min_gap", "window", "block_size"):
             whole_number(name, getattr(self, name), 1)
-        for name, low, high in (
-            ("entropy_bound", 0, math.inf), ("threshold", 0, 1), ("factor", 0, math.inf)
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and low <= value <= high and value < math.inf):
-                upper = "" if high == math.inf else f" and at most {high}"
-                raise InputError(f"must be a number, at least {low}{upper}, got {value!r}", field=name)
+        for name, most in (("entropy_bound", math.inf), ("threshold", 1), ("factor", math.inf)):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), 0, most)
         one_of("strategy", self.strategy, STRATEGIES)
         one_of("order", self.order, ORDERS)
         one_of("criterion", self.criterion, CRITERIA)
@@ -153,10 +131,8 @@ class GenerateOptions(SharedOptions):
         whole_number("top_k", self.top_k, 0)
         check_seed(self.seed)
         whole_number("num_samples", self.num_samples, 1)
-        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
-            raise InputError(f"must be a number, at least 0, got {self.temperature!r}", field="temperature")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InputError(f"must be above 0 and at most 1, got {self.top_p!r}", field="top_p")
+        number("temperature", self.temperature, 0)
+        number("top_p", self.top_p, 0, 1, above=True)
         self._refuse_contradictions()
 
     def _refuse_contradictions(self):
@@ -198,14 +174,6 @@ class GenerateOptions(SharedOptions):
             )
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def make_options(cls, options: dict):
-    """`cls(**options)`; an unknown name is an `InputError` with the nearest known one."""
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in options:
-        if name not in known:
-            raise InputError(f"unknown option{nearest(name, known)}", field=name)
-    return cls(**options)
+    """Returns `cls(**options)`; an unknown name is refused with the nearest known one."""
+    return from_mapping(cls, options)

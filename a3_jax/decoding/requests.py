@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from a3_jax.borders import BlankText, encode_blanks
+from a3_jax.checks import check_seed, whole_number
 from a3_jax.decoding.batched_decode import BlankRequest
-from a3_jax.decoding.options import GenerateOptions, ScoreOptions, whole_number
-from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.decoding.options import GenerateOptions, ScoreOptions
+from a3_jax.errors import InputError, nearest
 from a3_jax.ordering.ranks import context_first, order_ranks
 from a3_jax.paths import decode_text, read_text
 

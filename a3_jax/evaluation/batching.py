@@ -1,6 +1,5 @@
 """Requests of one padded length run together, whatever order they came in."""
 
-
 from a3_jax.decoding.batching import bucket
 
 

@@ -10,8 +10,9 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from a3_jax.checks import check_seed
 from a3_jax.data.documents import COMPRESSIONS, DocumentSource
-from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.lm_eval_adapter import HarnessModel
 from a3_jax.evaluation.requests import EvaluatedModel
 from a3_jax.paths import local_path, read_beginning, refuse_pointer, without_mark

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a3_jax.decoding.options import DTYPES, one_of, whole_number
+from a3_jax.checks import one_of, whole_number
+from a3_jax.decoding.options import DTYPES
 from a3_jax.errors import InputError
 from a3_jax.evaluation.masked_diffusion_estimators import (
     FrontToBack,

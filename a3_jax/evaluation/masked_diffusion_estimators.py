@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from a3_jax.decoding.options import make_options, one_of, whole_number
+from a3_jax.checks import one_of, whole_number
+from a3_jax.decoding.options import make_options
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.scorers import EMPTY_LEVELS, LOSS_WEIGHTS, level_masks, level_weights
 from a3_jax.model.config import ModelConfig

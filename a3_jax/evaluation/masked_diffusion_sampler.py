@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from a3_jax.checks import one_of, whole_number
 from a3_jax.decoding.batching import batches, bucket
-from a3_jax.decoding.options import make_options, one_of, whole_number
+from a3_jax.decoding.options import make_options
 from a3_jax.decoding.sampling import Sampling, candidate_score, draw, filtered_logprobs, map_rows
 from a3_jax.errors import InputError
 from a3_jax.evaluation.batching import length_bucket

@@ -3,7 +3,7 @@
 from typing import Any
 
 from a3_jax.checkpoints.loading import check_has_orders, open_checkpoint
-from a3_jax.decoding.options import one_of
+from a3_jax.checks import one_of
 from a3_jax.errors import InputError
 from a3_jax.evaluation.left_to_right import LeftToRight
 from a3_jax.evaluation.masked_diffusion import MaskedDiffusion

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from a3_jax.borders import completion, predicted_tokens
-from a3_jax.decoding.options import whole_number
+from a3_jax.checks import whole_number
 from a3_jax.errors import InputError
 from a3_jax.evaluation.files import TaskFiles, read_rows
 from a3_jax.evaluation.metrics import (

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from a3_jax.decoding.options import one_of, whole_number
+from a3_jax.checks import one_of, whole_number
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.tasks import CHOICE, CODE, GENERATE, INFILL, PERPLEXITY, TASKS, Task
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from a3_jax.decoding.options import whole_number
-from a3_jax.errors import EXIT_PREEMPTED, InputError, RunError, check_seed
+from a3_jax.checks import check_seed, whole_number
+from a3_jax.errors import EXIT_PREEMPTED, InputError, RunError
 from a3_jax.evaluation.downloading import fetch_data
 from a3_jax.evaluation.execution import check_execution
 from a3_jax.evaluation.files import TaskFiles, find_data

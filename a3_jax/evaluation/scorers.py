@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from a3_jax.decoding.options import make_options, one_of, whole_number
+from a3_jax.checks import one_of, whole_number
+from a3_jax.decoding.options import make_options
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.requests import Target
 from a3_jax.ordering.ranks import contiguous, l2r, random

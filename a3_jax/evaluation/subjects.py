@@ -9,7 +9,7 @@ from a3_jax.checkpoints.hf_format import open_hf
 from a3_jax.checkpoints.info import fingerprint
 from a3_jax.checkpoints.loading import find_checkpoint
 from a3_jax.checkpoints.manifest import Leaf
-from a3_jax.decoding.options import one_of
+from a3_jax.checks import one_of
 from a3_jax.errors import InputError
 from a3_jax.evaluation.opening import open_model
 from a3_jax.evaluation.profiles import A3, AR, DIFFUSION, MODELS

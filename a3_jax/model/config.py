@@ -5,7 +5,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from a3_jax.errors import InputError, nearest
+from a3_jax.checks import from_mapping, number, one_of, whole_number
+from a3_jax.errors import InputError
 
 MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000  # what a config from outside may ask for
 RESIDUALS = ("standard", "release")
@@ -40,12 +41,10 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self):
-        if self.kind not in ROPE_KINDS:
-            why = f"unknown kind {self.kind!r}{nearest(self.kind, ROPE_KINDS)}"
-            raise InputError(why, field="rope_scaling")
+        one_of("kind", self.kind, ROPE_KINDS)
         for name, value in dataclasses.asdict(self).items():
-            if name not in ("kind", "truncate") and not is_positive(value):
-                _refuse(f"rope_scaling.{name}", "must be a positive number", value)
+            if name not in ("kind", "truncate"):
+                number(name, value, 0, above=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,36 +118,29 @@ class ModelConfig:
     def __post_init__(self):
         for field in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_size",
                       "mlp_size", "max_length"):  # fmt: skip
-            size = getattr(self, field)
-            most = MAX_LAYERS if field == "num_layers" else MAX_SIZE
-            if not isinstance(size, int) or not 1 <= size <= most:
-                _refuse(field, f"must be a positive whole number up to {most}", size)
+            whole_number(field, getattr(self, field), 1, MAX_LAYERS if field == "num_layers" else MAX_SIZE)
         for field in ("left_length", "window"):
-            size = getattr(self, field)
-            if size is not None and (not isinstance(size, int) or not 1 <= size <= MAX_SIZE):
-                _refuse(field, f"must be null or a positive whole number up to {MAX_SIZE}", size)
-        if not (self.mask_token is None or _is_id(self.mask_token, self.vocab_size)):
-            _refuse("mask_token", f"must be null or an id below {self.vocab_size}", self.mask_token)
+            if getattr(self, field) is not None:
+                whole_number(field, getattr(self, field), 1, MAX_SIZE)
+        if self.mask_token is not None:
+            whole_number("mask_token", self.mask_token, 0, self.vocab_size - 1)
         for field in ("local_rope_theta", "attention_scale", "attention_softcap", "final_softcap"):
-            value = getattr(self, field)
-            if value is not None and not is_positive(value):
-                _refuse(field, "must be null or a positive number", value)
+            if getattr(self, field) is not None:
+                number(field, getattr(self, field), 0, above=True)
         for field in ("rope_theta", "norm_eps", "query_init_scale"):
-            if not is_positive(getattr(self, field)):
-                _refuse(field, "must be a positive number", getattr(self, field))
+            number(field, getattr(self, field), 0, above=True)
         for field in ("unrotated_layers", "local_layers"):
             layers = getattr(self, field)
             if not isinstance(layers, tuple) or any(layer not in range(self.num_layers) for layer in layers):
-                _refuse(field, f"must be indices of the {self.num_layers} layers", layers)
+                wanted = f"must be indices of the {self.num_layers} layers, got {layers!r}"
+                raise InputError(wanted[:200], field=field)
         if self.num_heads % self.num_kv_heads:
             why = f"{self.num_kv_heads} does not divide num_heads={self.num_heads}"
             raise InputError(why, field="num_kv_heads")
         if self.positions == "rotary" and self.head_size % 2:
             raise InputError(f"rotary positions need an even size, got {self.head_size}", field="head_size")
         for field, choices in CHOICES.items():
-            choice = getattr(self, field)
-            if choice not in choices:
-                raise InputError(f"unknown: {choice!r}{nearest(choice, choices)}", field=field)
+            one_of(field, getattr(self, field), choices)
         if self.residual == "release" and self.norm_place != "pre":
             raise InputError("'release' adds to the normed state, which is not 'pre' here", field="residual")
         if self.local_layers and self.window is not None and self.max_length > self.window:
@@ -183,39 +175,18 @@ class ModelConfig:
         Raises:
           InputError: an unknown or missing field, or a value that makes no model.
         """
-        fields = _checked(cls, fields, "model")
-        if fields.get("rope_scaling") is not None and not isinstance(fields["rope_scaling"], RopeScaling):
-            scaling = _checked(RopeScaling, fields["rope_scaling"], "rope_scaling")
-            fields["rope_scaling"] = RopeScaling(**scaling)
-        for name in {"unrotated_layers", "local_layers"} & set(fields):  # JSON has lists alone
-            fields[name] = tuple(fields[name]) if isinstance(fields[name], list) else fields[name]
-        return cls(**fields)
+
+        def convert(name, value, _):
+            if name == "rope_scaling" and value is not None and not isinstance(value, RopeScaling):
+                return from_mapping(RopeScaling, value, "rope_scaling")
+            return tuple(value) if isinstance(value, list) else value  # JSON has lists alone
+
+        return from_mapping(cls, fields, "model", convert)
 
 
 def is_positive(value) -> TypeGuard[float]:
     """Whether a value is a number above 0 that a float can hold."""
     return isinstance(value, int | float) and 0 < value <= sys.float_info.max  # an integer may be larger
-
-
-def _is_id(value, size: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
-
-
-def _refuse(field, wanted, value):
-    raise InputError(f"{wanted}, got {value!r}"[:200], field=field)
-
-
-def _checked(cls, fields, name):
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    if not isinstance(fields, Mapping):
-        _refuse(name, "must be an object", fields)
-    for field in fields:
-        if field not in known:
-            raise InputError(f"unknown field {field!r}{nearest(field, known)}", field=name)
-    for field in known.values():
-        if field.default is dataclasses.MISSING and field.name not in fields:
-            raise InputError(f"field {field.name!r} is missing", field=name)
-    return dict(fields)
 
 
 _LLAMA3_SCALING = RopeScaling(kind="llama3", factor=32.0, original_max_length=8192)

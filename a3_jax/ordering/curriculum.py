@@ -5,10 +5,10 @@ release   the six strategies of the authors' code, each a run of its own
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
-from a3_jax.errors import InputError, nearest
+from a3_jax.checks import from_mapping, number, one_of, whole_number
+from a3_jax.errors import InputError
 from a3_jax.ordering.contexts import CONTEXT_SHAPES
 from a3_jax.ordering.ranks import CONTEXTS, TRAINING_CONTEXTS, TRAINING_ORDERS
 
@@ -41,21 +41,20 @@ class Order:
     context: str = "flat"
 
     def __post_init__(self):
-        _check_choice("order", self.order, TRAINING_ORDERS)
+        one_of("order", self.order, TRAINING_ORDERS)
         if not _is_list(self.group_sizes):
             raise InputError(f"must be a list of numbers, got {self.group_sizes!r}", field="group_sizes")
         sizes = tuple(self.group_sizes) or ((1,) if self.order == "l2r" else (4,))
         for size in sizes:
-            _check_whole("group_sizes", size, least=1)
+            whole_number("group_sizes", size, 1)
         if self.order == "l2r" and sizes != (1,):
             raise InputError("l2r has one token a group; use order='contiguous'", field="group_sizes")
-        if not _is_number(self.weight) or not 0 < self.weight < float("inf"):
-            raise InputError(f"must be a positive number, got {self.weight!r}", field="weight")
+        number("weight", self.weight, 0, above=True)
         if not _is_list(self.context_shapes):
             raise InputError(f"must be a list of names, got {self.context_shapes!r}", field="context_shapes")
         for shape in self.context_shapes:
-            _check_choice("context_shapes", shape, CONTEXT_SHAPES)
-        _check_choice("context", self.context, TRAINING_CONTEXTS)
+            one_of("context_shapes", shape, CONTEXT_SHAPES)
+        one_of("context", self.context, TRAINING_CONTEXTS)
         object.__setattr__(self, "group_sizes", sizes)
         object.__setattr__(self, "context_shapes", tuple(self.context_shapes))
 
@@ -98,27 +97,22 @@ class Stage:
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"must be a text, got {self.name!r}", field="name")
-        _check_whole("steps", self.steps, least=1)
-        _check_choice("objective", self.objective, OBJECTIVES)
+        whole_number("steps", self.steps, 1)
+        one_of("objective", self.objective, OBJECTIVES)
         if not _is_list(self.orders) or not self.orders:
             raise InputError(f"must be a list of at least one order, got {self.orders!r}", field="orders")
-        if self.learning_rate is not None and not (
-            _is_number(self.learning_rate) and 0 < self.learning_rate < math.inf
-        ):
-            raise InputError(f"must be a positive number, got {self.learning_rate!r}", field="learning_rate")
+        if self.learning_rate is not None:
+            number("learning_rate", self.learning_rate, 0, above=True)
         if self.warmup_steps is not None:
-            _check_whole("warmup_steps", self.warmup_steps, least=0)
+            whole_number("warmup_steps", self.warmup_steps, 0)
         if self.schedule is not None:
-            _check_choice("schedule", self.schedule, SCHEDULES)
+            one_of("schedule", self.schedule, SCHEDULES)
         for name in ("restart_schedule", "reset_optimizer", "one_order_per_batch", "bos_given"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"must be True or False, got {getattr(self, name)!r}", field=name)
-        if not _is_number(self.absent) or not 0 <= self.absent <= 1:
-            raise InputError(f"must be a share, 0 to 1, got {self.absent!r}", field="absent")
-        weight = self.content_loss_weight
-        if not _is_number(weight) or not 0 <= weight < math.inf:
-            raise InputError(f"must be a number, at least 0, got {weight!r}", field="content_loss_weight")
-        if weight and self.objective != "any_order":
+        number("absent", self.absent, 0, 1)
+        number("content_loss_weight", self.content_loss_weight, 0)
+        if self.content_loss_weight and self.objective != "any_order":
             raise InputError(f"the loss of objective {self.objective!r} is that of the content rows",
                              field="content_loss_weight")  # fmt: skip
 
@@ -234,52 +228,14 @@ def _named_stages(orders: Mapping[str, tuple[Order, ...]], steps, **fields) -> t
 def _stage(fields, place: str) -> Stage:
     if isinstance(fields, Stage):
         return fields
-    fields = _as_dict(fields, place)
-    if _is_list(fields.get("orders")):
-        fields["orders"] = tuple(
-            order if isinstance(order, Order) else _build(Order, order, f"{place}.orders[{index}]")
+    if hasattr(fields, "keys") and _is_list(fields.get("orders")):
+        orders = tuple(
+            order if isinstance(order, Order) else from_mapping(Order, order, f"{place}.orders[{index}]")
             for index, order in enumerate(fields["orders"])
         )
-    return _build(Stage, fields, place)
-
-
-def _build(cls, fields, place: str):
-    """A `cls` of these fields, with errors that name the field in full."""
-    fields = _as_dict(fields, place)
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    for name in fields:
-        if name not in known:
-            raise InputError(f"no such field{nearest(name, known)}", field=f"{place}.{name}")
-    for name, field in known.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in fields:
-            raise InputError("is missing", field=f"{place}.{name}")
-    try:
-        return cls(**fields)
-    except InputError as error:
-        raise InputError(error.message, field=f"{place}.{error.field}") from error
-
-
-def _as_dict(fields, place: str) -> dict:
-    if not hasattr(fields, "keys"):  # `ConfigDict` is no `Mapping`
-        raise InputError(f"must be a mapping of fields, got {fields!r}", field=place)
-    return dict(fields)
-
-
-def _check_choice(field: str, value, choices: Sequence[str]) -> None:
-    if value not in choices:
-        message = f"must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
-        raise InputError(message, field=field)
-
-
-def _check_whole(field: str, value, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"must be a whole number of at least {least}, got {value!r}", field=field)
+        fields = dict(fields) | {"orders": orders}
+    return from_mapping(Stage, fields, place)
 
 
 def _is_list(value) -> bool:
     return isinstance(value, list | tuple)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

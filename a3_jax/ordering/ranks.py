@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from a3_jax.errors import InputError, nearest
+from a3_jax.checks import one_of
+from a3_jax.errors import InputError
 from a3_jax.ordering.contexts import draw_absent, draw_context, draw_masked
 from a3_jax.ordering.segments import count, fractions, places, shuffle
 
@@ -107,9 +108,7 @@ def order_ranks(
     Raises:
       InputError: an unknown order, or a size below 1.
     """
-    if order not in ORDERS:
-        known = ", ".join(ORDERS)
-        raise InputError(f"must be one of {known}, got {order!r}{nearest(order, ORDERS)}", field="order")
+    one_of("order", order, ORDERS)
     if group_size < 1:
         raise InputError(f"must be at least 1, got {group_size}", field="group_size")
     if order == "block":
@@ -137,9 +136,7 @@ def context_first(ranks, given, mode: str = "flat") -> np.ndarray:
     Raises:
       InputError: an unknown mode.
     """
-    if mode not in CONTEXTS:
-        known = ", ".join(CONTEXTS)
-        raise InputError(f"must be one of {known}, got {mode!r}{nearest(mode, CONTEXTS)}", field="context")
+    one_of("context", mode, CONTEXTS)
     ranks, given = np.asarray(ranks), np.asarray(given, bool)
     count = int(given.sum())
     result = np.zeros(ranks.shape, np.int32)

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from a3_jax.checks import check_seed, from_mapping, number, one_of
 from a3_jax.config_file import read_config
-from a3_jax.errors import InputError, check_seed, nearest
+from a3_jax.errors import InputError, nearest
 from a3_jax.model.attention import IMPLEMENTATIONS
 from a3_jax.model.config import PRESETS, ModelConfig
 from a3_jax.model.two_stream import REMAT_POLICIES
@@ -117,18 +118,12 @@ class RunConfig:
     def __post_init__(self):
         check_seed(self.seed)
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if not (least <= value < float("inf")):
-                raise InputError(f"must be a number, at least {least}, got {value!r}", field=name)
+            number(name, getattr(self, name), least)
         for name in ("b1", "b2"):
             if getattr(self, name) >= 1:
                 raise InputError(f"must be below 1, got {getattr(self, name)!r}", field=name)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                value = getattr(self, name)
-                raise InputError(
-                    f"must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}", field=name
-                )
+            one_of(name, getattr(self, name), choices)
         if self.batch_size % self.microbatches:
             raise InputError(
                 f"{self.microbatches} does not divide batch_size={self.batch_size}", field="microbatches"
@@ -180,22 +175,7 @@ class RunConfig:
         Raises:
           InputError: an unknown or missing field, a value of another type or out of range.
         """
-        fields: dict[str, Any] = _plain(config)
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise InputError(f"no such field{nearest(name, known)}", field=name)
-        for name, field in known.items():
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if required and name not in fields:
-                raise InputError("is missing", field=name)
-        fields = {name: _typed(name, value, known[name].type) for name, value in fields.items()}
-        for name in PATH_FIELDS & fields.keys():
-            if "~" in fields[name]:  # several with commas between them, of data
-                parts = fields[name].split(",")
-                fields[name] = ",".join(os.path.expanduser(part.strip()) for part in parts)
-        fields["stages"] = stages_from_config(fields["stages"])
-        return cls(**fields)
+        return from_mapping(cls, _plain(config), convert=_typed)
 
 
 def default_fields() -> dict[str, Any]:
@@ -292,7 +272,7 @@ def _is_range(steps, least, most) -> bool:
     return len(steps) == 2 and whole and least <= steps[0] <= steps[1] <= most
 
 
-def _typed(name, value, expected):
+def _typed(name, value: Any, expected) -> Any:
     """Returns the value in its field's type; whole numbers become floats where the field is one."""
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -308,6 +288,10 @@ def _typed(name, value, expected):
         if not isinstance(value, list):
             raise InputError(f"must be two step numbers or (), got {value!r}", field=name)
         value = tuple(value)
+    elif name == "stages":
+        value = stages_from_config(value)
+    if name in PATH_FIELDS and "~" in value:  # several with commas between them, of data
+        value = ",".join(os.path.expanduser(part.strip()) for part in value.split(","))
     return value
 
 
