@@ -49,7 +49,11 @@ def check_seed(seed) -> None:
 
 
 def from_mapping(
-    cls: Callable[..., T], fields: Mapping[str, Any], place: str = "", convert: Callable | None = None
+    cls: Callable[..., T],
+    fields: Mapping[str, Any],
+    place: str = "",
+    convert: Callable | None = None,
+    noun: str = "field",
 ) -> T:
     """Makes a dataclass of a mapping, each field of it known and none missing.
 
@@ -58,6 +62,7 @@ def from_mapping(
       fields: a dictionary or ConfigDict.
       place: where the mapping stands, in front of each field's name: `stages[0]`.
       convert: of (name, value, the field's type), gives the value that is stored.
+      noun: what users call a field of it.
     """
     prefix = f"{place}." if place else ""
     if not hasattr(fields, "keys"):  # `ConfigDict` is no `Mapping`
@@ -65,7 +70,7 @@ def from_mapping(
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in fields:
         if name not in known:
-            raise InputError(f"no such field{nearest(name, known)}", field=f"{prefix}{name}")
+            raise InputError(f"no such {noun}{nearest(name, known)}", field=f"{prefix}{name}")
     for name, field in known.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in fields:

@@ -133,7 +133,7 @@ BAD_CONFIGS = [
     ),
     ([{"name": "a", "steps": 1, "orders": [{"context_shapes": "prefix"}]}], "context_shapes: .*list"),
     ([{"name": "a", "steps": 1, "bos_given": 1}], r"stages\[0\].bos_given: .*True or False"),
-    ([{"name": "a", "steps": 1, "absent": 1.5}], r"stages\[0\].absent: .*0 to 1, got 1.5"),
+    ([{"name": "a", "steps": 1, "absent": 1.5}], r"stages\[0\].absent: .*at least 0 and at most 1, got 1.5"),
     ([{"name": "a", "steps": 1, "absent": True}], "absent"),
     ([{"name": "a", "steps": 1, "content_loss_weight": -1}], "content_loss_weight: .*at least 0"),
     ([{"name": "a", "steps": 1, "content_loss_weight": float("nan")}], "content_loss_weight"),

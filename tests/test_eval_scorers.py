@@ -206,12 +206,12 @@ def test_several_targets_keep_apart():
     ("name", "options", "complaint"),
     [
         ("chian", {}, "scorer: must be one of chain, .*did you mean 'chain'"),
-        ("mask32", {"level": 3}, "level: unknown option; did you mean 'levels'"),
+        ("mask32", {"level": 3}, "level: no such option; did you mean 'levels'"),
         ("mask32", {"loss_weight": "1/t"}, "loss_weight: must be one of none, inv_t"),
         ("mask32", {"empty_level": "none"}, "empty_level"),
         ("mc_order", {"draws": 0}, "draws: must be a whole number, at least 1, got 0"),
         ("chain_s", {"group_size": 0}, "group_size"),
-        ("chain", {"group_size": 2}, "group_size: unknown option"),
+        ("chain", {"group_size": 2}, "group_size: no such option"),
     ],
 )
 def test_bad_scorers(name, options, complaint):

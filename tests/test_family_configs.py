@@ -90,12 +90,12 @@ def test_configs_read_back(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 0}, "window: must be null or a positive whole number"),
+        ({"window": 0}, "window: must be a whole number, at least 1"),
         ({"max_length": 64}, f"max_length: 64 is longer than window={WINDOW}"),
         ({"local_layers": [4]}, "local_layers: must be indices of the 4 layers"),
         ({"unrotated_layers": 3}, "unrotated_layers: must be indices"),
-        ({"final_softcap": -1.0}, "final_softcap: must be null or a positive number"),
-        ({"norm": "rsm"}, "norm: unknown: 'rsm'; did you mean 'rms'"),
+        ({"final_softcap": -1.0}, "final_softcap: must be a number, above 0"),
+        ({"norm": "rsm"}, "norm: must be one of rms, rms_offset, layer, got 'rsm'; did you mean 'rms'"),
         ({"residual": "release"}, "residual: 'release' adds to the normed state"),
     ],
 )

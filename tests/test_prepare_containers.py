@@ -91,7 +91,7 @@ def test_a_table_without_the_column_is_refused_before_any_work(tmp_path, capsys)
         (["a.jsonl", "rows", "--holdout=1.5"], "holdout: must be a share below 1 or a number"),
         (["a.jsonl", "rows", "--holdout=nan"], "holdout: must be a share below 1 or a number"),
         (["a.jsonl", "rows", "--holdout=inf"], "holdout: must be a share below 1 or a number"),
-        (["a.jsonl", "rows", "--shard_tokens=0"], "shard_tokens: must be at least 1, got 0"),
+        (["a.jsonl", "rows", "--shard_tokens=0"], "shard_tokens: must be a whole number, at least 1, got 0"),
         (["a.jsonl", "rows", "--bos=maybe"], "bos: must be one of auto, yes, no, got 'maybe'"),
         (["a.jsonl", "rows", "--eos=maybe"], "eos: must be one of auto, yes, no, got 'maybe'"),
         (["a.jsonl", "rows", "--chat_template=t"], "t: no such file"),

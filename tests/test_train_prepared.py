@@ -139,7 +139,7 @@ class TestShow:
         ("arguments", "message"),
         [
             (["--stage=randm4"], "did you mean 'random4'?"),
-            (["--n=0"], "--n: must be at least 1"),
+            (["--n=0"], "--n: must be a whole number, at least 1"),
             (["--split=test"], "--split: must be one of train, heldout"),
             (["--stage=random", "--config=absent.py"], "no such config file"),
         ],

@@ -176,4 +176,4 @@ class GenerateOptions(SharedOptions):
 
 def make_options(cls, options: dict):
     """Returns `cls(**options)`; an unknown name is refused with the nearest known one."""
-    return from_mapping(cls, options)
+    return from_mapping(cls, options, noun="option")

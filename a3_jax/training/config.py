@@ -175,7 +175,7 @@ class RunConfig:
         Raises:
           InputError: an unknown or missing field, a value of another type or out of range.
         """
-        return from_mapping(cls, _plain(config), convert=_typed)
+        return from_mapping(cls, _plain(config), convert=_convert)
 
 
 def default_fields() -> dict[str, Any]:
@@ -272,7 +272,19 @@ def _is_range(steps, least, most) -> bool:
     return len(steps) == 2 and whole and least <= steps[0] <= steps[1] <= most
 
 
-def _typed(name, value: Any, expected) -> Any:
+def _convert(name: str, value: Any, expected) -> Any:
+    """Returns a field's value as the run keeps it: stages built, home directories written out."""
+    if name == "stages":
+        return stages_from_config(value)
+    value = _typed(name, value, expected)
+    if name in PATH_FIELDS:  # `data` may name several, with commas between them
+        return (
+            ",".join(os.path.expanduser(part.strip()) for part in value.split(",")) if "~" in value else value
+        )
+    return value
+
+
+def _typed(name: str, value: Any, expected) -> Any:
     """Returns the value in its field's type; whole numbers become floats where the field is one."""
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -288,10 +300,6 @@ def _typed(name, value: Any, expected) -> Any:
         if not isinstance(value, list):
             raise InputError(f"must be two step numbers or (), got {value!r}", field=name)
         value = tuple(value)
-    elif name == "stages":
-        value = stages_from_config(value)
-    if name in PATH_FIELDS and "~" in value:  # several with commas between them, of data
-        value = ",".join(os.path.expanduser(part.strip()) for part in value.split(","))
     return value
 
 
