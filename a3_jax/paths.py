@@ -223,6 +223,16 @@ def parse_json(text: str, file=None, make_object=None):
         raise InputError("not JSON: a number has too many digits", file=file) from error
 
 
+def read_json_lines(path) -> list[dict]:
+    """Returns the objects of a file with one per line, without lines that a writer's death has torn."""
+    rows = []
+    for line in as_path(path).read_bytes().splitlines() if as_path(path).exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
 def snapshot_hint(directory) -> str:
     """`: it is the Hub's cache, name SNAPSHOT` for a directory of the cache above a snapshot, or nothing."""
     directory = as_path(directory)

@@ -84,7 +84,7 @@ def test_tables_of_results(bucket, capsys):
     write_fixtures(bucket / "data")
     evaluate(UniformModel(), ["piqa"], bucket / "data", results="gs://bucket/results/mine")
     assert main(["reproduce", "table1", "--results=gs://bucket/results", "--json"]) == 0
-    tables = json.loads(capsys.readouterr().out)["tables"]
+    tables = json.loads(capsys.readouterr().out)["console"]
     cells = next(row["cells"] for row in tables[0]["rows"] if row["row"] == "mine")
     assert [cell["task"] for cell in cells if cell["ours"]] == ["piqa"]
 

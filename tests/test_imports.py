@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "a3_jax"
 # Each room imports only from rooms of its own line and above.
 LINE = [
-    {"errors", "checks", "paths", "tables", "tokenizer", "borders", "ordering", "config_file"},
+    {"errors", "checks", "paths", "progress", "console", "tokenizer", "borders", "ordering", "config_file"},
     {"model"},
     {"runtime"},
     {"checkpoints"},

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from a3_jax.data import documents, prepare_report, reading
+from a3_jax import progress
+from a3_jax.data import documents, reading
 from a3_jax.data.prepared_manifest import read_manifest
 from a3_jax.tokenizer import bytes_tokenizer, from_files
 from tests.decoding_cli import assert_refused
@@ -153,7 +154,7 @@ def test_nothing_is_held_out_unless_told(tmp_path, capsys):
 
 
 def test_progress_is_told(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prepare_report, "_SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1)
     monkeypatch.setattr(reading, "_BATCH_RECORDS", 10)
     monkeypatch.setattr(documents, "_BLOCK", 100)
     source = write_texts(tmp_path / "a.jsonl", [f"story {index}" for index in range(100)])

@@ -11,9 +11,10 @@ import pytest
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import train_step_flops
+from a3_jax.progress import ProgressLine
 from a3_jax.runtime.compile_cache import compilation_cache, default_directory
 from a3_jax.training.config import RunConfig, check_unchanged
-from a3_jax.training.run_log import Profiler, ProgressLine
+from a3_jax.training.run_log import Profiler, progress_text
 from tests.training_fixtures import LINES, tiny_run
 
 PEAK = 1e12
@@ -157,11 +158,12 @@ def test_a_place_that_cannot_be_written_is_one_warning(tmp_path, capsys):
 
 def test_the_progress_line_shows_utilisation_only_if_it_is_known(capsys):
     row = {"step": 1, "stage": "l2r", "loss": 1.0, "learning_rate": 0.1, "tokens_per_second": 10.0}
-    progress = ProgressLine(0, 2, 1)
-    progress.update(row | {"mfu": 0.412})
-    progress.update(row)
+    progress = ProgressLine(2)
+    for step, fields in ((1, {"mfu": 0.412}), (2, {})):
+        progress.update(step, progress_text(row | fields), due=True)
     first, second = capsys.readouterr().err.splitlines()
-    assert "mfu 41 %" in first and "mfu" not in second
+    assert first == "step 1/2  l2r  loss 1.0000  rate 1.00e-01  10 tokens/s  mfu 41 %"
+    assert "mfu" not in second and second.startswith("step 2/2") and second.endswith("  0:00:00 left")
 
 
 def test_a_profile_that_a_failure_cuts_short_is_written(tmp_path, monkeypatch):

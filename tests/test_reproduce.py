@@ -230,7 +230,7 @@ def test_terminal_markdown_and_json(tmp_path, capsys):
     assert r"64.7<br>66.7±0.5\~<br>+4.0 SE" in next(line for line in lines if line.startswith("| A3-1B"))
 
     assert main(["reproduce", "all", f"--results={tmp_path}", "--json"]) == EXIT_OK
-    tables = json.loads(capsys.readouterr().out)["tables"]
+    tables = json.loads(capsys.readouterr().out)["console"]
     assert [table["table"] for table in tables] == list(PAPER_TABLES)
     row = next(row for row in tables[0]["rows"] if row["row"] == "a3-1b")
     by_name = {cell["paper_metric"]: cell for cell in row["cells"]}

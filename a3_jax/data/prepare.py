@@ -16,7 +16,6 @@ from a3_jax.checks import number, one_of, whole_number
 from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, DocumentSource
 from a3_jax.data.encoding import Document, Encoded, Encoder
 from a3_jax.data.packing import long_first_fit
-from a3_jax.data.prepare_report import ReadingLine
 from a3_jax.data.prepare_state import (
     LOCK_FILE,
     PrepareProgress,
@@ -46,6 +45,7 @@ from a3_jax.data.table import PACKINGS, pack
 from a3_jax.data.templates import chat_template
 from a3_jax.errors import EXIT_FAILED, InputError, RunError
 from a3_jax.paths import absolute, as_path
+from a3_jax.progress import ProgressLine
 from a3_jax.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -190,7 +190,7 @@ class _Job:
             progress.heldout_below = self._heldout_below()
             write_progress(directory, progress, {split: [] for split in SPLITS})
         collected = _Collected(directory, self._options, progress, self._tokenizer)
-        line = ReadingLine("tokenising", self._reading.size)
+        line = ProgressLine(self._reading.size, unit="bytes")
         try:
             if progress.num_shards:
                 line.note(f"goes on after {progress.num_shards} finished shards")
@@ -203,7 +203,8 @@ class _Job:
                             if item.reason == DAMAGED and not self._options.strict:
                                 line.note(f"warning: {item}")
                         collected.take(item)
-                    line.update(bytes_read, progress.counts["tokens"] + sum(collected.tokens.values()))
+                    tokens = progress.counts["tokens"] + sum(collected.tokens.values())
+                    line.update(bytes_read, "tokenising", tokens=tokens)
         finally:
             line.close()
         return collected.finish(self._tokenizer, self._kind != TEXT)
@@ -213,14 +214,14 @@ class _Job:
         holdout = self._options.holdout
         if holdout < 1:
             return int(holdout * DIGESTS)
-        line = ReadingLine("choosing what to hold out", self._reading.size)
+        line = ProgressLine(self._reading.size, unit="bytes")
         smallest = Smallest(int(holdout) + 1)
         try:
             for batch, bytes_read in ahead(self._reading.batches(self._parse)):
                 for item in batch:
                     if isinstance(item, Document):
                         smallest.add(item.digest)
-                line.update(bytes_read, 0)
+                line.update(bytes_read, "choosing what to hold out")
         finally:
             line.close()
         return max(smallest.values(), default=0)  # the largest of them stays: at least one to train on

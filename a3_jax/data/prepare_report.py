@@ -1,67 +1,8 @@
-"""How far a preparation is, on standard error, and what it made, on standard output."""
-
-import datetime
-import sys
-import time
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+"""What a preparation made, on standard output."""
 
 from a3_jax.data.prepared_manifest import HELDOUT, TRAIN, PreparedManifest
 
-_SECONDS_BETWEEN_LINES = 10
 _NAMES_SHOWN = 10
-
-
-class ReadingLine:
-    """A live line on a terminal, plain lines elsewhere.
-
-    Args:
-      what: is done, in a word.
-      total: bytes of all files.
-    """
-
-    def __init__(self, what: str, total: int):
-        self._what, self._total = what, max(total, 1)
-        self._began = self._told = time.monotonic()
-        self._first: tuple[int, int] | None = None
-        self._bar = None
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (TaskProgressColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
-            self._task = self._bar.add_task(what, total=self._total)
-            self._bar.start()
-
-    def update(self, bytes_read: int, tokens: int) -> None:
-        """Shows how many bytes of the files are read, and the tokens so far."""
-        now = time.monotonic()
-        if self._first is None:  # what an earlier process did is not our rate
-            self._first = (bytes_read, tokens)
-            self._began = now
-        done, made, seconds = bytes_read - self._first[0], tokens - self._first[1], now - self._began
-        text = self._what
-        if seconds > 0:
-            text += f"  {done / seconds / 1e6:,.1f} MB/s"
-            text += f"  {made / seconds:,.0f} tokens/s" if made else ""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=bytes_read, description=text)
-        elif now - self._told > _SECONDS_BETWEEN_LINES:
-            self._told = now
-            left = round(seconds * (self._total - bytes_read) / done) if done else 0
-            told = f"  {datetime.timedelta(seconds=left)} left" if done else ""
-            self.note(f"{100 * bytes_read / self._total:.0f} %  {text}{told}")
-
-    def note(self, text: str) -> None:
-        """One line of text, above the live line if there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def summary(manifest: PreparedManifest) -> list[str]:

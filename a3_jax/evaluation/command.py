@@ -215,7 +215,7 @@ def _list(args) -> int:
 
 
 def _show(results, directory) -> None:
-    from a3_jax.tables import print_table
+    from a3_jax.console import print_table
 
     rows = []
     for result in results:

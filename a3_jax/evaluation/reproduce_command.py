@@ -52,7 +52,7 @@ def run_reproduce(args) -> int:
 
     comparisons = [compare(table, args.results, args.profile) for table in tables_named(args.table)]
     if args.json:
-        print(json.dumps({"tables": [comparison.to_dict() for comparison in comparisons]}, indent=2))
+        print(json.dumps({"console": [comparison.to_dict() for comparison in comparisons]}, indent=2))
     elif args.markdown:
         print("\n".join(markdown(comparison) for comparison in comparisons), end="")
     else:

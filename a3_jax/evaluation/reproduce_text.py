@@ -94,7 +94,7 @@ def _not_run(row: RowComparison) -> str:
 
 def show(comparison: Comparison) -> None:
     """Prints a comparison to the terminal."""
-    from a3_jax.tables import print_table
+    from a3_jax.console import print_table
 
     title = f"{comparison.table.title}\nprofile {comparison.profile}, results in {comparison.results}"
     print_table(title, rows_of_text(comparison, "\n"), headings(comparison), "\n".join(footnotes(comparison)))

@@ -384,7 +384,7 @@ def task_records() -> list[dict]:
             "labels_file": list(task.labels_file) if task.labels_file else None,
             "where": task.where,
             "metrics": list(task.metrics),
-            "tables": [list(cell) for cell in task.cells],
+            "console": [list(cell) for cell in task.cells],
         }
         for task in TASKS.values()
     ]

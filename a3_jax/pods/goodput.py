@@ -6,7 +6,7 @@ from typing import Any
 
 from a3_jax.errors import EXIT_OK
 from a3_jax.pods.run_records import Event, attempts, read_events, sort_steps
-from a3_jax.tables import duration, print_table
+from a3_jax.console import duration, print_table
 
 CATEGORIES = {
     "step": "steps that count: productive",

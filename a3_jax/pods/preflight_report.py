@@ -13,7 +13,7 @@ from a3_jax.pods.parallel_config import parallel_config_of
 from a3_jax.pods.roofline import accelerator_of, describe, estimate_times, estimate_traffic, step_flops
 from a3_jax.pods.search import Candidate, advice
 from a3_jax.pods.topologies import Pod
-from a3_jax.tables import print_table
+from a3_jax.console import print_table
 from a3_jax.training.config import RunConfig
 
 _GIB = 2**30

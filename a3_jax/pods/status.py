@@ -24,7 +24,7 @@ from a3_jax.pods.run_records import (
     sort_steps,
 )
 from a3_jax.runtime.lease import is_alive
-from a3_jax.tables import duration, print_table
+from a3_jax.console import duration, print_table
 
 _ENDS = {
     "finish": "finished",

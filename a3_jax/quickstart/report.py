@@ -3,12 +3,11 @@
 import base64
 import importlib.resources
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from a3_jax.paths import as_path, read_text, write_text
+from a3_jax.paths import as_path, read_json_lines, write_text
 from a3_jax.quickstart.questions import Infilling
 from a3_jax.training.config import RunConfig
 
@@ -25,8 +24,8 @@ HELD_OUT = {
 def write(workdir, result: Mapping[str, Any], infillings: Sequence[Infilling], run: RunConfig) -> None:
     """Writes the curves and the page into `workdir`; without matplotlib, the page alone."""
     workdir = as_path(workdir)
-    picture = curves(_rows(workdir / "ar" / "metrics.jsonl"), _rows(workdir / "a3" / "metrics.jsonl"),
-                     _rows(workdir / "a3" / "eval.jsonl"))  # fmt: skip
+    files = ("ar/metrics.jsonl", "a3/metrics.jsonl", "a3/eval.jsonl")
+    picture = curves(*(read_json_lines(workdir / file) for file in files))
     if picture is None:
         print("matplotlib is not installed, so there is no picture of the losses", file=sys.stderr)
     else:
@@ -103,7 +102,3 @@ def _draw_stages(axes, rows) -> None:
     for name, step in begins.items():
         axes.axvline(step, color="0.85", linewidth=1, zorder=0)
         axes.text(step, 1.0, name, transform=top, fontsize=8, color="0.4", rotation=90, va="top")
-
-
-def _rows(file) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in read_text(file).splitlines()]

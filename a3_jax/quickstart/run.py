@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-from a3_jax.paths import as_path, read_text, write_text
+from a3_jax.paths import as_path, read_json_lines, write_text
 from a3_jax.quickstart import questions, report
 from a3_jax.quickstart.config import BYTE_STEPS, SMOKE_STEPS, WORD_STEPS, text_run, tiny_run
 from a3_jax.training.config import RunConfig
@@ -132,7 +132,7 @@ def _questions(plan: QuickstartPlan) -> list[questions.Question]:
 
 def _losses(file) -> dict[str, float | None]:
     """Before and after adaptation: random groups of the query stream, and the AR stream."""
-    rows = [json.loads(line) for line in read_text(file).splitlines()]
+    rows = read_json_lines(file)
     first, last = (rows[0], rows[-1]) if rows else ({}, {})
     return {
         "any_order_before": first.get("random"),

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -15,16 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from a3_jax.errors import EXIT_PREEMPTED, InputError
 from a3_jax.ordering.curriculum import Stage
-from a3_jax.paths import as_path, write_text
+from a3_jax.paths import as_path, read_json_lines, write_text
+from a3_jax.progress import ProgressLine
 from a3_jax.runtime.distributed import PeerLost
 from a3_jax.runtime.lease import Lease
-
-_SMOOTHING = 0.1  # weight of the newest step in the mean time per step
 
 
 class JsonLines:
@@ -61,7 +57,7 @@ class JsonLines:
         if self._file is None:
             return
         self.close()
-        kept = [line for line, row in self._rows() if row["step"] <= step]
+        kept = [json.dumps(row) + "\n" for row in self._rows() if row["step"] <= step]
         try:
             write_text(self.path, "".join(kept))
         except InputError as error:
@@ -70,17 +66,10 @@ class JsonLines:
 
     def has(self, step: int) -> bool:
         """Returns whether there is a row of this step."""
-        return any(row["step"] == step for _, row in self._rows())
+        return any(row["step"] == step for row in self._rows())
 
-    def _rows(self):
-        """Yields (line, object) for every line that is whole."""
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and type(row.get("step")) is int:
-                yield line.decode() + "\n", row
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for row in read_json_lines(self.path) if type(row.get("step")) is int]
 
     def close(self) -> None:
         """Closes the file; further rows are dropped."""
@@ -237,62 +226,12 @@ class Profiler:
     close = stop  # a run that fails still leaves its trace
 
 
-class ProgressLine:
-    """Progress on standard error: a live line with the time left on a terminal, plain lines elsewhere."""
-
-    def __init__(self, first_step: int, total_steps: int, log_every: int, shows: bool = True):
-        """Starts the line.
-
-        Args:
-          first_step, total_steps: steps done at the start; steps in all.
-          log_every: steps between plain lines, if standard error is no terminal.
-          shows: false in all processes except the first, which show notes only.
-        """
-        self._total, self._log_every, self._shows = total_steps, log_every, shows
-        self._last_time, self._step_seconds = None, None
-        self._bar = None
-        console = Console(stderr=True)
-        if shows and console.is_terminal:
-            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
-            self._task = self._bar.add_task("starting", total=total_steps, completed=first_step)
-            self._bar.start()
-
-    def update(self, row: Mapping[str, Any]) -> None:
-        """Shows a row of `metrics.jsonl`."""
-        step, now = row["step"], time.monotonic()
-        if self._last_time is not None:
-            seconds = now - self._last_time
-            mean = seconds if self._step_seconds is None else self._step_seconds
-            self._step_seconds = mean + _SMOOTHING * (seconds - mean)
-        self._last_time = now
-        loss = "nothing to predict" if row["loss"] is None else f"loss {row['loss']:.4f}"
-        text = (
-            f"{row['stage']}  {loss}  rate {row['learning_rate']:.2e}"
-            f"  {row['tokens_per_second']:,.0f} tokens/s"
-        )
-        if "mfu" in row:
-            text += f"  mfu {100 * row['mfu']:.0f} %"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif self._shows and (step % self._log_every == 0 or step == self._total):
-            left = ""
-            if self._step_seconds is not None:
-                seconds = round(self._step_seconds * (self._total - step))
-                left = f"{datetime.timedelta(seconds=seconds)} left"
-            self.note(f"step {step}/{self._total}  {text}  {left}")
-
-    def note(self, text: str) -> None:
-        """Shows a line of text, above the live line if there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Ends the live line."""
-        if self._bar is not None:
-            self._bar.stop()
+def progress_text(row: Mapping[str, Any]) -> str:
+    """Returns what the progress line says of a row of `metrics.jsonl`."""
+    loss = "nothing to predict" if row["loss"] is None else f"loss {row['loss']:.4f}"
+    rate, speed = f"rate {row['learning_rate']:.2e}", f"{row['tokens_per_second']:,.0f} tokens/s"
+    mfu = f"  mfu {100 * row['mfu']:.0f} %" if "mfu" in row else ""
+    return f"{row['stage']}  {loss}  {rate}  {speed}{mfu}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +261,7 @@ def open_records(run, workdir, events: Events, first_step: int, writes: bool, st
     names = ("metrics", "eval", "samples")
     metrics, evaluations, samples = (opened(JsonLines(workdir / f"{name}.jsonl", writes)) for name in names)
     tensorboard = opened(TensorBoard(workdir / "tensorboard", writes))
-    progress = opened(ProgressLine(first_step, run.total_steps, run.log_every, writes))
+    progress = opened(ProgressLine(run.total_steps, first_step, shows=writes))
     profiler = opened(Profiler(workdir / "profile", run.profile_steps, progress.note))
     records = RunLog(metrics, evaluations, samples, events, tensorboard, progress, profiler)
     records.cut_back(first_step)
@@ -338,11 +277,11 @@ class MetricsReader:
       stop, save_failed: whether any process was told to stop, or failed to save.
     """
 
-    def __init__(self, records: RunLog, log_every: int, utilization: Callable[[str, float], float] | None):
+    def __init__(self, records: RunLog, run, utilization: Callable[[str, float], float] | None):
         self.step = self.skipped = 0
         self.stop = self.save_failed = False
         self._pending: tuple[int, Stage, float, Mapping[str, Any], Any] | None = None
-        self._records, self._log_every, self._utilization = records, log_every, utilization
+        self._records, self._run, self._utilization = records, run, utilization
         self._empty_stages: set[str] = set()  # of which a step had nothing to predict
         self.restart_clock()
 
@@ -407,7 +346,8 @@ class MetricsReader:
             "step", step=self.step, seconds=round(seconds, 5), data_seconds=round(data_seconds, 5),
             tokens=int(values["tokens"]), **skipped,
         )  # fmt: skip
-        records.progress.update(row)
+        due = self.step % self._run.log_every == 0 or self.step == self._run.total_steps
+        records.progress.update(self.step, progress_text(row), due=due)
         if not values["predicted"] and stage.name not in self._empty_stages:
             self._empty_stages.add(stage.name)
             records.progress.note(
@@ -416,7 +356,7 @@ class MetricsReader:
             )
         if skipped:
             records.progress.note(f"warning: step {self.step} has no finite loss and gradient: skipped")
-        if self.step % self._log_every == 0:
+        if self.step % self._run.log_every == 0:
             records.tensorboard.write(self.step, numbers(row, "train/"))
 
 

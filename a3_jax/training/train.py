@@ -205,7 +205,7 @@ def train(config: Mapping[str, Any], workdir, devices=None):
         first_due = stage_due(run, step, restored is not None, records.evaluations)
         if first_due:
             evaluate(step, first_due, state.params)
-        reader = MetricsReader(records, run.log_every, utilization)
+        reader = MetricsReader(records, run, utilization)
         compiled: set[tuple[str, float]] = set()
         while step < run.total_steps:
             # The stage: only the rows and the rate depend on it, and a fresh optimiser if it asks for one.
@@ -265,7 +265,7 @@ def train(config: Mapping[str, Any], workdir, devices=None):
                 records.cut_back(step)
                 events.write("rollback", from_step=last, to_step=step, skipped_steps=last - first + 1)
                 stream = batches_from(step, skipped_batches)
-                reader = MetricsReader(records, run.log_every, utilization)
+                reader = MetricsReader(records, run, utilization)
                 continue
 
             # A failed save is tried again. After a request to stop nothing is done any more but saving.
