@@ -84,7 +84,7 @@ def cut(tokenizer: Tokenizer, prefix: str, middle: str, suffix: str = "") -> Cut
 
 
 def whole_text(text: str, offsets: Sequence[tuple[int, int]], count: int) -> str:
-    """The text of the first `count` tokens, without a last character that they hold only in part."""
+    """Returns the text of the first `count` tokens, without a last character that they hold only in part."""
     return text if count >= len(offsets) else text[: offsets[count][0]]
 
 
@@ -115,7 +115,7 @@ class BlankText:
     blanks: tuple[int, ...]
 
     def filled(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-        """The text with its blanks filled: the given text letter for letter, whatever the tokens say.
+        """Returns the text with its blanks filled: the given text letter for letter, whatever the tokens say.
 
         Args:
           tokens: ids at least up to the last one that counts; what lies beyond them is left out.
@@ -163,7 +163,7 @@ def _gives_space(tokenizer: Tokenizer, piece: str) -> bool:
 
 
 def _split(text: str) -> tuple[list[str], list[int]]:
-    """The pieces of text around blanks, and the blanks' lengths; blanks side by side are one."""
+    """Returns the pieces of text around blanks, and the blanks' lengths; blanks side by side are one."""
     pieces, blanks, place = [""], [], 0
     for opening in _OPENING.finditer(text):
         if opening.start() < place:

@@ -78,14 +78,14 @@ def _parse(arguments):
 
 
 def _at_home(value):
-    """The value of an argument with a leading `~` or `~USER` expanded: shells leave it behind a `=`."""
+    """Expands a leading `~` or `~USER` in an argument: after a `=`, shells do not."""
     if isinstance(value, list):
         return [_at_home(each) for each in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _flags(parser) -> list[str]:
-    """The flags of a command and of the commands below it."""
+    """Returns the flags of a command and of the commands below it."""
     below = [action.choices.values() for action in parser._actions if action.nargs == argparse.PARSER]
     flags = [flag for action in parser._actions for flag in action.option_strings]
     return flags + [flag for parsers in below for other in parsers for flag in _flags(other)]
@@ -111,7 +111,7 @@ def main(arguments=None) -> int:
 
 
 def _run_together(parsed) -> int:
-    """A command that shares its work with the processes that the environment names, if it names any."""
+    """Runs a command together with the processes that the environment names, if it names any."""
     from a3_jax.runtime.distributed import ADDRESS, join, shutdown
 
     if not os.environ.get(ADDRESS):

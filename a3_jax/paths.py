@@ -22,7 +22,7 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def as_path(path) -> epath.Path:
-    """A local path, a `file:///` URL of one, or a bucket's URL; `~` and `~USER` mean home directories.
+    """Returns a path, local or in a bucket, from a name or URL; `~` and `~USER` are home directories.
 
     Raises:
       InputError: a URL of another kind, or the home of nobody.
@@ -46,12 +46,12 @@ def _expanded(path: str) -> str:
 
 
 def is_remote(path) -> bool:
-    """Whether a path is a bucket's."""
+    """Returns whether a path is a bucket's."""
     return "://" in str(as_path(path))
 
 
 def local_path(path, reader: str) -> pathlib.Path:
-    """A path for what reads or writes this machine's own file system alone.
+    """Returns a path for what reads or writes this machine's own file system alone.
 
     Raises:
       InputError: a bucket's path; says that `reader` can't use it.
@@ -79,17 +79,17 @@ def local_copy(path) -> Iterator[str]:
 
 
 def followed(path):
-    """Where a link leads, so that writing there leaves the link; buckets have none."""
+    """Returns where a link leads, so that writing there keeps the link; buckets have none."""
     return as_path(path) if is_remote(path) else as_path(os.path.realpath(as_path(path)))
 
 
 def absolute(path) -> epath.Path:
-    """The path from the root; a bucket's is that already."""
+    """Returns the path from the root; a bucket's is that already."""
     return as_path(path) if is_remote(path) else as_path(os.path.abspath(as_path(path)))
 
 
 def read_text(path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """Returns the text of a UTF-8 file, without a byte order mark.
 
     Raises:
       InputError: absent, a directory, unreadable, not UTF-8, or a Git LFS pointer.
@@ -104,7 +104,7 @@ def read_text(path) -> str:
 
 
 def read_bytes(path) -> bytes:
-    """All of a file.
+    """Returns all of a file.
 
     Raises:
       InputError: absent, a directory, unreadable, or a Git LFS pointer.
@@ -117,7 +117,7 @@ def read_bytes(path) -> bytes:
 
 
 def read_beginning(path) -> bytes:
-    """The first bytes of a file, as many as `refuse_pointer` and byte order marks need.
+    """Returns the first bytes of a file, as many as `refuse_pointer` and byte order marks need.
 
     Raises:
       InputError: absent, a directory, or unreadable.
@@ -141,12 +141,12 @@ def refuse_pointer(content: bytes, file) -> None:
 
 
 def is_pointer(content: bytes) -> bool:
-    """Whether a file's first `POINTER_BYTES`, or more, are a Git LFS pointer."""
+    """Returns whether a file's first `POINTER_BYTES`, or more, are a Git LFS pointer."""
     return content.startswith(_POINTER) and b"\noid " in content[:POINTER_BYTES]
 
 
 def without_mark(content: bytes, file) -> bytes:
-    """The beginning of a text without UTF-8's byte order mark.
+    """Returns the beginning of a text without UTF-8's byte order mark.
 
     Raises:
       InputError: UTF-16's.
@@ -158,7 +158,7 @@ def without_mark(content: bytes, file) -> bytes:
 
 
 def decode_text(content: bytes, file) -> str:
-    """The text of all bytes of a file or stream.
+    """Returns the text of all bytes of a file or stream.
 
     Raises:
       InputError: not UTF-8.
@@ -177,7 +177,7 @@ def not_utf8(error: UnicodeDecodeError, file) -> InputError:
 
 
 def read_json(path) -> dict:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
       InputError: unreadable, not JSON, JSON of another kind, a key given twice, or text that no file could
@@ -205,7 +205,7 @@ def read_json(path) -> dict:
 
 
 def parse_json(text: str, file=None, make_object=None):
-    """The value of a JSON text.
+    """Returns the value of a JSON text.
 
     Args:
       make_object: makes an object of its (key, value) pairs; None: a dict, in which the last of a key counts.
@@ -253,7 +253,7 @@ def snapshot_hint(directory) -> str:
 
 
 def _snapshot(repository):
-    """The snapshot that a repository's main branch is at, or any; None without one."""
+    """Returns the snapshot that a repository's main branch is at, or any; None without one."""
     snapshots = sorted(path for path in (repository / "snapshots").glob("*") if path.is_dir())
     main = repository / "refs" / "main"
     newest = main.read_bytes().decode("utf-8", "replace").strip() if main.is_file() else ""
@@ -261,7 +261,7 @@ def _snapshot(repository):
 
 
 def is_file_name(name) -> bool:
-    """Whether a name from outside means a file in the directory where it is looked for."""
+    """Returns whether a name from outside means a file in the directory where it is looked for."""
     if not isinstance(name, str) or not name.isprintable():  # no zero bytes, no halves of surrogate pairs
         return False
     return "/" not in name and name not in ("", ".", "..") and len(name.encode("utf-8")) <= 255

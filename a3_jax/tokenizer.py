@@ -87,7 +87,7 @@ class Tokenizer:
             self._files[GENERATION_FILE] = json.dumps({"eos_token_id": list(self.eos_ids)}) + "\n"
 
     def _special_id(self, *names) -> int | None:
-        """The id of the first of these names that is in the vocabulary."""
+        """Returns the id of the first of these names that is in the vocabulary."""
         ids = (self._tokenizer.token_to_id(name) for name in names)
         return next((token for token in ids if token is not None), None)
 
@@ -150,7 +150,7 @@ class Tokenizer:
         return self.encode_with_offsets([text])[0]
 
     def decode(self, ids) -> str:
-        """The text of token ids; special tokens are left out."""
+        """Returns the text of token ids; special tokens are left out."""
         text = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
         return text.removeprefix(" ") if self._decodes_a_space_more else text
 
@@ -162,7 +162,7 @@ class Tokenizer:
         return text[len(given) :] if text.startswith(given) else self.decode(answer)
 
     def files(self) -> dict[str, str]:
-        """The texts of its files by name, as read: `tokenizer.json` and what came with it.
+        """Returns the texts of its files by name, as read: `tokenizer.json` and what came with it.
 
         `generation_config.json` is there where it states more EOS ids than `eos_id`, and states these alone.
         """
@@ -176,7 +176,7 @@ class Tokenizer:
         return hashlib.sha256(f"{main}\n{policy}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def encodes_like(self, other: "Tokenizer") -> bool:
-        """Whether the other gives every text the same ids, BOS and EOS aside."""
+        """Returns whether the other gives every text the same ids, BOS and EOS aside."""
         return json.loads(self._files[_MAIN_FILE]) == json.loads(other._files[_MAIN_FILE])
 
     def special_tokens(self) -> dict[int, tokenizers.AddedToken]:
@@ -185,19 +185,19 @@ class Tokenizer:
         return {token: value for token, value in added.items() if value.special}
 
     def token_text(self, token: int | None) -> str:
-        """A token as the vocabulary writes it; empty for None."""
+        """Returns a token as the vocabulary writes it; empty for None."""
         return "" if token is None else self._tokenizer.id_to_token(token) or ""
 
     @functools.cached_property
     def space_starts_word(self) -> bool:
-        """Whether a space is part of the word after it, or of no token at all."""
+        """Returns whether a space is part of the word after it, or of no token at all."""
         names = self._tokenizer.get_vocab()
         has_such = any(name[:1] in _SPACE_MARKS and name[1:2].isalpha() for name in names)
         return has_such or not self.encode(" ", "no")
 
     @functools.cached_property
     def _decodes_a_space_more(self) -> bool:
-        """Whether a text comes back with a space in front, as the one that RoBERTa's tokenizer adds."""
+        """Returns whether a text comes back with a space in front, such as RoBERTa's tokenizer adds."""
         try:
             return self._tokenizer.decode(self.encode("a", "no")) == " a"
         except InputError:
@@ -205,7 +205,7 @@ class Tokenizer:
 
     @functools.cached_property
     def restarts_after_special(self) -> bool:
-        """Whether text after a special token is encoded as if it were the beginning of a text."""
+        """Returns whether text after a special token is encoded like the beginning of a text."""
         special = next((token.content for token in self.special_tokens().values()), None)
         if special is None:
             return True
@@ -226,7 +226,7 @@ class Tokenizer:
 
 
 def load_tokenizer(source) -> Tokenizer:
-    """A tokenizer by name or path.
+    """Returns a tokenizer by name or path.
 
     Args:
       source: "bytes", a `tokenizer.json` file, or a directory that holds one (and perhaps
@@ -260,7 +260,7 @@ def has_tokenizer(directory) -> bool:
 
 
 def from_files(files: dict[str, str], place=None) -> Tokenizer:
-    """The inverse of `Tokenizer.files`.
+    """Returns the inverse of `Tokenizer.files`.
 
     Args:
       files: texts by file name, `tokenizer.json` among them.
@@ -316,7 +316,7 @@ def _parse(text: str, place) -> tokenizers.Tokenizer:
 
 @contextlib.contextmanager
 def _refusing(message: str, place=None):
-    """What the library raises as an `InputError`: bare Exceptions, or a panic, which isn't even that."""
+    """Turns what the library raises into an `InputError`: bare Exceptions, or panics, which aren't even that."""
     try:
         yield
     except BaseException as error:
@@ -326,21 +326,21 @@ def _refusing(message: str, place=None):
 
 
 def _config(files: dict[str, str], name: str, place) -> dict:
-    """The JSON object in one of the companion files; empty where there is none."""
+    """Returns the JSON object in one of the companion files; empty where there is none."""
     where = name if place is None else as_path(place) / name
     config = parse_json(files.get(name, "{}"), where)
     return config if isinstance(config, dict) else {}
 
 
 def _named(configs: list[dict], key: str) -> list[str]:
-    """What the configs call a special token: a string, or an object with "content"."""
+    """Returns what the configs call a special token: a string, or an object with "content"."""
     values = [config.get(key) for config in configs]
     names = [value.get("content") if isinstance(value, dict) else value for value in values]
     return [name for name in names if isinstance(name, str)]
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter that byte-level BPE writes for each byte (GPT-2's table)."""
+    """Returns the printable letter that byte-level BPE writes for each byte (GPT-2's table)."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -31,8 +31,8 @@ class BatchPlan:
 
     Attributes:
       table: the rows: a `Table`, `ShardTable` or `Mixture` of them.
-      stages: of the curriculum.
-      seed: of the run.
+      stages: the curriculum's.
+      seed: the run's.
       batch_size: B, examples a step over all hosts.
       host, num_hosts: this host has examples [host * B / num_hosts, (host + 1) * B / num_hosts).
       bos_id: the token that a document begins with, where there is one; read by stages that give it.
@@ -67,7 +67,7 @@ def batch(plan: BatchPlan, step: int) -> Batch:
 
 
 def examples(plan: BatchPlan, step: int) -> Batch:
-    """The packed rows of a step, in reading order.
+    """Returns the packed rows of a step, in reading order.
 
     Returns:
       number: [B] int64, running number of the example over all epochs.
@@ -147,7 +147,7 @@ def eval_batch(
     Args:
       table: held-out rows.
       order: one of `ordering.ranks.TRAINING_ORDERS`.
-      group_size: tokens a group, not read by "l2r".
+      group_size: tokens per group, not read by "l2r".
       seed: of the random order; row r always has the same.
       batch_size: B, rows a batch over all hosts.
       max_batches: only the first so many.

@@ -10,7 +10,7 @@ _MAGIC_BYTES = 4
 
 
 def decompressed(file, kind: str, warn: Callable[[str], None]) -> Iterator[bytes]:
-    """The bytes of all members (gzip) or frames (zstd), one after the other, in blocks.
+    """Yields the bytes of all members (gzip) or frames (zstd), one after the other, in blocks.
 
     Zeros after a member are padding. Other bytes there that begin no member are left out, as `gzip -d`
     leaves them out, and told to `warn`.
@@ -63,7 +63,7 @@ def _pieces(file, kind, warn) -> Iterator[bytes]:
 
 
 def _before_damage(file, decoder, errors, begin: int, data: bytes) -> Iterator[bytes]:
-    """What can be had of `data`, the last bytes read, in which a member that began at `begin` is damaged.
+    """Yields the good part of `data`, the last bytes read: a member that began at `begin` is damaged.
 
     A decoder that fails gives nothing of the call it fails in: so the bytes are fed again, one at a time.
     """

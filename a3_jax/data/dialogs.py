@@ -35,7 +35,7 @@ _KNOWN_FIELDS = {"role", "content", "weight", "tool_calls", "function_call"}
 
 
 def prompt_parts(record: dict) -> list[Part]:
-    """The parts of a prompt and its response.
+    """Returns the parts of a prompt and its response.
 
     Raises:
       BadRecord: one of them is absent or no text, or the response is empty.
@@ -45,7 +45,7 @@ def prompt_parts(record: dict) -> list[Part]:
 
 
 def prompt_messages(record: dict) -> dict:
-    """A prompt and its response as messages."""
+    """Returns a prompt and its response as messages."""
     (_, prompt), (_, response) = prompt_parts(record)
     roles = ("user", ASSISTANT)
     turns = zip(roles, prompt + response)

@@ -96,7 +96,7 @@ class DocumentSource:
             yield number + 1, failure.at(self, number + 1)
 
     def column_names(self) -> list[str]:
-        """The columns of a table, or the fields of a file's first object; none where nothing can be read."""
+        """Returns the columns of a table, or the fields of a file's first object; [] if it can't be read."""
         import pyarrow
 
         kind = _kind(self.name)
@@ -171,7 +171,7 @@ class DocumentSource:
                 number += 1
 
     def _has_blocks(self) -> bool:
-        """Whether a blank line stands between two lines with text: then paragraphs are documents."""
+        """Returns whether a blank line stands between two lines with text: then paragraphs are documents."""
         seen_text = seen_blank = False
         with contextlib.suppress(OSError):  # whoever reads the records comes to the same place, and says so
             for line in self._lines():
@@ -215,7 +215,7 @@ class DocumentSource:
             yield None if size > MAX_BYTES else b"".join(held).rstrip(b"\r")
 
     def text_blocks(self) -> Iterator[bytes]:
-        """The file's bytes, decompressed, without a byte order mark.
+        """Yields the file's bytes, decompressed, without a byte order mark.
 
         Raises:
           OSError: damaged; what lies before has been given by then.
@@ -266,7 +266,7 @@ class _RawFile(io.RawIOBase):
 
 
 def is_readable(name: str) -> bool:
-    """Whether the name's end is one of those that are read."""
+    """Returns whether the name's end is one of those that are read."""
     return _kind(name) is not None
 
 
@@ -282,7 +282,7 @@ def check_single(column: str, names: Sequence[str], file) -> None:
 
 
 def text_of(record: dict, field: str) -> str:
-    """The text in a field of a record.
+    """Returns the text in a field of a record.
 
     Raises:
       BadRecord: absent, no text, empty, or no characters.
@@ -311,7 +311,7 @@ def _kind(name: str) -> str | None:
 
 
 def _object(line: bytes | None) -> dict | BadRecord:
-    """The JSON object of a line."""
+    """Returns the JSON object of a line."""
     if line is None:
         return _too_long()
     text = _decoded(line)
@@ -341,7 +341,7 @@ def _too_long() -> BadRecord:
 
 
 def _open(path):
-    """The file, if it is one and no Git LFS pointer."""
+    """Returns the file, if it is one and no Git LFS pointer."""
     file = path.open("rb")
     if "://" in str(path):
         file = io.BufferedReader(_RawFile(file), _BLOCK)

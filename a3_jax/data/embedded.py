@@ -72,7 +72,7 @@ class HiddenWords:
 
 @functools.cache
 def stories(split: str) -> tuple[str, ...]:
-    """The stories of a split, "train" or "heldout", in a fixed shuffled order."""
+    """Returns the stories of a split, "train" or "heldout", in a fixed shuffled order."""
     return tuple(template.format(**values) for template, values in _written(split))
 
 
@@ -105,7 +105,7 @@ def blanks(kind: str, count: int) -> list[HiddenWords]:
 
 @functools.cache
 def tokenizer_json() -> str:
-    """A word-level `tokenizer.json` of the corpus: every word and full stop one token, BOS in front."""
+    """Returns a word-level `tokenizer.json` of the corpus: words and full stops are tokens, BOS in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     words = sorted({word for text in stories("train") for word in text.replace(".", " .").split()})

@@ -147,7 +147,7 @@ class Encoder:
         return np.array(tokens, np.int32), np.array(predicted, bool)
 
     def _framed(self, document, tokens, roles, response) -> Encoded | BadRecord:
-        """A dialog with one EOS behind its last response, filler, and its end cut off if need be."""
+        """Returns a dialog with one EOS behind its last response, filler, and its end cut off if need be."""
         if PREDICTED not in roles:
             return _bad(document, "empty", "nothing of its response is left to predict")
         if PREDICTED not in roles[: self.seq_len]:

@@ -54,7 +54,7 @@ class OrderFeatureConverter(seqio.FeatureConverter):
 
 
 def iterate(plan: BatchPlan, first_step: int) -> Generator[Batch, None, None]:
-    """The batches of a plan (`batches.batch`) from a step to the end of its curriculum."""
+    """Yields the batches of a plan (`batches.batch`) from a step to the end of its curriculum."""
     running: list[Any] = [dataset(plan, first_step).as_numpy_iterator()]
 
     def stop():
@@ -75,7 +75,7 @@ def iterate(plan: BatchPlan, first_step: int) -> Generator[Batch, None, None]:
 
 
 def dataset(plan: BatchPlan, first_step: int) -> tf.data.Dataset:
-    """The pipeline of `iterate`: steps -> packed rows -> sorted batches."""
+    """Returns the pipeline of `iterate`: steps -> packed rows -> sorted batches."""
     share, seq_len = plan.batch_size // plan.num_hosts, plan.table.seq_len
     converter = OrderFeatureConverter(plan)
     features = converter.TASK_FEATURES

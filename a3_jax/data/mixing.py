@@ -84,7 +84,7 @@ class Mixture(Joined):
         return counts
 
     def locate(self, numbers, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where examples come from.
+        """Returns where examples come from.
 
         Args:
           numbers: [B] int, running numbers of the stream.
@@ -101,12 +101,12 @@ class Mixture(Joined):
 
 
 def pick(table, numbers, seed: int) -> dict[str, np.ndarray]:
-    """The rows of examples by running number, each row of each source once an epoch.
+    """Returns the rows of examples by running number, each row of each source once an epoch.
 
     Args:
       table: a source with `take`, or a `Mixture` of them.
       numbers: [B] int.
-      seed: of the run.
+      seed: the run's.
 
     Returns:
       As `Table.take`.

@@ -7,7 +7,7 @@ _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 
 
 def permute(places, num_rows: int, seed: int, epochs) -> np.ndarray:
-    """A keyed bijection of 0..num_rows-1, another for each (seed, epoch).
+    """Returns a keyed bijection of 0..num_rows-1, another for each (seed, epoch).
 
     A Feistel network over the smallest even number of bits that holds them all; what falls outside
     goes through again until it falls inside.
@@ -15,7 +15,7 @@ def permute(places, num_rows: int, seed: int, epochs) -> np.ndarray:
     Args:
       places: [n] int, each in 0..num_rows-1.
       num_rows: R.
-      seed: of the run.
+      seed: the run's.
       epochs: [n] int.
 
     Returns:

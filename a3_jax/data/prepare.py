@@ -117,7 +117,7 @@ def prepare(data: Sequence[str], directory, options: Options) -> tuple[PreparedM
 
 
 def damage(directory) -> list[InputError]:
-    """What is wrong with a prepared directory: every byte of it is read.
+    """Returns what is wrong with a prepared directory: every byte of it is read.
 
     Raises:
       InputError: it holds no prepared data.
@@ -210,7 +210,7 @@ class _Job:
         return collected.finish(self._tokenizer, self._kind != TEXT)
 
     def _heldout_below(self) -> int:
-        """The digest below which documents are held out; a number of them takes a pass over all of it."""
+        """Returns the digest below which documents are held out; a number of them takes a pass over all."""
         holdout = self._options.holdout
         if holdout < 1:
             return int(holdout * DIGESTS)

@@ -33,6 +33,6 @@ def summary(manifest: PreparedManifest) -> list[str]:
 
 
 def _framing(settings) -> str:
-    """What stands around each document."""
+    """Returns what stands around each document."""
     names = [name for name, there in (("BOS", settings["adds_bos"]), ("EOS", settings["adds_eos"])) if there]
     return f"{' and '.join(names)} added to each document" if names else "neither BOS nor EOS added"

@@ -110,7 +110,7 @@ class PrepareProgress:
 
 
 def read_progress(directory) -> PrepareProgress | None:
-    """What an unfinished preparation left; None where there is none.
+    """Returns what an unfinished preparation left; None where there is none.
 
     Raises:
       InputError: it can't be read.
@@ -149,7 +149,7 @@ def write_progress(directory, progress: PrepareProgress, waiting: Waiting) -> No
 
 
 def read_waiting(directory, progress: PrepareProgress) -> Waiting:
-    """The documents that `write_progress` saved.
+    """Returns the documents that `write_progress` saved.
 
     Raises:
       InputError: they can't be read.
@@ -234,7 +234,7 @@ def write_whole(path, content: bytes) -> None:
 
 
 def _lock(path: str) -> int:
-    """A locked file's descriptor. Who held the lock before may just have removed the file: then once more."""
+    """Locks a file and returns its descriptor; locks again if the last holder has just removed it."""
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

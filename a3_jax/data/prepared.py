@@ -44,7 +44,7 @@ class Prepared:
 
 
 def find_prepared(data: str) -> list[Prepared]:
-    """The prepared directories that `config.data` names; empty where it names text files.
+    """Returns the prepared directories that `config.data` names; empty where it names text files.
 
     Raises:
       InputError: a directory that is not prepared, a damaged manifest, a rate that is none, a directory
@@ -74,7 +74,7 @@ def find_prepared(data: str) -> list[Prepared]:
 
 
 def prepared_tokenizer(prepared: Prepared, *others: Tokenizer) -> Tokenizer:
-    """The tokenizer that made the ids.
+    """Returns the tokenizer that made the ids.
 
     Args:
       others: tokenizers that must give the same ids: of the model that training begins with, say.
@@ -103,7 +103,7 @@ def check_tokenizer(prepared: Prepared, tokenizer: Tokenizer) -> None:
 
 
 def describe(found: list[Prepared]) -> dict[str, Any]:
-    """What a run remembers of its data: the manifest's checksum by directory."""
+    """Returns what a run remembers of its data: the manifest's checksum by directory."""
     return {str(each.directory): each.manifest.to_dict()["crc32"] for each in found}
 
 
@@ -149,7 +149,7 @@ def _check(prepared: Prepared, seq_len: int) -> None:
 
 
 def _is_same(directory, other) -> bool:
-    """Whether two paths mean one directory, by links or otherwise."""
+    """Returns whether two paths mean one directory, by links or otherwise."""
     if is_remote(directory) or is_remote(other):
         return str(directory).rstrip("/") == str(other).rstrip("/")
     return os.path.realpath(directory) == os.path.realpath(other)

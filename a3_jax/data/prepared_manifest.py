@@ -34,7 +34,7 @@ class ShardInfo:
     Attributes:
       file: its name in the directory.
       rows: packed rows. tokens: those that are not padding.
-      bytes, crc32: of the whole file.
+      bytes, crc32: the whole file's size and checksum.
     """
 
     file: str
@@ -84,7 +84,7 @@ class PreparedManifest:
 
 
 def is_prepared(path) -> bool:
-    """Whether a path is a directory that `a3 data prepare` has finished."""
+    """Returns whether a path is a directory that `a3 data prepare` has finished."""
     return (as_path(path) / MANIFEST_FILE).exists()
 
 
@@ -93,7 +93,7 @@ def write_manifest(directory, manifest: PreparedManifest) -> None:
 
 
 def read_manifest(directory) -> PreparedManifest:
-    """The manifest of a prepared directory.
+    """Returns the manifest of a prepared directory.
 
     Raises:
       InputError: absent, damaged, or written by a newer format.
@@ -121,7 +121,7 @@ def read_manifest(directory) -> PreparedManifest:
 
 
 def parse_shard(fields) -> ShardInfo:
-    """A shard as JSON tells it.
+    """Returns a shard as JSON tells it.
 
     Raises:
       TypeError, ValueError: it is none, or its name is none of a file beside the one that tells it.
@@ -163,7 +163,7 @@ def check_shards(directory, manifest: PreparedManifest, *, deep: bool) -> None:
 
 
 def complaints(directory, manifest: PreparedManifest, *, deep: bool) -> Iterator[InputError]:
-    """Every shard that is absent, of another size or, if `deep`, of another checksum."""
+    """Yields every shard that is absent, of another size or, if `deep`, of another checksum."""
     for shard in manifest.shards:
         path = as_path(directory) / shard.file
         if not path.exists():

@@ -113,7 +113,7 @@ Parse = Callable[[dict], tuple[Any, str, list[str]]]
 
 
 def parser(kind: str, text_column: str | None, template: ChatTemplate | None, tokenizer: Tokenizer) -> Parse:
-    """What makes a document of a record.
+    """Returns what makes a document of a record.
 
     Args:
       kind: one of `KINDS`.
@@ -144,7 +144,7 @@ def parser(kind: str, text_column: str | None, template: ChatTemplate | None, to
 
 
 def ahead(items: Iterator) -> Iterator:
-    """The same items, made in a thread of their own."""
+    """Yields the same items, made in a thread of their own."""
     pool = concurrent.futures.ThreadPoolExecutor(1)
     waiting = collections.deque(pool.submit(next, items, None) for _ in range(_BATCHES_AHEAD))
     try:
@@ -193,7 +193,7 @@ class Smallest:
 
 
 def _kind_of(sources: list[DocumentSource]) -> str:
-    """What the sources hold: text, prompts, or messages.
+    """Returns what the sources hold: text, prompts, or messages.
 
     Raises:
       InputError: not all the same.

@@ -68,7 +68,7 @@ def open_data(
 
 
 def embedded_source() -> dict[str, tuple[str, ...]]:
-    """The documents of the embedded corpus by split."""
+    """Returns the documents of the embedded corpus by split."""
     return {split: tuple(embedded.stories(split)) for split in (TRAIN, HELDOUT)}
 
 
@@ -116,7 +116,7 @@ def register(splits: Mapping[str, Mapping[str, Sequence[str]]], vocabulary: Text
 
 
 def read_table(name: str, split: str, seq_len: int, packing: bool = True) -> Table | None:
-    """The packed rows of a registered task or mixture with a feature "targets"; None if it has none.
+    """Returns the packed rows of a registered task or mixture with a feature "targets"; None if it has none.
 
     Of a mixture, each document of each task is read once: rates only matter where one samples. Python's `if`
     on a tensor is not for the functions of its preprocessors.

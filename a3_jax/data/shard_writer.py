@@ -14,12 +14,12 @@ _WRITER_OPTIONS = "group_size:1,zstd:1"  # a row is read without its neighbours
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The narrowest dtype that holds every id."""
+    """Returns the narrowest dtype that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def segment_dtype(seq_len: int) -> str:
-    """The narrowest dtype that holds every segment number of a row."""
+    """Returns the narrowest dtype that holds every segment number of a row."""
     return "uint16" if seq_len < 1 << 16 else "uint32"
 
 
@@ -65,7 +65,7 @@ def _entries(table: Table, tokens: str, segments: str) -> Iterator[bytes]:
 
 
 def _local_temporary(path) -> str:
-    """Where a shard is written before it has its name: beside it, or for a bucket on this machine."""
+    """Returns where a shard is written before it has its name: beside it, or on this machine for a bucket."""
     name = f".{uuid.uuid4().hex[:12]}.tmp"
     if is_remote(path):
         return os.path.join(tempfile.gettempdir(), name)

@@ -44,7 +44,7 @@ class ShardTable:
         self.has_roles, self.largest_id = manifest.has_roles, manifest.largest_id
 
     def take(self, rows) -> dict[str, np.ndarray]:
-        """The rows of these numbers.
+        """Returns the rows of these numbers.
 
         Args:
           rows: [B] int, each from 0 to R - 1.
@@ -95,7 +95,7 @@ class _Reader:
 
 @contextlib.contextmanager
 def _naming(path):
-    """What ArrayRecord finds wrong, as a complaint about the file."""
+    """Turns what ArrayRecord finds wrong into a complaint about the file."""
     try:
         yield
     except (RuntimeError, ValueError, IndexError) as error:
@@ -129,7 +129,7 @@ def _positions(segment_ids) -> np.ndarray:
 
 
 def _local_copy(path) -> str:
-    """The path of a file that can be read at random: of one in a bucket, a copy made once.
+    """Returns the path of a file that can be read at random: of one in a bucket, a copy made once.
 
     Copies lie in `~/.cache/a3_jax/data` (or `$XDG_CACHE_HOME`), by path, size and time of the original.
     """

@@ -16,7 +16,7 @@ _GLOB_LETTERS = set("*?[")
 
 
 def find_files(data: str | Sequence[str]) -> list[str]:
-    """The files that a path, a glob or a list of both names; sorted within each glob.
+    """Returns the files that a path, a glob or a list of both names; sorted within each glob.
 
     A file that is named more than once, in whatever way, is there once, with a warning.
 
@@ -38,7 +38,7 @@ def find_files(data: str | Sequence[str]) -> list[str]:
 
 
 def read_documents(name: str) -> tuple[str, ...]:
-    """The documents of one file, empty ones left out.
+    """Returns the documents of one file, empty ones left out.
 
     Raises:
       InputError: unreadable, empty, not UTF-8 or not JSON, with the file, the line and the field.
@@ -58,7 +58,7 @@ def read_documents(name: str) -> tuple[str, ...]:
 
 
 def _once(names: list[str]) -> list[str]:
-    """The names without further ones of the same file."""
+    """Returns the names without further ones of the same file."""
     first: dict[Hashable, str] = {}
     for name in names:
         path = as_path(name)

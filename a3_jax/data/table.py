@@ -55,7 +55,7 @@ class Table:
         return int(np.count_nonzero(self.segment_ids))
 
     def take(self, rows) -> dict[str, np.ndarray]:
-        """The rows of these numbers ([B] int): tokens, positions, segment_ids and, if any, roles, [B, T]."""
+        """Returns rows by number, [B] int: tokens, positions, segment_ids and, if any, roles, [B, T]."""
         arrays = {"tokens": self.tokens, "positions": self.positions, "segment_ids": self.segment_ids}
         arrays |= {} if self.roles is None else {"roles": self.roles}
         return {name: array[rows] for name, array in arrays.items()}
@@ -69,7 +69,7 @@ def pack(
     *,
     first_fit_by: Callable | None = None,
 ) -> Table:
-    """A table of documents.
+    """Returns a table of documents.
 
     Pieces of documents share rows, each with positions from 0: none sees another. Documents of three,
     two and five tokens in rows of four:

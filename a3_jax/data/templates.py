@@ -78,7 +78,7 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: Tokenizer, file=None) -> ChatTemplate | None:
-    """The template in a file, or else the one that came with the tokenizer; None if there is none.
+    """Returns the template in a file, or else the one that came with the tokenizer; None if there is none.
 
     Raises:
       InputError: the file can't be read, or is no template.
@@ -99,7 +99,7 @@ def chat_template(tokenizer: Tokenizer, file=None) -> ChatTemplate | None:
 
 
 def _told(error: Exception) -> str:
-    """What an exception says, or its kind where it says nothing."""
+    """Returns what an exception says, or its kind where it says nothing."""
     return str(error) or type(error).__name__
 
 
@@ -121,7 +121,7 @@ def _sought(tree) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _sandbox():
-    """The environment that chat templates are written for.
+    """Returns the environment that chat templates are written for.
 
     There is no `strftime_now`: templates then take a fixed date, and the same text is the same tomorrow.
     """

@@ -64,7 +64,7 @@ class TextVocabulary(seqio.Vocabulary):
         return np.array([token for ids in encoded for token in ids], np.int32), lengths
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        """The text of [n] ids; of [texts, n] a vector of texts."""
+        """Returns the text of [n] ids; of [texts, n] a vector of texts."""
         if ids.shape.rank == 2:
             return tf.map_fn(self._decode_tf, ids, fn_output_signature=tf.string)
         # An object array, since NumPy's bytes lose zero bytes at their end.

@@ -19,7 +19,7 @@ _NO_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5lite
 
 
 def topology_devices(topology: str, slices: int = 1) -> list:
-    """The chips of a TPU topology, as descriptions that the compiler takes for devices.
+    """Returns the chips of a TPU topology, as descriptions that the compiler takes for devices.
 
     Args:
       topology: such as "v5e:4x4" or "v5p:4x4x4".

@@ -66,7 +66,7 @@ class Collective:
 
 
 def read_collectives(program: str, chips: int, slices: int = 1) -> list[Collective]:
-    """The collectives of an optimised program, with how often a step runs each.
+    """Returns the collectives of an optimised program, with how often a step runs each.
 
     Args:
       program: `jax.stages.Compiled.as_text()`.
@@ -94,7 +94,7 @@ def read_collectives(program: str, chips: int, slices: int = 1) -> list[Collecti
 
 
 def traffic(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
-    """By kind: `count` of turns a step, bytes a chip sends within its slice (`ici`) and beyond (`dcn`)."""
+    """Sums by kind: `count` per step, bytes that a chip sends within its slice (`ici`) and beyond (`dcn`)."""
     table: dict[str, dict[str, float]] = {kind: {"count": 0, "ici": 0.0, "dcn": 0.0} for kind in KINDS}
     for collective in collectives:
         row = table[collective.kind]
@@ -126,7 +126,7 @@ def _computations(program: str) -> tuple[dict[str, list[tuple[str, str, str, str
 
 
 def _times(computations, entry: str) -> Mapping[str, int]:
-    """How often each computation runs: over all its callers, times the turns of loops."""
+    """Counts how often each computation runs: over all its callers, times the turns of loops."""
     calls = collections.defaultdict(list)  # computation -> (caller, turns)
     for caller, lines in computations.items():
         for _, _, kind, line in lines:
@@ -176,13 +176,13 @@ def _trip_count(line: str, computations) -> int:
 
 
 def _operands(line: str) -> list[str]:
-    """The names that an instruction is given."""
+    """Returns the names that an instruction is given."""
     inside = re.search(r" [a-z][a-z0-9\-]*\(([^()]*(?:\([^()]*\)[^()]*)*)\)", line)
     return re.findall(r"%([\w.\-]+)", inside[1]) if inside else []
 
 
 def _constant(name: str, lines) -> int:
-    """A whole number that is a constant of a computation; 0 for anything else."""
+    """Returns a whole number that is a constant of a computation; 0 for anything else."""
     value = re.search(r" = [su]\d+\[\]\S* constant\((\d+)\)", lines.get(name, ("", ""))[1])
     return int(value[1]) if value else 0
 
@@ -217,7 +217,7 @@ def _bits(dtype: str) -> int:
 
 
 def _groups(line: str, chips: int) -> tuple[tuple[int, ...], ...]:
-    """The groups of chips, in whichever of its notations the compiler wrote them."""
+    """Returns the groups of chips, in whichever of its notations the compiler wrote them."""
     everyone = (tuple(range(chips)),)
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return _lists(pairs[1])

@@ -30,7 +30,7 @@ class Compiled:
     """One program, as the compiler accounts for it on each chip.
 
     Attributes:
-      name: of the program.
+      name: the program's.
       arguments, outputs, aliases, temporaries, code: bytes; outputs that take the place
         of an argument are aliases.
       total: bytes at the peak; of a program that was refused the temporaries alone, as far as told.
@@ -121,7 +121,7 @@ def _text(compiled) -> str:
 
 
 def _refusal(said: str) -> tuple[str, int]:
-    """The compiler's line about memory, and the bytes that it needs at least; 0 if it doesn't say."""
+    """Returns the compiler's line about memory, and the bytes that it needs at least; 0 if it doesn't say."""
     line = next((line for line in said.splitlines() if "Ran out of memory" in line), said.splitlines()[0])
     needed = re.search(r"temporaries \(([\d.]+)([KMG]?)\)|Used ([\d.]+)([KMG]?)\w* of", said)
     if not needed:

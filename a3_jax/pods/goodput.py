@@ -88,7 +88,7 @@ def _down_and_wall(events, opened) -> tuple[float, float]:
 
 
 def _began(attempt) -> float:
-    """When the process of an attempt was started; restoring may come before init is written, or after."""
+    """Returns when the process of an attempt was started; init may be written before or after restoring."""
     first = next((event for event in attempt if event["event"] == "init"), attempt[0])
     began = first["time"] - (first["seconds"] if first["event"] in _TIMED else 0.0)
     restored = [event["time"] - event["seconds"] for event in attempt if event["event"] == "restore"]

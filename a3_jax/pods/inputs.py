@@ -46,7 +46,7 @@ def _model(run: RunConfig) -> tuple[ModelConfig, list[str]]:
 
 
 def _new_model(run: RunConfig) -> tuple[ModelConfig, list[str]]:
-    """The model of a run that begins from nothing: its vocabulary is its tokenizer's."""
+    """Returns the model of a run that begins from nothing: its vocabulary is its tokenizer's."""
     from a3_jax.training.setup import init_from_config
 
     instead = "the vocabulary is that of config.model"
@@ -97,7 +97,7 @@ def _check_data(run: RunConfig) -> str:
 
 
 def _is_here(name: str) -> bool:
-    """Whether a path, or one of a list or pattern of them, can be seen from here."""
+    """Returns whether a path, or one of a list or pattern of them, can be seen from here."""
     try:
         for part in name.split(","):
             place = as_path(part.strip().rpartition("@")[0] or part.strip())

@@ -16,7 +16,7 @@ _SCHEMA = pathlib.Path(__file__).parent / "jobset.schema.json"
 
 
 def read_manifest(path) -> dict:
-    """The JobSet in a YAML file, checked against the schema.
+    """Returns the JobSet in a YAML file, checked against the schema.
 
     Raises:
       InputError: not YAML, or not a JobSet; names the field.

@@ -34,7 +34,7 @@ class ParallelConfig:
 
 
 def parallel_config_of(run, pod: Pod) -> ParallelConfig:
-    """The layout that a run's config asks for on a pod; its mesh suits it (`spec.check_mesh`)."""
+    """Returns the layout that a run's config asks for on a pod; its mesh suits it (`spec.check_mesh`)."""
     sizes = mesh_sizes(run.mesh, pod)
     return ParallelConfig(**sizes, microbatches=run.microbatches, remat=run.remat)
 

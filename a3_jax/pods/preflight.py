@@ -41,12 +41,12 @@ def run_preflight(args) -> int:
 
 
 def cache_file(digest: str) -> pathlib.Path:
-    """Where the report of a `spec.config_hash` is kept."""
+    """Returns where the report of a `spec.config_hash` is kept."""
     return PREFLIGHT_CACHE.expanduser() / f"{digest}.json"
 
 
 def _what(args) -> tuple[str, list[str], Pod]:
-    """The config, its overrides and the pod: from the command line, or from a spec."""
+    """Returns the config, its overrides and the pod: from the command line, or from a spec."""
     if args.spec:
         for name in ("config", "topology", "slices"):
             if getattr(args, name) is not None:
@@ -80,7 +80,7 @@ def _rows(config) -> int:
 
 
 def _preflight(config, path, flags, pod: Pod, programs: list[str], again: bool) -> dict[str, Any]:
-    """The report of a config as it is, from the cache if it is there."""
+    """Returns the report of a config as it is, from the cache if it is there."""
     from a3_jax.pods.inputs import check_inputs
     from a3_jax.training.config import RunConfig
 
@@ -97,7 +97,7 @@ def _preflight(config, path, flags, pod: Pod, programs: list[str], again: bool) 
 
 
 def _compiled(run, inputs, pod: Pod, programs: list[str]) -> dict[str, Any]:
-    """The report of what the compiler says now."""
+    """Returns the report of what the compiler says now."""
     from a3_jax.pods.aot_compile import topology_devices
     from a3_jax.pods.compiler import check_flags, compile_program
     from a3_jax.pods.preflight_report import make_report
@@ -115,7 +115,7 @@ def _compiled(run, inputs, pod: Pod, programs: list[str]) -> dict[str, Any]:
 
 
 def _search(config, path, flags, pod: Pod) -> dict[str, Any]:
-    """The report of the best layout that the compiler accepts, with the table of candidates."""
+    """Returns the report of the best layout that the compiler accepts, with the table of candidates."""
     from a3_jax.pods.inputs import check_inputs
     from a3_jax.pods.preflight_report import describe_candidates
     from a3_jax.pods.search import search
@@ -137,7 +137,7 @@ def _search(config, path, flags, pod: Pod) -> dict[str, Any]:
 
 
 def _known(digest: str, model, programs: list[str]) -> dict[str, Any] | None:
-    """A report from before, of the same model and with all the programs that are asked for."""
+    """Returns a report from before, of the same model and with all the programs that are asked for."""
     try:
         report = json.loads(cache_file(digest).read_text())["report"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -23,7 +23,7 @@ _SHOWN = 12  # candidates of a search
 def make_report(
     run: RunConfig, model: ModelConfig, pod: Pod, compiled: Sequence[Compiled], asked: Sequence[str]
 ) -> dict[str, Any]:
-    """What `--json` prints, bytes and seconds.
+    """Returns what `--json` prints, bytes and seconds.
 
     Args:
       run, model, pod: what was compiled for where.
@@ -68,7 +68,7 @@ def make_report(
 
 
 def _deviations(run, layout, memory, step: Compiled) -> dict[str, float]:
-    """The formula over the compiler, less 1: of parameters with optimiser, and of the total."""
+    """Returns the formula over the compiler, less 1: of parameters with optimiser, and of the total."""
     if step.refused:
         return {}
     fields = 5  # of a batch, 4 bytes each (`training.step.Batch`)

@@ -37,14 +37,14 @@ def other_programs(run: RunConfig, model: ModelConfig, mesh, names: Sequence[str
 
 
 def _fingerprint(run, model, mesh):
-    """The checksums of a checkpoint's arrays, over the whole state at once."""
+    """Returns the checksums of a checkpoint's arrays, over the whole state at once."""
     from a3_jax.checkpoints import fingerprint
 
     return fingerprint._sums.lower(jax.tree.leaves(sharded_state(run, model, mesh))).compile()
 
 
 def _restore(run, model, mesh):
-    """What may follow a restored state: a fresh optimiser beside its parameters, at a stage's beginning.
+    """Compiles what may follow a restored state: a fresh optimiser at the beginning of a stage.
 
     Reading itself is no program: arrays go to the chips as they are.
     """

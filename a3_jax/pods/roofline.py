@@ -25,7 +25,7 @@ from a3_jax.pods.parallel_config import ParallelConfig
 from a3_jax.pods.topologies import Pod
 from a3_jax.training.config import RunConfig
 
-DCN_BANDWIDTH = {"v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9}  # bytes a second that a chip sends
+DCN_BANDWIDTH = {"v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9}  # bytes per second that a chip sends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Times:
 
     @property
     def limit(self) -> str:
-        """Which of the four that is."""
+        """Returns the name of the largest of the four."""
         return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
 
 
 def accelerator_of(pod: Pod) -> Accelerator:
-    """The chip of a pod."""
+    """Returns the chip of a pod."""
     return next(chip for chip in ACCELERATORS if chip.name == pod.slice.accelerator)
 
 
@@ -68,11 +68,11 @@ def estimate_times(
     dcn: float,
     objective: str,
 ) -> Times:
-    """The times of a step.
+    """Returns the times of a step.
 
     Args:
       ici, dcn: bytes that a chip sends in a step, within its slice and beyond.
-      objective: of the stage.
+      objective: the stage's.
     """
     chip = accelerator_of(pod)
     flops = step_flops(run, model, objective) + _computed_again(run, model, layout, objective)
@@ -106,7 +106,7 @@ def estimate_traffic(
 def describe(
     times: Times, run: RunConfig, model: ModelConfig, pod: Pod, objective: str
 ) -> Mapping[str, object]:
-    """The times with what follows from them: utilisation at most, and chip-hours of the run at least."""
+    """Returns the times, the highest utilisation and the least chip-hours that follow from them."""
     chip = accelerator_of(pod)
     utilization = step_flops(run, model, objective) / (times.bound * chip.peak_flops * pod.chips)
     return {

@@ -34,7 +34,7 @@ _TAIL_BYTES = 1 << 16
 
 
 def read_events(workdir) -> tuple[list[Event], int]:
-    """The events of a run in the order they were written.
+    """Returns the events of a run in the order they were written.
 
     Returns:
       (events, lines passed over: torn by a death in the middle of writing, or otherwise unreadable).
@@ -71,7 +71,7 @@ def append_event(workdir, event: Event) -> None:
 
 
 def attempts(events: Iterable[Event]) -> list[list[Event]]:
-    """The events of each opening of the run; what the supervisor wrote belongs to none."""
+    """Returns the events of each opening of the run; what the supervisor wrote belongs to none."""
     found: list[list[Event]] = []
     for event in events:
         if event["event"] == "restart":
@@ -85,7 +85,7 @@ def attempts(events: Iterable[Event]) -> list[list[Event]]:
 
 
 def sort_steps(events: Iterable[Event]) -> tuple[dict[int, Event], list[Event]]:
-    """Which step events count, and which were for nothing.
+    """Separates the step events that count from those that were lost.
 
     A step is lost when the run goes back to before it: another attempt restores an older checkpoint (or
     finds none), or the run itself rolls back.
@@ -116,7 +116,7 @@ def sort_steps(events: Iterable[Event]) -> tuple[dict[int, Event], list[Event]]:
 
 
 def position(events: Iterable[Event]) -> tuple[int | None, int]:
-    """Where the newest attempt is.
+    """Returns where the newest attempt is.
 
     Returns:
       (the last step on record, or where the attempt began; None before any,
@@ -136,7 +136,7 @@ def position(events: Iterable[Event]) -> tuple[int | None, int]:
 
 
 def checkpoint_steps(workdir) -> list[int]:
-    """The steps that have a finished checkpoint, oldest first: a directory whose last file is there."""
+    """Returns the steps with a finished checkpoint (one with its last file), oldest first."""
     directory = as_path(workdir) / CHECKPOINTS
     if not directory.is_dir():
         return []
@@ -145,12 +145,12 @@ def checkpoint_steps(workdir) -> list[int]:
 
 
 def newest_step(workdir) -> int | None:
-    """The newest step with a finished checkpoint; None without any."""
+    """Returns the newest step with a finished checkpoint; None without any."""
     return max(checkpoint_steps(workdir), default=None)
 
 
 def read_object(path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none, or one that is just being written."""
+    """Returns the JSON object in a file; empty where there is none, or one that is just being written."""
     try:
         value = json.loads(as_path(path).read_bytes())
     except (OSError, ValueError):
@@ -159,7 +159,7 @@ def read_object(path) -> dict[str, Any]:
 
 
 def last_row(path) -> dict[str, Any]:
-    """The last whole row of a file of JSON lines; empty without one. Reads the file's end alone."""
+    """Returns the last whole row of a file of JSON lines; empty without one. Reads the file's end alone."""
     try:
         with as_path(path).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -189,5 +189,5 @@ def _event(line: bytes) -> Event | None:
 
 
 def _is_count(value) -> bool:
-    """Whether it is a number from 0 on."""
+    """Returns whether it is a number from 0 on."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -39,7 +39,7 @@ class Candidate:
 
 
 def search(run: RunConfig, model: ModelConfig, pod: Pod, objective: str = "any_order") -> list[Candidate]:
-    """All candidates, the best first."""
+    """Returns all candidates, the best first."""
     capacity = accelerator_of(pod).memory_bytes
     found = []
     for layout in layouts(run, model, pod):
@@ -51,7 +51,7 @@ def search(run: RunConfig, model: ModelConfig, pod: Pod, objective: str = "any_o
 
 
 def layouts(run: RunConfig, model: ModelConfig, pod: Pod) -> Iterator[ParallelConfig]:
-    """The layouts that suit pod, model and batch; data is a multiple of the slices, which it alone joins."""
+    """Yields the layouts that suit pod, model and batch; the data axis alone crosses slices."""
     for fsdp in _powers(pod.slice.chips):
         for tensor in _powers(pod.slice.chips // fsdp):
             data = pod.chips // (fsdp * tensor)
@@ -80,7 +80,7 @@ def advice(
 
 
 def _splits(model: ModelConfig, fsdp: int, tensor: int) -> bool:
-    """Whether the axes divide the model's sizes that lie on them (`model.sharding.Rules`)."""
+    """Returns whether the axes divide the model's sizes that lie on them (`model.sharding.Rules`)."""
     sizes = (model.vocab_size, model.num_heads, model.num_kv_heads, model.mlp_size)
     return not model.d_model % fsdp and not any(size % tensor for size in sizes)
 

@@ -75,7 +75,7 @@ class Spec:
 
 
 def read_spec(path) -> Spec:
-    """The spec in a YAML file.
+    """Returns the spec in a YAML file.
 
     Raises:
       InputError: not YAML, an unknown or missing key, a value that can't be; names file and key.

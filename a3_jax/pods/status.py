@@ -47,7 +47,7 @@ def run_status(args) -> int:
 
 
 def read_status(workdir) -> dict[str, Any]:
-    """What the files of a run say about it. All keys are always there; None: not known.
+    """Returns what the files of a run say about it. All keys are always there; None: not known.
 
     Returns:
       run: its directory.
@@ -110,7 +110,7 @@ def _state(attempt: Sequence[Event], lease: dict[str, Any]) -> str:
 
 
 def _total_steps(config: dict[str, Any], events: Sequence[Event]) -> int | None:
-    """Of the config's stages; where it can't be read, what the last attempt said."""
+    """Returns the steps of the config's stages; where it can't be read, what the last attempt said."""
     try:
         return sum(int(stage["steps"]) for stage in config["stages"])
     except (KeyError, TypeError, ValueError):
@@ -120,7 +120,7 @@ def _total_steps(config: dict[str, Any], events: Sequence[Event]) -> int | None:
 
 
 def _speed(attempt: Sequence[Event]) -> tuple[float | None, float | None]:
-    """Steps and tokens a second."""
+    """Returns steps and tokens per second."""
     steps = [event for event in attempt if event["event"] == "step" and event["seconds"] > 0][-_STEPS_TIMED:]
     if not steps:
         return None, None
@@ -130,7 +130,7 @@ def _speed(attempt: Sequence[Event]) -> tuple[float | None, float | None]:
 
 
 def _checkpoints(workdir) -> tuple[int | None, list[str]]:
-    """The newest whole checkpoint, and the names of damaged ones; older ones are not looked at."""
+    """Returns the newest whole checkpoint, and the names of damaged ones; older ones are not looked at."""
     directory = workdir / CHECKPOINTS
     names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
     damaged = sorted(name for name in names if ".damaged" in name)

@@ -52,7 +52,7 @@ class Pod:
 
 
 def find_topology(name, *, file=None) -> Topology:
-    """The slice of a topology (v5e:4x4) or TPU type (v5litepod-16).
+    """Returns the slice of a topology (v5e:4x4) or TPU type (v5litepod-16).
 
     Raises:
       InputError: unknown; names the nearest.

@@ -19,7 +19,7 @@ PREFLIGHT_CACHE = pathlib.Path("~/.cache/a3_jax/preflight")
 
 
 def xpk_arguments(spec: Spec) -> list[str]:
-    """The arguments of xpk that create the workload of a spec."""
+    """Returns the arguments of xpk that create the workload of a spec."""
     return [
         "workload", "create", f"--workload={spec.name}", f"--cluster={spec.cluster}",
         f"--project={spec.project}", f"--zone={spec.zone}", f"--tpu-type={spec.slice.tpu_type}",
@@ -30,7 +30,7 @@ def xpk_arguments(spec: Spec) -> list[str]:
 
 
 def preflight_passed(config_hash: str, directory=PREFLIGHT_CACHE) -> bool:
-    """Whether `DIRECTORY/HASH.json` says `{"passed": true}` of a `spec.config_hash`."""
+    """Returns whether `DIRECTORY/HASH.json` says `{"passed": true}` of a `spec.config_hash`."""
     try:
         return (
             json.loads((pathlib.Path(directory).expanduser() / f"{config_hash}.json").read_text())["passed"]

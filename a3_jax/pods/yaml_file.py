@@ -53,7 +53,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def read_yaml(path):
-    """The value in a YAML file.
+    """Returns the value in a YAML file.
 
     Raises:
       InputError: not YAML, a key given twice, or a plain scalar of several meanings; names the line.

@@ -81,7 +81,7 @@ def tiny_run(steps: Steps = WORD_STEPS) -> ConfigDict:
 
 
 def text_run(path: str, steps: Steps = BYTE_STEPS) -> ConfigDict:
-    """The same on the user's own text, byte by byte."""
+    """Returns the same on the user's own text, byte by byte."""
     config = tiny_run(steps)
     config.data = path
     config.tokenizer = "bytes"

@@ -43,7 +43,7 @@ def fill(checkpoint, texts: Iterable[str], **options) -> list[str]:
 
 
 def exact_match(checkpoint, blanks: Sequence[embedded.HiddenWords], **options) -> float:
-    """The share of one-word blanks that are filled with the very word, 0 to 1."""
+    """Returns the share of one-word blanks that are filled with the very word, 0 to 1."""
     filled = fill(checkpoint, (blank.text for blank in blanks), **options)
     truths = [blank.text.replace("[[1]]", blank.answer) for blank in blanks]
     return sum(text == truth for text, truth in zip(filled, truths, strict=True)) / len(truths)
@@ -72,7 +72,7 @@ def story_questions(count: int = NUM_INFILLINGS) -> list[Question]:
 def text_questions(
     documents: Sequence[str], count: int = NUM_INFILLINGS, length: int = 100
 ) -> list[Question]:
-    """The user's own text, byte by byte, with two words out of the middle of each piece."""
+    """Returns the user's own text, byte by byte, with two words out of the middle of each piece."""
     questions = []
     for document in documents:
         piece = document.strip()[:length]
@@ -88,7 +88,7 @@ def text_questions(
 
 
 def blank_out(story: str, hidden: set[int]) -> str:
-    """A story with the words of these indices (full stops count) as blanks, neighbours as one.
+    """Returns a story with the words of these indices (full stops count) as blanks, neighbours as one.
 
     blank_out("Ben found a kite.", {0, 1, 3})  ->  "[[2]] a [[1]]."
     """
@@ -101,18 +101,18 @@ def blank_out(story: str, hidden: set[int]) -> str:
 
 
 def first_mentions(tokens: Sequence[str]) -> set[int]:
-    """Where each value comes up first: only what follows tells which it is."""
+    """Returns where each value comes up first: only what follows tells which it is."""
     return {tokens.index(word) for word in _values(tokens)}
 
 
 def all_but_last_mentions(tokens: Sequence[str]) -> set[int]:
-    """Every mention of the values but the last one of each."""
+    """Returns every mention of the values but the last one of each."""
     mentions = [[index for index, token in enumerate(tokens) if token == word] for word in _values(tokens)]
     return {index for indices in mentions for index in indices[:-1]}
 
 
 def sentence(number: int) -> Callable[[Sequence[str]], set[int]]:
-    """The words of a sentence, without its full stop."""
+    """Returns the words of a sentence, without its full stop."""
 
     def words(tokens: Sequence[str]) -> set[int]:
         stops = [index for index, token in enumerate(tokens) if token == "."]

@@ -34,7 +34,7 @@ def write(workdir, result: Mapping[str, Any], infillings: Sequence[Infilling], r
 
 
 def show(infillings: Sequence[Infilling]) -> str:
-    """The infillings as lines of plain text."""
+    """Returns the infillings as lines of plain text."""
     lines = []
     for infilling in infillings:
         names = {"blanks": infilling.text, "A3": infilling.a3, "AR": infilling.ar, "truth": infilling.truth}
@@ -43,7 +43,7 @@ def show(infillings: Sequence[Infilling]) -> str:
 
 
 def page(result, infillings: Sequence[Infilling], run: RunConfig, picture: bytes | None) -> str:
-    """The report as one HTML text that needs nothing beside it."""
+    """Returns the report as one HTML text that needs nothing beside it."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -57,7 +57,7 @@ def page(result, infillings: Sequence[Infilling], run: RunConfig, picture: bytes
 
 
 def curves(ar_steps, a3_steps, held_out) -> bytes | None:
-    """The losses of both runs as a PNG; None without matplotlib.
+    """Returns the losses of both runs as a PNG; None without matplotlib.
 
     Args:
       ar_steps, a3_steps: rows of `metrics.jsonl`.

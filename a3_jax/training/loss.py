@@ -107,7 +107,7 @@ def _on_mesh(function, hidden, how, *, with_gradients):
 
 
 def _value(hidden, head, targets, weights, *, axes, how):
-    """The loss sum of this device's rows, added over all devices."""
+    """Returns the loss sum of this device's rows, added over all devices."""
     head = _gathered(head, hidden.dtype, axes, how.vocab_first)
 
     def add(total, chunk):
@@ -122,7 +122,7 @@ def _value(hidden, head, targets, weights, *, axes, how):
 
 
 def _value_and_gradients(hidden, head, targets, weights, *, axes, how):
-    """The same, with the gradients of the hidden states and of this device's part of the head."""
+    """Returns the same, with the gradients of the hidden states and of this device's part of the head."""
     shape, head = hidden.shape, _gathered(head, hidden.dtype, axes, how.vocab_first)
 
     def add(totals, chunk):
@@ -194,7 +194,7 @@ def _gathered(head, dtype, axes, vocab_first):
 
 
 def _scattered(d_head, axes, vocab_first):
-    """The sum over all devices' rows, each device keeping its part of the model width."""
+    """Returns the sum over all devices' rows, each device keeping its part of the model width."""
     if axes["embed"]:
         d_head = jax.lax.psum_scatter(d_head, axes["embed"], scatter_dimension=int(vocab_first), tiled=True)
     return _sum(d_head, tuple(axis for axis in axes["batch"] if axis not in axes["embed"]))

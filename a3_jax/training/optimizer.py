@@ -108,7 +108,7 @@ def learning_rate(
 def decay(schedule: str, step: int, *, warmup_steps: int, steps: int) -> float:
     """Returns the share of the full rate, 0 to 1, at `step` (from 0) of `steps`.
 
-    Rises by 1 / warmup_steps a step to 1, then falls to 0, which it would reach at `steps`: no step
+    Rises by 1 / warmup_steps per step to 1, then falls to 0, which it would reach at `steps`: no step
     is spent at rate zero.
 
     Raises:

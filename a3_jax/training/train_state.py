@@ -41,7 +41,7 @@ class TrainState:
       step: int32 scalar, replicated: optimiser steps done.
       params: float32 parameter tree.
       opt_state: optax state; moments are laid out as the parameters they belong to.
-      numerics: of the steps that were skipped.
+      numerics: which steps were skipped.
     """
 
     step: Any
