@@ -316,7 +316,7 @@ def _parse(text: str, place) -> tokenizers.Tokenizer:
 
 @contextlib.contextmanager
 def _refusing(message: str, place=None):
-    """Turns what the library raises into an `InputError`: bare Exceptions, or panics, which aren't even that."""
+    """Turns what the library raises, bare Exceptions or panics, into an `InputError`."""
     try:
         yield
     except BaseException as error:

@@ -18,8 +18,7 @@ import tokenizers
 from a3_jax.data.batches import stream
 from a3_jax.data.prepare import Options, prepare
 from a3_jax.data.prepared_manifest import TRAIN, read_manifest
-from a3_jax.data.shard_writer import write_shard
-from a3_jax.data.shards import ShardTable
+from a3_jax.data.shards import ShardTable, write_shard
 from a3_jax.data.table import Table
 from a3_jax.model.accelerators import ACCELERATORS
 from a3_jax.model.config import PRESETS

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from a3_jax.data.prepared_manifest import HELDOUT, TRAIN, PreparedManifest, write_manifest
-from a3_jax.data.shard_writer import segment_dtype, token_dtype, write_shard
+from a3_jax.data.shards import segment_dtype, token_dtype, write_shard
 from a3_jax.data.table import GIVEN, PREDICTED, Table
 from a3_jax.tokenizer import bytes_tokenizer
 

@@ -146,11 +146,11 @@ LOCAL = "of this machine: locks and links that buckets don't have; a bucket's pa
 LAUNCH = "of the machine that launches: logs of its children, files beside its command"
 OPENERS = {
     "checkpoints/check.py": SYSTEM, "checkpoints/directories.py": LOCAL,
-    "cli.py": SYSTEM, "data/prepare_state.py": LOCAL, "data/shard_writer.py": ITS_OWN,
+    "cli.py": SYSTEM, "data/prepare_state.py": LOCAL, "data/shards.py": ITS_OWN,
     "data/tensorflow_host.py": SYSTEM, "decoding/command.py": "pipes and devices",
     "evaluation/confined.py": SYSTEM, "evaluation/lm_eval_run.py": ITS_OWN,
-    "pods/local.py": LAUNCH, "pods/manifests.py": "the package's own schema",
-    "pods/run_records.py": LAUNCH, "pods/spec.py": LAUNCH, "pods/xpk.py": LAUNCH,
+    "pods/local.py": LAUNCH, "pods/xpk.py": "the package's own schema",
+    "pods/run_records.py": LAUNCH, "pods/spec.py": LAUNCH,
     "runtime/lease.py": LOCAL, "runtime/tpu_hosts.py": SYSTEM, "runtime/watchdog.py": LOCAL,
     "runtime/versions.py": "the package's own code", "training/run_log.py": SYSTEM,
 }  # fmt: skip

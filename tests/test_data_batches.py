@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a3_jax.data.batches import BatchPlan, batch, eval_batch, examples
-from a3_jax.data.permutation import permute
+from a3_jax.data.mixing import permute
 from a3_jax.data.table import FILLER, GIVEN, PREDICTED, Table, pack
 from a3_jax.errors import InputError
 from a3_jax.ordering.curriculum import Order, Stage, release_stages

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from a3_jax.data import prepared, shard_writer, shards
+from a3_jax.data import prepared, shards
 from a3_jax.data.batches import BatchPlan, batch, examples, stream
 from a3_jax.data.mixing import BLOCK, Mixture
 from a3_jax.data.prepared import find_prepared, open_tables
@@ -45,9 +45,9 @@ def test_rows_are_those_that_were_written(tmp_path, roles, monkeypatch):
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
 def test_the_narrowest_dtype_holds_every_id(tmp_path, vocab, dtype):
-    assert shard_writer.token_dtype(vocab) == dtype
+    assert shards.token_dtype(vocab) == dtype
     table = dataclasses.replace(rows(3), tokens=np.full((3, 8), vocab - 1, np.int32))
-    info = shard_writer.write_shard(tmp_path / "x", table, tokens=dtype, segments="uint16")
+    info = shards.write_shard(tmp_path / "x", table, tokens=dtype, segments="uint16")
     manifest = dataclasses.replace(
         read_manifest(make_prepared(tmp_path / "d", rows(3))),
         token_dtype=dtype,
@@ -251,5 +251,5 @@ def test_nothing_is_left_where_a_shard_can_not_be_written(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").mkdir()
     with pytest.raises(IsADirectoryError):
-        shard_writer.write_shard(tmp_path / "full" / "x", rows(3), tokens="uint16", segments="uint16")
+        shards.write_shard(tmp_path / "full" / "x", rows(3), tokens="uint16", segments="uint16")
     assert [path.name for path in pathlib.Path(tmp_path / "full").iterdir()] == ["x"]

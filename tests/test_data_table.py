@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a3_jax.data import table
-from a3_jax.data.packing import long_first_fit
-from a3_jax.data.table import first_fit, pack
+from a3_jax.data.table import first_fit, long_first_fit, pack
 from a3_jax.errors import InputError
 
 LENGTHS = st.lists(st.integers(0, 25), max_size=30)

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 
 from a3_jax.data.batches import BatchPlan, batch, stream
-from a3_jax.data.seqio_tasks import embedded_source, open_data, read_table, register, split_documents
+from a3_jax.data.seqio_tasks import (
+    TextVocabulary,
+    embedded_source,
+    open_data,
+    read_table,
+    register,
+    split_documents,
+)
 from a3_jax.data.tensorflow_host import seqio, tf
-from a3_jax.data.vocabulary import TextVocabulary
 from a3_jax.errors import InputError
 from a3_jax.ordering.curriculum import Order, Stage
 from a3_jax.tokenizer import bytes_tokenizer, from_files

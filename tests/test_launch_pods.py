@@ -10,10 +10,9 @@ import yaml
 
 from a3_jax.cli import main
 from a3_jax.errors import InputError
-from a3_jax.pods.manifests import check_manifest, read_manifest
 from a3_jax.pods.spec import check_mesh, read_spec
 from a3_jax.pods.tpu_vm import tpu_vm_commands
-from a3_jax.pods.xpk import preflight_passed, xpk_arguments
+from a3_jax.pods.xpk import check_manifest, preflight_passed, read_manifest, xpk_arguments
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests/golden/launch"

@@ -14,14 +14,13 @@ import pytest
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_OK, InputError
 from a3_jax.model import accelerators
-from a3_jax.pods import aot_compile, compiler, memory_estimate, programs, roofline
-from a3_jax.pods.compiler import check_flags
-from a3_jax.pods.memory_estimate import estimate_memory
-from a3_jax.pods.parallel_config import ParallelConfig, parallel_config_of
+from a3_jax.pods import aot_compile, estimates, programs
+from a3_jax.pods.aot_compile import check_flags
+from a3_jax.pods.estimates import estimate_memory
 from a3_jax.pods.preflight import cache_file
 from a3_jax.pods.search import advice, search
 from a3_jax.pods.spec import config_hash
-from a3_jax.pods.topologies import Pod, find_topology
+from a3_jax.pods.topologies import ParallelConfig, Pod, find_topology, parallel_config_of
 from a3_jax.training import loss, setup
 from a3_jax.training.config import RunConfig, model_config, read_run_config
 from tests.test_collectives import LOOPS
@@ -89,7 +88,7 @@ def stories(monkeypatch):
 
     monkeypatch.setattr(aot_compile, "topology_devices", lambda topology, slices=1: devices[: 4 * slices])
     monkeypatch.setattr(programs, "compile_step", compile_step)
-    for name in compiler.COMPILER_FLAGS:
+    for name in aot_compile.COMPILER_FLAGS:
         monkeypatch.delenv(name, raising=False)
     return compiled
 
@@ -101,7 +100,7 @@ def preflight(config, *flags, topology="v5e:2x2"):
 def with_memory(monkeypatch, size):
     """Chips of so many bytes."""
     chips = [dataclasses.replace(chip, memory_bytes=size) for chip in accelerators.ACCELERATORS]
-    monkeypatch.setattr(roofline, "ACCELERATORS", chips)
+    monkeypatch.setattr(estimates, "ACCELERATORS", chips)
 
 
 def test_a_run_that_fits(config, stories, capsys):
@@ -263,7 +262,7 @@ def paper_run(name, topology, *flags, slices=1):
     return run, model_config(run), Pod(find_topology(topology), slices)
 
 
-# GiB a chip by the TPU compiler, from `docs/performance.md`.
+# GiB a chip by the TPU aot_compile, from `docs/performance.md`.
 COMPILED = [
     ("a3_llama32_1b", "v5e:4x4", "dots", 10.71), ("a3_llama32_1b", "v5e:4x4", "block", 4.39),
     ("a3_llama32_3b", "v5e:8x8", "dots", 10.13), ("a3_llama32_3b", "v5e:4x4", "block", 11.68),
@@ -280,7 +279,7 @@ def test_the_formula_is_near_the_compiler(name, topology, remat, total):
 
 
 def test_the_formula_knows_the_chunk_of_the_loss():
-    assert memory_estimate.CHUNK_ROWS == loss._CHUNK_ROWS_ELSEWHERE
+    assert estimates.CHUNK_ROWS == loss._CHUNK_ROWS_ELSEWHERE
 
 
 def test_search_ranks_what_fits_first_and_the_fastest_of_these():
@@ -322,7 +321,7 @@ def test_more_parts_take_less_of_a_chip():
 
 
 def test_the_bound_is_the_slowest_part():
-    times = roofline.Times(compute=2.0, memory=1.0, ici=3.0, dcn=0.5)
+    times = estimates.Times(compute=2.0, memory=1.0, ici=3.0, dcn=0.5)
     assert (times.bound, times.limit) == (3.0, "ici")
 
 
@@ -348,7 +347,7 @@ def test_the_tpu_compiler(config, capsys):
 )
 def test_a_flag_that_the_compiler_does_not_know(monkeypatch, name, flag):
     pytest.importorskip("libtpu")
-    for other in compiler.COMPILER_FLAGS:
+    for other in aot_compile.COMPILER_FLAGS:
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, flag)
     with pytest.raises(InputError, match=f"{name}: .*{flag}"):

@@ -18,9 +18,8 @@ import pytest
 import yaml
 
 from a3_jax.cli import main
-from a3_jax.pods.manifests import read_manifest
 from a3_jax.pods.spec import check_config, read_spec
-from a3_jax.pods.xpk import xpk_arguments
+from a3_jax.pods.xpk import read_manifest, xpk_arguments
 from tests.test_launch_pods import GOLDEN, ROOT, SPECS, commands, spec_of
 from tests.test_preflight import ON_TPU, TINY
 from tests.tpu_programs import run_apart

@@ -14,9 +14,9 @@ from a3_jax.checkpoints.hf_format import open_hf
 from a3_jax.checkpoints.loading import a3_tokenizer, find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.manifest import Leaf, read_manifest
 from a3_jax.checkpoints.orbax_items import META, META_FILE, PARAMS
+from a3_jax.console import print_table
 from a3_jax.errors import InputError
 from a3_jax.ordering.curriculum import stages_done, stages_from_config
-from a3_jax.console import print_table
 from a3_jax.tokenizer import Tokenizer, bytes_tokenizer
 
 _PARTS = {

@@ -15,7 +15,6 @@ from typing import Any
 from a3_jax.checks import number, one_of, whole_number
 from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, DocumentSource
 from a3_jax.data.encoding import Document, Encoded, Encoder
-from a3_jax.data.packing import long_first_fit
 from a3_jax.data.prepare_state import (
     LOCK_FILE,
     PrepareProgress,
@@ -39,9 +38,9 @@ from a3_jax.data.prepared_manifest import (
     write_manifest,
 )
 from a3_jax.data.reading import CHATS, DIGESTS, TEXT, Reading, Smallest, ahead, encoded, parser
-from a3_jax.data.shard_writer import segment_dtype, token_dtype, write_shard
+from a3_jax.data.shards import segment_dtype, token_dtype, write_shard
 from a3_jax.data.sources import find_files
-from a3_jax.data.table import PACKINGS, pack
+from a3_jax.data.table import PACKINGS, long_first_fit, pack
 from a3_jax.data.templates import chat_template
 from a3_jax.errors import EXIT_FAILED, InputError, RunError
 from a3_jax.paths import absolute, as_path

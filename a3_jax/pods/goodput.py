@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from a3_jax.console import duration, print_table
 from a3_jax.errors import EXIT_OK
 from a3_jax.pods.run_records import Event, attempts, read_events, sort_steps
-from a3_jax.console import duration, print_table
 
 CATEGORIES = {
     "step": "steps that count: productive",

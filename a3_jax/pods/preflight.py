@@ -98,8 +98,7 @@ def _preflight(config, path, flags, pod: Pod, programs: list[str], again: bool) 
 
 def _compiled(run, inputs, pod: Pod, programs: list[str]) -> dict[str, Any]:
     """Returns the report of what the compiler says now."""
-    from a3_jax.pods.aot_compile import topology_devices
-    from a3_jax.pods.compiler import check_flags, compile_program
+    from a3_jax.pods.aot_compile import check_flags, compile_program, topology_devices
     from a3_jax.pods.preflight_report import make_report
     from a3_jax.pods.programs import other_programs, train_programs
     from a3_jax.training.setup import open_mesh

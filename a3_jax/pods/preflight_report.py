@@ -5,15 +5,20 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from a3_jax.model.config import ModelConfig
-from a3_jax.pods.collectives import read_collectives, traffic
-from a3_jax.pods.compiler import Compiled
-from a3_jax.pods.memory_estimate import estimate_memory
-from a3_jax.pods.parallel_config import parallel_config_of
-from a3_jax.pods.roofline import accelerator_of, describe, estimate_times, estimate_traffic, step_flops
-from a3_jax.pods.search import Candidate, advice
-from a3_jax.pods.topologies import Pod
 from a3_jax.console import print_table
+from a3_jax.model.config import ModelConfig
+from a3_jax.pods.aot_compile import Compiled
+from a3_jax.pods.collectives import read_collectives, traffic
+from a3_jax.pods.estimates import (
+    accelerator_of,
+    describe,
+    estimate_memory,
+    estimate_times,
+    estimate_traffic,
+    step_flops,
+)
+from a3_jax.pods.search import Candidate, advice
+from a3_jax.pods.topologies import Pod, parallel_config_of
 from a3_jax.training.config import RunConfig
 
 _GIB = 2**30

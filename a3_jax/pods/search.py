@@ -9,10 +9,15 @@ import dataclasses
 from collections.abc import Iterator
 
 from a3_jax.model.config import ModelConfig
-from a3_jax.pods.memory_estimate import Memory, estimate_memory
-from a3_jax.pods.parallel_config import ParallelConfig
-from a3_jax.pods.roofline import Times, accelerator_of, estimate_times, estimate_traffic
-from a3_jax.pods.topologies import Pod
+from a3_jax.pods.estimates import (
+    Memory,
+    Times,
+    accelerator_of,
+    estimate_memory,
+    estimate_times,
+    estimate_traffic,
+)
+from a3_jax.pods.topologies import ParallelConfig, Pod
 from a3_jax.training.config import RunConfig
 
 ROOM = 0.9  # of a chip's memory that the formula may fill: it is up to a tenth too small

@@ -14,10 +14,11 @@ import pathlib
 import re
 from collections.abc import Mapping
 
+import yaml
+
 from a3_jax.errors import InputError, nearest
-from a3_jax.pods.parallel_config import mesh_sizes
-from a3_jax.pods.topologies import Pod, Topology, find_topology
-from a3_jax.pods.yaml_file import read_yaml
+from a3_jax.paths import read_text
+from a3_jax.pods.topologies import Pod, Topology, find_topology, mesh_sizes
 
 COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables
 _NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
@@ -175,3 +176,68 @@ def check_mesh(mesh: Mapping[str, int], rows: int, pod: Pod, path=None) -> None:
     if rows % parts:
         message = f"{pod}: the {rows} rows of a microbatch can't be split in {parts}"
         raise InputError(message, file=path, field="topology")
+
+
+_OCTAL, _BASE_60 = re.compile(r"[-+]?0[0-9_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses keys given twice and plain scalars of several meanings."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._keys = {}  # a value's node -> its key
+
+    def construct_mapping(self, node, deep=False):
+        names = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise InputError("the key is given twice", line=_line(key), field=key.value)
+                names.add(key.value)
+                self._keys[value] = key.value
+        return super().construct_mapping(node, deep)
+
+    def construct_boolean(self, node):
+        if node.value.lower() not in ("true", "false"):
+            raise self._ambiguous(node, "a truth value", "true or false")
+        return self.construct_yaml_bool(node)
+
+    def construct_number(self, node):
+        if _OCTAL.fullmatch(node.value):
+            raise self._ambiguous(node, "an octal number", "it without the leading 0")
+        if _BASE_60.fullmatch(node.value):
+            raise self._ambiguous(node, "a number in base 60", "the number itself")
+        is_whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+
+    def _ambiguous(self, node, meaning: str, plain: str) -> InputError:
+        message = (
+            f"{node.value} is {meaning} to some readers of YAML: write {plain}, or '{node.value}' for text"
+        )
+        return InputError(message, line=_line(node), field=self._keys.get(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_boolean)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+
+
+def read_yaml(path):
+    """Returns the value in a YAML file.
+
+    Raises:
+      InputError: not YAML, a key given twice, or a plain scalar of several meanings; names the line.
+    """
+    text = read_text(path)
+    try:
+        return _Loader(text).get_single_data()
+    except InputError as error:
+        error.file = path
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"not YAML: {error or type(error).__name__}", file=path) from error
+
+
+def _line(node) -> int:
+    return node.start_mark.line + 1

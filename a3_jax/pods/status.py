@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from a3_jax.checkpoints.manifest import find_damage, read_manifest
+from a3_jax.console import duration, print_table
 from a3_jax.errors import EXIT_OK, InputError
 from a3_jax.paths import as_path
 from a3_jax.pods.run_records import (
@@ -24,7 +25,6 @@ from a3_jax.pods.run_records import (
     sort_steps,
 )
 from a3_jax.runtime.lease import is_alive
-from a3_jax.console import duration, print_table
 
 _ENDS = {
     "finish": "finished",

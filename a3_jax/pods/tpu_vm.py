@@ -7,8 +7,8 @@ import shlex
 
 from a3_jax import __version__
 from a3_jax.errors import EXIT_OK, InputError
-from a3_jax.pods.manifests import RESTART_CODES
 from a3_jax.pods.spec import Spec, check_config, read_spec
+from a3_jax.pods.xpk import RESTART_CODES
 
 _TPUS = ["gcloud", "compute", "tpus"]
 _KILLED = ("SIGKILL", "SIGABRT", "SIGSEGV", "SIGBUS")  # as xpk restarts on 134 to 139

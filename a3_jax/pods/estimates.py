@@ -1,11 +1,25 @@
-"""How long a step takes at least: arithmetic, memory and networks, each at its full rate, all at once.
+"""Memory and time of a train step by formula: what a search looks at before it compiles anything.
+
+Memory, bytes of a chip:
+
+    parameters     4 P / (fsdp tensor)                              P numbers in float32
+    optimiser      AdamW (4 + 4) P, with bfloat16 first moments (2 + 4) P, over the same chips
+    gradient       4 P over the same chips, twice with microbatches: the piece's and the sum
+    activations    rows x length x what the layers keep per token (`flops.kept_bytes_per_token`)
+    layer          rows x length x 2 streams x 6 (D + F): gate, up, their product, gradients of these
+    head           gathered head V D and its float32 gradient, logits of a chunk of rows; a table of its
+                   own for embeddings is gathered as well
+
+It leaves out copies, padding to tiles and what is gathered early: too small by some tenths of a GiB at the
+sizes of the paper's models; `docs/pods.md` holds it against the compiler.
+
+Time, at least (Williams et al., Roofline, 2009, doi 10.1145/1498765.1498785), all at full rate at once:
 
     time >= max(FLOPs / peak, bytes of memory / bandwidth, sent within a slice / ICI, sent beyond / DCN)
 
 Rates are those of `model.accelerators`. A chip's links carry half of their bytes in each direction. DCN is
 the published bandwidth of a pod over its chips: v5e 6.4 Tbit/s over 256 chips, v6e 25.6 Tbit/s over 256
-(docs.cloud.google.com/tpu/docs/v5e and v6e); for v5p an assumption, 6.25 GB/s a chip (200 Gbit/s a host).
-Bounds, not predictions: Williams et al., Roofline, 2009, doi 10.1145/1498765.1498785.
+(docs.cloud.google.com/tpu/docs/v5e and v6e); for v5p an assumption, 6.25 GB/s per chip (200 Gbit/s per host).
 """
 
 import dataclasses
@@ -17,12 +31,12 @@ from a3_jax.model.flops import (
     TRAINING,
     forward_bytes,
     forward_flops,
+    kept_bytes_per_token,
     parameter_count,
     train_step_flops,
     visible_pairs,
 )
-from a3_jax.pods.parallel_config import ParallelConfig
-from a3_jax.pods.topologies import Pod
+from a3_jax.pods.topologies import ParallelConfig, Pod
 from a3_jax.training.config import RunConfig
 
 DCN_BANDWIDTH = {"v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9}  # bytes per second that a chip sends
@@ -149,3 +163,69 @@ def _memory_bytes(run, model, layout, objective) -> float:
     products = forward.total * TRAINING * layout.microbatches / layout.tensor
     state = parameter_count(model) * 4 / (layout.fsdp * layout.tensor)
     return products + state * (7 if run.optimizer == "adamw" else 4)  # read and written, the gradient read
+
+
+CHUNK_ROWS = 1024  # of the loss on accelerators, `training.loss`
+_LAYER_ARRAYS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    layer: int
+    head: int
+
+    @property
+    def state(self) -> int:
+        return self.parameters + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def estimate_memory(
+    run: RunConfig, model: ModelConfig, layout: ParallelConfig, objective="any_order"
+) -> Memory:
+    """Bytes of a chip in a run's step.
+
+    Args:
+      run: optimiser, batch, length and dtype are read; mesh, microbatches and remat are the layout's.
+      objective: of the stage, "any_order" has two streams.
+    """
+    parts = layout.fsdp * layout.tensor
+    numbers, itemsize = parameter_count(model), 2 if run.dtype == "bfloat16" else 4
+    tokens, streams = layout.rows(run.batch_size) * run.seq_len, 2 if objective == "any_order" else 1
+    moments = (2 if run.moment_dtype == "bfloat16" else 4) + 4
+    kept = _kept(model, layout.remat, itemsize) * streams / 2
+    chunk = min(CHUNK_ROWS, tokens)
+    table = model.vocab_size * model.d_model / layout.tensor
+    head = table * (itemsize + 4) + chunk * model.vocab_size / layout.tensor * 4
+    if not model.tie_embeddings:
+        head += table * itemsize
+    width = model.d_model + model.mlp_size / layout.tensor
+    return Memory(
+        parameters=round(4 * numbers / parts),
+        optimizer=round(moments * numbers / parts) if run.optimizer == "adamw" else 0,
+        gradients=round(4 * numbers / parts * (1 if layout.microbatches == 1 else 2)),
+        activations=round(tokens * kept / (layout.tensor if layout.remat in ("dots", "none") else 1)),
+        layer=round(tokens * streams * _LAYER_ARRAYS * width * itemsize),
+        head=round(head),
+    )
+
+
+def _kept(model: ModelConfig, remat: str, itemsize: int) -> float:
+    """Bytes that both streams' layers keep of a token on the chip."""
+    if remat == "offload":
+        return 0.0
+    if remat != "none":
+        return kept_bytes_per_token(model, remat, itemsize)
+    # Besides what "dots" keeps: results of both norms and of both halves of the block, rotated heads, and
+    # of the mlp what the activation gives and takes. What of it XLA computes again is its own affair.
+    row = 4 * model.d_model + 2 * model.num_heads * model.head_size + 2 * model.mlp_size
+    return kept_bytes_per_token(model, "dots", itemsize) + (2 * model.num_layers - 1) * row * itemsize
