@@ -98,8 +98,6 @@ def read_text(path) -> str:
     try:
         return decode_text(read_bytes(path), path)
     except ValueError as error:  # a zero byte in the name
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"no file can have this name: {error}", file=repr(str(path))) from error
 
 
@@ -149,8 +147,9 @@ def without_mark(content: bytes, file) -> bytes:
     """Returns the beginning of a text without UTF-8's byte order mark.
 
     Raises:
-      InputError: UTF-16's.
+      InputError: UTF-16's, or a Git LFS pointer, which somebody may have compressed.
     """
+    refuse_pointer(content, file)
     if content.startswith(_UTF16_MARKS):
         message = "begins with the byte order mark of UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
         raise InputError(message, file=file)

@@ -111,6 +111,22 @@ def test_lambada_changes_nothing_before_the_last_word(kind, text, word):
     assert judge(task, profile, example, example.gold, tokenizer)["figures"] == {"accuracy": 1.0}
 
 
+@kinds
+@pytest.mark.parametrize("word", ["caf\u00e9", "cafe\u0301"])
+def test_accents_may_be_characters_of_their_own(kind, word):
+    """A tokenizer may compose them: the right tokens are right all the same."""
+    tokenizer, profile = KINDS[kind](), profile_named("a3_best_guess")
+    answer = {"aliases": [word], "normalized_aliases": [word]}
+    for name, values in (
+        ("lambada", {"text": f"he walked on to the {word}"}),
+        ("triviaqa", {"question": "Where?", "answer": answer}),
+    ):
+        task = task_named(name)
+        (example,) = make_examples(task, profile, [Row(1, "f", values)], tokenizer)
+        figures = judge(task, profile, example, example.gold, tokenizer)["figures"]
+        assert set(figures.values()) == {1.0}, figures
+
+
 def row_of(name, choice, other="no"):
     """A row of a task of two choices or more whose first choice is this one."""
     values = {

@@ -52,10 +52,12 @@ def test_a_prepared_directory_named_twice(tmp_path, capsys):
         find_prepared(f"{rows}@0.5,{rows}@0.25")
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.jsonl.gz", "a.txt.zst"])
-def test_a_git_lfs_pointer_is_told_before_any_work(tmp_path, capsys, name):
+def test_a_git_lfs_pointer_is_told_before_any_work(tmp_path, capsys, name, is_packed):
+    """Also one that somebody compressed with the files around it."""
     good = write_bytes(tmp_path / "good.jsonl", b'{"text": "one"}\n')
-    (tmp_path / name).write_bytes(POINTER)
+    write_bytes(tmp_path / name, POINTER) if is_packed else (tmp_path / name).write_bytes(POINTER)
     for options in ([], ["--text_column=text"], ["--strict"]):
         outcome = prepare(capsys, good, tmp_path / name, tmp_path / "rows", *options)
         assert_refused(outcome, f"{name}: is a Git LFS pointer", "git lfs pull")

@@ -240,6 +240,31 @@ def test_other_orders_of_roles(name, roles, expected):
     assert predicted(name, {"messages": turns}) == expected
 
 
+def test_dates_of_templates():
+    """As SmolLM 3 asks for today, and as Llama 3.2 asks whether it may; the same every day."""
+    turn = "{{ messages[0].content }}"
+    for text, expected in (
+        ("{%- set today = strftime_now('%d %B %Y') %}{{ today }}: " + turn, "26 July 2024: Hi"),
+        (
+            "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}then{% endif %} " + turn,
+            "then Hi",
+        ),
+        ("{% if strftime_now is not defined %}then{% endif %} " + turn, "then Hi"),
+    ):
+        assert ChatTemplate(text, TOKENIZER).render(TURNS["messages"]) == expected
+
+
+def test_tojson_takes_what_it_takes_in_transformers():
+    text = "{{ {'b': 'é', 'a': [1]} | tojson(OPTIONS) }}"
+    for options, expected in (
+        ("", '{"b": "é", "a": [1]}'),
+        ("ensure_ascii=False", '{"b": "é", "a": [1]}'),
+        ("ensure_ascii=True, sort_keys=True", '{"a": [1], "b": "\\u00e9"}'),
+        ("separators=(',', ':')", '{"b":"é","a":[1]}'),
+    ):
+        assert ChatTemplate(text.replace("OPTIONS", options), TOKENIZER).render([]) == expected
+
+
 def test_a_template_that_has_no_system():
     with pytest.raises(BadRecord, match="System role not supported"):
         parts_of("gemma", {"messages": [{"role": "system", "content": "x"}, *TURNS["messages"]]})

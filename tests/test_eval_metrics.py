@@ -96,6 +96,13 @@ def test_an_alias_of_punctuation_matches_nothing():
     }  # fmt: skip
 
 
+def test_triviaqa_white_space_of_aliases_counts_nowhere():
+    for alias in ("the  Beatles", " The Beatles\n"):
+        figures = metrics.triviaqa_figures("The Beatles", [alias], [alias.lower().replace("the", "")])
+        assert set(figures.values()) == {1.0}
+    assert metrics.triviaqa_figures("long ago", ["x"], [" long  ago "])["containment"] == 1.0
+
+
 def test_hyphens_meet_only_under_triviaqas_own_norm():
     aliases, normalized = ["Rock-n-roll"], ["rock n roll"]
     found = {

@@ -1,5 +1,6 @@
 """Paths and files as people give them: `~`, Git LFS pointers, byte order marks, the Hub's cache, seeds."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -89,8 +90,10 @@ def test_paths_that_are_no_home(home):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json"]
-)
+    "name",
+    ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.model",
+     "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json", "README.md"],
+)  # fmt: skip
 def test_git_lfs_pointers_in_a_model(tmp_path, capsys, name):
     write_tiny_llama(tmp_path / "hf", query_embed=True)
     if name.endswith("index.json"):
@@ -100,6 +103,8 @@ def test_git_lfs_pointers_in_a_model(tmp_path, capsys, name):
     for arguments in (["convert", tmp_path / "hf", tmp_path / "a3"], ["score", tmp_path / "hf", lines, "-"]):
         assert_refused(run(capsys, *arguments), f"hf/{name}: is a Git LFS pointer", "git lfs pull")
     assert not (tmp_path / "a3").exists()
+    assert cli.main(["verify", str(tmp_path / "hf")]) == 1
+    assert f"hf/{name}: is a Git LFS pointer" in capsys.readouterr().out
 
 
 def test_git_lfs_pointers_elsewhere(llama, tmp_path, capsys):
@@ -116,10 +121,23 @@ def test_git_lfs_pointers_elsewhere(llama, tmp_path, capsys):
 
 def test_git_lfs_pointers_in_what_we_wrote(llama, tmp_path, capsys):
     convert(llama, tmp_path / "a3")
-    largest = max((p for p in (tmp_path / "a3").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(POINTER)
+    files = [path for path in (tmp_path / "a3").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
     lines = write_lines(tmp_path / "in.jsonl", LINE)
-    assert_refused(run(capsys, "score", tmp_path / "a3", lines, "-"), f"{largest}: is a Git LFS pointer")
+    for file in (
+        largest,
+        tmp_path / "a3" / "manifest.json",
+        tmp_path / "a3" / "tokenizer" / "tokenizer.json",
+    ):
+        content = file.read_bytes()
+        file.write_bytes(POINTER)
+        told = f"{file}: is a Git LFS pointer"
+        assert_refused(run(capsys, "score", tmp_path / "a3", lines, "-"), told)
+        assert_refused(run(capsys, "convert", tmp_path / "a3", tmp_path / "hf", "--to=hf"), told)
+        assert cli.main(["verify", str(tmp_path / "a3")]) == 1
+        assert told in capsys.readouterr().out
+        file.write_bytes(content)
+    assert not (tmp_path / "hf").exists()
     text = write_lines(tmp_path / "text.jsonl", '{"text": "one"}')
     assert cli.main(["data", "prepare", str(text), str(tmp_path / "rows"), "--tokenizer=bytes"]) == 0
     (shard,) = (tmp_path / "rows").glob("*.array_record")
@@ -132,8 +150,14 @@ def test_git_lfs_pointers_in_what_we_wrote(llama, tmp_path, capsys):
 
 def test_byte_order_marks(tmp_path, capsys, monkeypatch):
     write_tiny_llama(tmp_path / "hf", query_embed=True)
-    for name in ("config.json", "tokenizer.json"):
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [257, 3]}')
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / "hf" / name).write_bytes(MARK + (tmp_path / "hf" / name).read_bytes())
+    convert(tmp_path / "hf", tmp_path / "a3")
+    convert(tmp_path / "a3", tmp_path / "back", to="hf")  # for readers that know no marks
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "back" / name).read_bytes().decode("utf-8"))
+    assert load_tokenizer(tmp_path / "back").eos_ids == load_tokenizer(tmp_path / "hf").eos_ids == (257, 3)
     lines = tmp_path / "in.jsonl"
     lines.write_bytes(MARK + f"{LINE}\n".encode() + MARK + LINE.encode())
     for command in ("score", "generate"):
@@ -201,12 +225,37 @@ def test_seeds_are_refused_alike(llama, tmp_path, capsys, seed):
         assert told in str(caught.value)
 
 
-def test_the_largest_seed_is_taken_by_both(llama):
+def rows_of_text(tmp_path, capsys):
+    text = write_lines(tmp_path / "text.jsonl", '{"text": "one two three"}')
+    arguments = [str(text), str(tmp_path / "rows"), "--tokenizer=bytes", "--seq_len=16"]
+    assert cli.main(["data", "prepare", *arguments]) == 0
+    capsys.readouterr()
+    return tmp_path / "rows"
+
+
+@pytest.mark.parametrize("seed", [MAX_SEED + 1, 2**63, 10**30, -1])
+def test_seeds_are_refused_by_every_command(llama, tmp_path, capsys, seed):
+    rows, run_in = rows_of_text(tmp_path, capsys), f"--workdir={tmp_path}/run"
+    for command in (
+        ["convert", llama, tmp_path / "a3", f"--seed={seed}"],
+        ["data", "show", rows, f"--seed={seed}"],
+        ["eval", llama, "--tasks=piqa", f"--data_dir={tmp_path}", f"--seed={seed}"],
+        ["eval", llama, "--tasks=lm_eval:arc_easy", f"--data_dir={tmp_path}", f"--seed={seed}"],
+        ["train", "--config=configs/tiny.py", run_in, f"--config.data={rows}", f"--config.seed={seed}"],
+    ):
+        assert_refused(run(capsys, *command), "seed: ", f"must be from 0 to {MAX_SEED}, got {seed}")
+    assert not (tmp_path / "a3").exists() and not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed_is_taken_by_all(llama, tmp_path, capsys):
     assert score(open_checkpoint(llama), [{"tokens": [1, 2], "order": "random", "seed": MAX_SEED}])
     assert generate(open_checkpoint(llama), [{"tokens": [1, None]}], seed=MAX_SEED, temperature=1.0)
+    convert(llama, tmp_path / "a3", seed=MAX_SEED)
+    rows = rows_of_text(tmp_path, capsys)
+    assert cli.main(["data", "show", str(rows), "--stage=random4", f"--seed={MAX_SEED}"]) == 0
 
 
-def test_python_m_a3_jax_is_a3(tmp_path):
+def test_python_m_a3_jax_is_a3(tmp_path, capsys):
     for arguments, status in ((["--help"], 0), (["info", str(tmp_path)], 2), (["info", "--jsn"], 2), ([], 2)):
         done = [
             subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
@@ -214,6 +263,17 @@ def test_python_m_a3_jax_is_a3(tmp_path):
         ]
         assert [each.returncode for each in done] == [status, status]
         assert (done[0].stdout, done[0].stderr) == (done[1].stdout, done[1].stderr)
+    for arguments in (
+        ["score", "--help"],
+        ["data", "prepare", "--help"],
+        ["convert", "a", "b"],
+        ["eval", "x"],
+    ):
+        done = subprocess.run([sys.executable, "-m", "a3_jax", *arguments], capture_output=True, text=True)
+        with contextlib.suppress(SystemExit):
+            assert cli.main(arguments) == done.returncode
+        told = capsys.readouterr()
+        assert (done.stdout, done.stderr) == (told.out, told.err) and done.stdout + done.stderr
     assert "usage: a3 " in subprocess.run(
         [sys.executable, "-m", "a3_jax", "--help"], capture_output=True, text=True
     ).stdout  # fmt: skip

@@ -159,6 +159,40 @@ def test_bos_is_not_doubled(run):
         assert predicted(segment) == [" Hello", EOS]
 
 
+def adds_bos(tokenizer):
+    """The same tokenizer with a post-processor that puts BOS first, as Zephyr's or Phi 3's."""
+    files = tokenizer.files()
+    inner = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 256)]
+    )
+    return from_files(files | {"tokenizer.json": inner.to_str()})
+
+
+def test_bos_is_the_templates(run, tmp_path):
+    """`apply_chat_template` adds none either; without a template the tokenizer's stands."""
+    for name, template, front in (("none", CHATML, []), ("own", LLAMA, [256])):
+        (segment,) = run([messages("Hi", "Hello")], tokenizer=adds_bos(chat_tokenizer(template)), name=name)
+        assert [token for token in segment[0] if token == 256] == front == segment[0][: len(front)]
+    (segment,) = run([messages("Hi", "Hello")], "--bos=yes", tokenizer=chat_tokenizer(), name="asked")
+    assert segment[0][:2] == [256, START]
+    (segment,) = run([{"prompt": "a", "response": "b"}], tokenizer=adds_bos(chat_tokenizer()), name="prompt")
+    assert shown(segment[0])[:2] == [256, "ab"]
+
+
+def test_turns_side_by_side_are_both_learned(run):
+    """A template may write nothing between two messages of the assistant: each ends with its own EOS."""
+    turn = "{{ m.content + '<|im_end|>\n' }}"
+    template = f"{{% for m in messages %}}{{% if m.role != 'tool' %}}{turn}{{% endif %}}{{% endfor %}}"
+    tokenizer = chat_tokenizer(template, eos="<|im_end|>")
+    record = messages("Hi", "One", "hidden", "Two")
+    record["messages"][2]["role"] = "tool"
+    (segment,) = run([record], "--filler=4", tokenizer=tokenizer)
+    assert predicted(segment) == ["One", END, "Two", END]
+    assert shown(segment[0])[:6] == ["Hi", END, "\nOne", END, "\nTwo", END]
+    assert segment[1].count(FILLER) == 0  # three letters and an EOS fill it
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("template", [CHATML, LLAMA], ids=["chatml", "llama"])
 def test_messages_are_written_as_transformers_writes_them(template):

@@ -6,11 +6,15 @@ import tracemalloc
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 
+from a3_jax.checkpoints.conversion import convert
 from a3_jax.data import documents
-from tests.decoding_cli import assert_refused
-from tests.prepare_fixtures import prepare, texts_of, write_bytes, write_fineweb
+from a3_jax.tokenizer import bytes_tokenizer
+from tests.decoding_cli import assert_refused, run
+from tests.prepare_fixtures import json_lines, prepare, texts_of, write_bytes, write_fineweb
 from tests.test_tokenizer import word_tokenizer
+from tests.tiny_hf import write_tiny_llama
 
 GOOD = b'{"text": "good"}\n'
 FAULTS = {
@@ -131,3 +135,43 @@ def test_text_that_the_tokenizer_lacks(tmp_path, capsys):
     counts = json.loads(out)["counts"]
     assert counts["documents"] == 2 and counts["passed_over"] == {"not_encodable": 1}
     assert counts["first_passed_over"]["not_encodable"].startswith(f"{source}:2: the tokenizer can't encode")
+
+
+def narrow_model(directory):
+    """A checkpoint of 260 embeddings with a tokenizer that makes the id 260 of "<image>"."""
+    write_tiny_llama(directory, query_embed=True, vocab_size=260)
+    tokenizer = tokenizers.Tokenizer.from_str(bytes_tokenizer().files()["tokenizer.json"])
+    tokenizer.add_tokens(["<one>", "<two>", "<image>"])
+    (directory / "tokenizer.json").write_text(tokenizer.to_str())
+    return directory
+
+
+@pytest.mark.parametrize("place", ["hf", "a3/tokenizer"])
+def test_tokens_without_an_embedding(tmp_path, capsys, place):
+    convert(narrow_model(tmp_path / "hf"), tmp_path / "a3")
+    chat = {"prompt": "what is", "response": "an <image>"}
+    for name, record in (("text", {"text": "an <image>"}), ("chat", chat)):
+        good = {"text": "good"} if name == "text" else {"prompt": "so", "response": "<two>"}
+        source = write_bytes(tmp_path / f"{name}.jsonl", json_lines([good, record, good]))
+        told = f"{source}:2: token id 260 ('<image>') is outside the model's vocabulary of 260"
+        arguments = [capsys, source, tmp_path / f"{name}-rows"]
+        assert_refused(prepare(*arguments, "--strict", tokenizer=tmp_path / place), told)
+        status, out, _ = prepare(*arguments, "--json", tokenizer=tmp_path / place)
+        manifest = json.loads(out)
+        assert (status, manifest["counts"]["passed_over"]) == (0, {"outside_vocabulary": 1})
+        assert manifest["largest_id"] < 260 and manifest["settings"]["embedding_rows"] == 260
+
+
+def test_training_refuses_tokens_without_an_embedding(tmp_path, capsys):
+    """Rows that a tokenizer alone made, and text that the run itself encodes."""
+    hf = narrow_model(tmp_path / "hf")
+    source = write_bytes(tmp_path / "a.jsonl", json_lines([{"text": "an <image>"}] * 3))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "tokenizer.json").write_bytes((hf / "tokenizer.json").read_bytes())
+    assert prepare(capsys, source, tmp_path / "rows", tokenizer=tmp_path / "alone")[0] == 0
+    for data in (tmp_path / "rows", source):
+        arguments = [f"--config.data={data}", f"--config.init_from={hf}", "--config.seq_len=32"]
+        arguments += [f"--config.tokenizer={hf}"] if data == source else []
+        outcome = run(capsys, "train", "--config=configs/tiny.py", f"--workdir={tmp_path}/run", *arguments)
+        assert_refused(outcome, f"{data}: data: token id 260 is outside the model's vocabulary of 260")
+        assert not (tmp_path / "run").exists()

@@ -61,6 +61,17 @@ def llama3() -> Tokenizer:
     return _with_specials(tokenizer)
 
 
+def qwen() -> Tokenizer:
+    """Qwen's kind: composed characters (NFC), single digits, no BOS."""
+    files = llama3().files()
+    state = json.loads(files["tokenizer.json"])
+    state["normalizer"] = {"type": "NFC"}
+    state["post_processor"] = None
+    (split, _) = state["pre_tokenizer"]["pretokenizers"]
+    split["pattern"]["Regex"] = split["pattern"]["Regex"].replace("{1,3}", "")
+    return from_files(files | {"tokenizer.json": json.dumps(state)})
+
+
 def sentence_piece(scheme: str) -> Tokenizer:
     """SentencePiece's kind with byte fallback. `scheme`: "prepend" (a normalizer), or of Metaspace."""
     tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
@@ -96,6 +107,7 @@ KINDS = {
     "byte_level": functools.cache(byte_level),
     "prefix_space": functools.cache(functools.partial(byte_level, add_prefix_space=True)),
     "llama3": functools.cache(llama3),
+    "qwen": functools.cache(qwen),
     "prepend": functools.cache(functools.partial(sentence_piece, "prepend")),
     "first": functools.cache(functools.partial(sentence_piece, "first")),
     "always": functools.cache(functools.partial(sentence_piece, "always")),

@@ -17,7 +17,7 @@ from a3_jax.checkpoints.hf_config import CONFIG_FILE, read_config
 from a3_jax.checkpoints.safetensors_io import INDEX_FILE, StoredTensor, list_tensors
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
-from a3_jax.paths import as_path, is_file_name, read_json
+from a3_jax.paths import as_path, is_file_name, read_bytes, read_json
 
 CARD_FILE = "README.md"
 SOURCE_CARD_FILE = "README.source.md"  # in a directory of ours: the card of the model that it came from
@@ -192,15 +192,19 @@ def drawn_query(model: HFModel, seed: int, dtype=None) -> np.ndarray:
 
 
 def _read_kept_files(directory) -> dict[str, Any]:
-    """Files that go along unread, by name: text as a string, others as {"base64": ...}."""
+    """Files that go along, by name: text as a string, others as {"base64": ...}.
+
+    Raises:
+      InputError: one of them is a Git LFS pointer.
+    """
     files = {}
     for path in kept_files(directory):
         if path.stat().length > _MAX_KEPT_BYTES:
             logger.warning("%s: larger than %d bytes, not kept", path, _MAX_KEPT_BYTES)
             continue
-        data = path.read_bytes()
+        data = read_bytes(path)
         try:
-            files[path.name] = data.decode("utf-8")
+            files[path.name] = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError:
             files[path.name] = {"base64": base64.b64encode(data).decode("ascii")}
     return files

@@ -64,7 +64,7 @@ def read_manifest(directory) -> Manifest:
     """The manifest of a checkpoint directory.
 
     Raises:
-      DamagedCheckpoint: it is absent or not what was written.
+      DamagedCheckpoint: it is absent, not what was written, or a Git LFS pointer.
       InputError: it was written by a newer format.
       RunError: the file system fails; another attempt may succeed.
     """
@@ -100,8 +100,8 @@ def parse_manifest(data: bytes, file) -> Manifest:
         if manifest.text().encode() != data:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        message, step = "is damaged: not the text that was written", step_of(file.parent)
-        raise DamagedCheckpoint(message, file=file, step=step) from error
+        message = POINTER_MESSAGE if is_pointer(data) else "is damaged: not the text that was written"
+        raise DamagedCheckpoint(message, file=file, step=step_of(file.parent)) from error
     for name in files:
         if name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise InputError(f"names a file outside of the checkpoint: {name!r}", file=file)

@@ -10,13 +10,22 @@ import orbax.checkpoint as ocp
 from a3_jax.checkpoints.a3_format import is_a3
 from a3_jax.checkpoints.fingerprint import tree_name, tree_names
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
+from a3_jax.checkpoints.hf_format import kept_files
 from a3_jax.checkpoints.loading import CHECKPOINTS
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, find_damage, read_manifest, step_of
 from a3_jax.checkpoints.orbax_items import ITEMS
 from a3_jax.checkpoints.safetensors_io import has_tensors, list_tensors
 from a3_jax.checkpoints.verified_restore import damaged_leaves, one_line, silence_reads_in_flight
 from a3_jax.errors import InputError
-from a3_jax.paths import absolute, as_path, read_json, snapshot_hint
+from a3_jax.paths import (
+    POINTER_MESSAGE,
+    absolute,
+    as_path,
+    is_pointer,
+    read_beginning,
+    read_json,
+    snapshot_hint,
+)
 from a3_jax.runtime.lease import is_alive
 
 AT_ONCE = 1 << 30  # bytes of arrays
@@ -83,15 +92,24 @@ def verify_a3(directory) -> Verdict:
 
 
 def verify_hf(directory) -> Verdict:
-    """Headers and lengths of the safetensors files: more can't be known without a manifest."""
+    """Headers and lengths of the safetensors files: more can't be known without a manifest.
+
+    Of the files beside them, whether they are Git LFS pointers.
+    """
     note = "no manifest: headers and lengths are checked, the tensors' values can't be"
+    beside = [file for file in (as_path(directory) / CONFIG_FILE,) if file.exists()]
+    pointers = [
+        InputError(POINTER_MESSAGE, file=file)
+        for file in (*beside, *kept_files(directory))
+        if is_pointer(read_beginning(file))
+    ]
     try:
         tensors = list_tensors(directory)
     except InputError as error:
-        return Verdict(directory, "hf", [error], note=note)
+        return Verdict(directory, "hf", [*pointers, error], note=note)
     files = {tensor.file for tensor in tensors.values()}
     size = sum(as_path(file).stat().length for file in files)
-    return Verdict(directory, "hf", [], len(files), len(tensors), size, note)
+    return Verdict(directory, "hf", pointers, len(files), len(tensors), size, note)
 
 
 def _is_checkpoint(path) -> bool:

@@ -112,7 +112,7 @@ def _add_prepare(commands) -> None:
     option("seq_len", "N", 2048, "tokens in a row", int)
     option("text_column", "NAME", None, "column or field of the text; default text. Given, sources are text "
            "even where they have prompts or messages")  # fmt: skip
-    option("bos", "auto|yes|no", "auto", "BOS before each document; auto: if the tokenizer adds one")
+    option("bos", "auto|yes|no", "auto", "BOS before each document; auto: if tokenizer or template adds one")
     option("eos", "auto|yes|no", "auto", "EOS behind each document; auto: if the tokenizer has one")
     option("packing", "first_fit|concat|none", "first_fit", "first_fit: documents side by side, longest "
            "first, where they fit; concat: one after the other, cut where a row ends; none: a row each, cut "

@@ -218,6 +218,7 @@ class DocumentSource:
         """Yields the file's bytes, decompressed, without a byte order mark.
 
         Raises:
+          InputError: a Git LFS pointer, or text in UTF-16.
           OSError: damaged; what lies before has been given by then.
         """
         compression = next((kind for end, kind in COMPRESSIONS.items() if self.name.endswith(end)), None)

@@ -60,13 +60,16 @@ class Encoder:
       tokenizer: makes the ids.
       bos, eos: token lists, of one or none, in front of a document and behind it.
       seq_len: a dialog is cut there. filler: a response is filled up to a multiple of it.
+      rows: token ids are below it; None: any.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, bos: str, eos: str, seq_len: int, filler: int):
+    def __init__(
+        self, tokenizer: Tokenizer, *, bos: str, eos: str, seq_len: int, filler: int, rows: int | None = None
+    ):
         one_of("eos", eos, EOS_POLICIES)
         if eos == "yes" and not tokenizer.eos_ids:
             raise InputError("the tokenizer has no EOS token", field="eos")
-        self.tokenizer, self.seq_len, self.filler = tokenizer, seq_len, filler
+        self.tokenizer, self.seq_len, self.filler, self.rows = tokenizer, seq_len, filler, rows
         self.bos = tokenizer.encode("", bos)
         self.eos = [] if eos == "no" else [*tokenizer.eos_ids[:1]]
 
@@ -75,7 +78,18 @@ class Encoder:
         documents = [item for item in items if isinstance(item, Document)]
         texts = [document.content for document in documents if isinstance(document.content, str)]
         ids = iter(self._ids(texts))
-        return [self._encoded(item, ids) if isinstance(item, Document) else item for item in items]
+        return [
+            self._checked(self._encoded(item, ids)) if isinstance(item, Document) else item for item in items
+        ]
+
+    def _checked(self, item: Encoded | BadRecord) -> Encoded | BadRecord:
+        """The same, or a `BadRecord` if the model has no embedding for one of the tokens."""
+        if self.rows is None or isinstance(item, BadRecord) or item.tokens.max() < self.rows:
+            return item
+        token = int(item.tokens[item.tokens >= self.rows][0])
+        name = self.tokenizer.token_text(token)
+        message = f"token id {token} ({name!r}) is outside the model's vocabulary of {self.rows}"
+        return _bad(item.document, "outside_vocabulary", message)
 
     def _ids(self, texts: list[str]) -> list[list[int] | InputError]:
         try:
@@ -104,12 +118,11 @@ class Encoder:
 
     def _dialog(self, document: Document, parts: list[Part]) -> Encoded | BadRecord:
         """Encodes the parts of a dialog as one text; nothing after a response's first EOS is predicted."""
-        tokens, predicted = self._tokens_and_predicted(parts)
-        stops = np.flatnonzero(np.diff(np.append(predicted, False).astype(np.int8)) < 0) + 1
+        tokens, predicted, begins = self._tokens_and_predicted(parts)
+        is_end = np.isin(tokens, self.tokenizer.eos_ids)
         response = 0  # predicted tokens of the last response
-        for stop in stops.tolist():
-            start = stop - int(np.argmin(np.append(predicted[:stop][::-1], False)))
-            ends = np.flatnonzero(np.isin(tokens[start:stop], self.tokenizer.eos_ids))
+        for start, stop in _responses(predicted, is_end, begins):
+            ends = np.flatnonzero(is_end[start:stop])
             response = int(ends[0]) + 1 if ends.size else stop - start
             predicted[start + response : stop] = False
         length = int(np.flatnonzero(predicted)[-1]) + 1 if predicted.any() else len(tokens)
@@ -119,32 +132,40 @@ class Encoder:
             tokens, roles = self.bos + tokens, [GIVEN] * len(self.bos) + roles
         return self._framed(document, tokens, roles, response)
 
-    def _tokens_and_predicted(self, parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
-        """[T] int32 tokens and [T] bool, which of them are predicted.
+    def _tokens_and_predicted(self, parts: list[Part]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """[T] int32 tokens, [T] bool which of them are predicted, and where each predicted part begins.
 
         Text between special tokens is encoded as a whole, as a chat template's text is by `transformers`.
         """
-        tokens, predicted, goes_on = [], [], False
+        tokens, predicted, begins, goes_on = [], [], [], False
         texts: list[tuple[str, bool]] = []  # since the last special token
+        firsts: list[int] = []  # those of the texts that a predicted part begins with
 
         def encode_texts():
             if texts:
                 ((ids, offsets),) = self.tokenizer.encode_with_offsets(["".join(next(zip(*texts)))], goes_on)
+                for first in firsts:
+                    only = [(text, index == first) for index, (text, _) in enumerate(texts)]
+                    begins.extend(len(tokens) + np.flatnonzero(predicted_tokens(offsets, only))[:1])
                 tokens.extend(ids)
                 predicted.extend(predicted_tokens(offsets, texts))
                 texts.clear()
+                firsts.clear()
 
         for role, pieces in parts:
-            for piece in pieces:
+            for number, piece in enumerate(pieces):
+                is_first = role == PREDICTED and not number
                 if isinstance(piece, str):
+                    firsts.extend([len(texts)] if is_first else [])
                     texts.append((piece, role == PREDICTED))
                     continue
                 encode_texts()
+                begins.extend([len(tokens)] if is_first else [])
                 tokens.append(piece)
                 predicted.append(role == PREDICTED)
                 goes_on = not self.tokenizer.restarts_after_special
         encode_texts()
-        return np.array(tokens, np.int32), np.array(predicted, bool)
+        return np.array(tokens, np.int32), np.array(predicted, bool), begins
 
     def _framed(self, document, tokens, roles, response) -> Encoded | BadRecord:
         """Returns a dialog with one EOS behind its last response, filler, and its end cut off if need be."""
@@ -164,6 +185,22 @@ class Encoder:
             np.array(roles[: self.seq_len], np.uint8),
             is_cut,
         )
+
+
+def _responses(predicted: np.ndarray, is_end: np.ndarray, begins: list[int]) -> list[tuple[int, int]]:
+    """Returns the runs of predicted tokens; where one part follows another that has ended, two of them.
+
+    Args:
+      predicted, is_end: [T] bool, the second of them at each EOS.
+      begins: where predicted parts begin.
+    """
+    before = np.append(False, predicted[:-1])
+    starts = []
+    for place in np.union1d(np.flatnonzero(predicted & ~before), np.array(begins, np.int64)).tolist():
+        if not before[place] or is_end[starts[-1] : place].any():
+            starts.append(place)
+    stops = [start + int(np.argmin(np.append(predicted[start:], False))) for start in starts]
+    return list(zip(starts, map(min, stops, [*starts[1:], len(predicted)])))
 
 
 def _bad(document: Document, reason: str, message: str) -> BadRecord:

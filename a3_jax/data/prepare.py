@@ -14,6 +14,7 @@ from typing import Any
 
 from a3_jax.checks import number, one_of, whole_number
 from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, DocumentSource
+from a3_jax.data.embedding_rows import embedding_rows
 from a3_jax.data.encoding import Document, Encoded, Encoder
 from a3_jax.data.prepare_state import (
     LOCK_FILE,
@@ -145,12 +146,19 @@ class _Job:
         self._tokenizer = load_tokenizer(options.tokenizer)
         self._reading = Reading(sources, options.text_column)
         self._kind = self._reading.kind
-        self._encoder = Encoder(
-            self._tokenizer, bos=options.bos, eos=options.eos, seq_len=options.seq_len, filler=options.filler
-        )
         template = None
         if self._kind == CHATS or options.chat_template:
             template = chat_template(self._tokenizer, options.chat_template)
+        bos = "no" if template is not None and options.bos == "auto" else options.bos  # it writes its own
+        rows = embedding_rows(options.tokenizer)
+        self._encoder = Encoder(
+            self._tokenizer,
+            bos=bos,
+            eos=options.eos,
+            seq_len=options.seq_len,
+            filler=options.filler,
+            rows=rows if rows and rows < self._tokenizer.vocab_size else None,
+        )
         self._check(template)
         self._parse = parser(self._kind, options.text_column, template, self._tokenizer)
         self.settings = self._settings(template)
@@ -176,6 +184,8 @@ class _Job:
             "eos": options.eos, "adds_eos": bool(self._encoder.eos),
             "packing": options.packing, "holdout": options.holdout, "shard_tokens": options.shard_tokens,
         }  # fmt: skip
+        if self._encoder.rows:
+            settings["embedding_rows"] = self._encoder.rows
         if self._kind == TEXT:
             return settings | {"text_column": options.text_column or TEXT_FIELD}
         digest = template and hashlib.sha256(template.text.encode("utf-8", "surrogatepass")).hexdigest()

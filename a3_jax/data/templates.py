@@ -1,8 +1,10 @@
 """Chat templates: Jinja programs of others that write messages out, run in a sandbox."""
 
+import datetime
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from a3_jax.data.documents import BadRecord
 from a3_jax.errors import InputError
@@ -11,6 +13,8 @@ from a3_jax.tokenizer import Tokenizer
 MESSAGES = "messages"
 _WORD = re.compile("[a-z_]+")  # a role: no special token, and nothing that messages are cut at
 _GENERATION = "_a3_generation"  # what a template knows the marks of generation blocks by
+_TODAY = datetime.datetime(2024, 7, 26)  # the date that Llama 3's template holds
+_ASKS_FOR_TODAY = re.compile(r"strftime_now\s+is\s+(not\s+)?defined")
 
 
 class ChatTemplate:
@@ -31,10 +35,12 @@ class ChatTemplate:
         from jinja2 import nodes
 
         self.text, self._place = text, place
-        self._names = {
+        self._names: dict[str, Any] = {
             "bos_token": tokenizer.token_text(tokenizer.bos_id),
             "eos_token": tokenizer.token_text(tokenizer.eos_id),
         }
+        if not _ASKS_FOR_TODAY.search(text):
+            self._names["strftime_now"] = _TODAY.strftime
         try:
             sandbox = _sandbox()
             tree = sandbox.parse(text)
@@ -123,7 +129,8 @@ def _sought(tree) -> tuple[frozenset[str], frozenset[str]]:
 def _sandbox():
     """Returns the environment that chat templates are written for.
 
-    There is no `strftime_now`: templates then take a fixed date, and the same text is the same tomorrow.
+    `strftime_now` is absent where a template asks whether it is there: it then takes the date it holds.
+    Elsewhere it always tells the same day. So the same text is the same tomorrow.
     """
     from jinja2 import TemplateError, ext, nodes
     from jinja2.exceptions import SecurityError
@@ -157,6 +164,12 @@ def _sandbox():
     environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     return environment

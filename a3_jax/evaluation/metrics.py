@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -120,9 +121,9 @@ def triviaqa_figures(
       norm: of the prediction, a name of `NORMS`.
     """
     normalise = NORMS[norm]
-    answer = normalise(prediction.strip())
-    known = [alias for alias in normalized_aliases if alias.strip()]
-    raw = [text for text in map(normalise, aliases) if text]
+    answer = normalise(_composed(prediction.strip()))
+    known = [" ".join(_composed(alias).split()) for alias in normalized_aliases if alias.strip()]
+    raw = [text for text in map(normalise, map(_composed, aliases)) if text]
     return {
         "containment": float(any(alias in answer for alias in known)),
         "strict_exact_match": float(answer in known or answer in raw),
@@ -132,7 +133,12 @@ def triviaqa_figures(
 
 def last_word_is(prediction: str, word: str) -> float:
     """LAMBADA: 1 if the prediction without outer space is the word exactly."""
-    return float(prediction.strip() == word.strip())
+    return float(_composed(prediction.strip()) == _composed(word.strip()))
+
+
+def _composed(text: str) -> str:
+    """The text with each letter and its accents as one character: Qwen's tokenizer writes no other."""
+    return unicodedata.normalize("NFC", text)
 
 
 def gsm8k_figures(prediction: str, answer: str) -> dict[str, float]:
