@@ -66,11 +66,7 @@ class Cut:
 
 
 def cut(tokenizer: Tokenizer, prefix: str, middle: str, suffix: str = "") -> Cut:
-    """Encodes prefix + middle + suffix as one text, of which the middle is predicted.
-
-    Raises:
-      InputError: text that can't be encoded.
-    """
+    """Encodes prefix + middle + suffix as one text, of which the middle is predicted."""
     ((ids, offsets),) = tokenizer.encode_with_offsets([prefix + middle + suffix])
     where = np.flatnonzero(predicted_tokens(offsets, [(prefix, False), (middle, True), (suffix, False)]))
     if not where.size:
@@ -142,9 +138,6 @@ def encode_blanks(
 
     Args:
       are_blanks_read: without it, `[[` is text like any other.
-
-    Raises:
-      InputError: a malformed blank (`[[x]]`, `[[0]]`, `[[` alone), or as `Tokenizer.encode`.
     """
     pieces, blanks = _split(text) if are_blanks_read else ([text], [])
     tokens: list[int | None] = []

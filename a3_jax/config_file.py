@@ -20,9 +20,6 @@ def read_config(path: str, overrides: Sequence[str], defaults: Mapping[str, Any]
 
     Returns:
       A locked `ConfigDict`.
-
-    Raises:
-      InputError: the file can't be read, or an argument, field or value is wrong.
     """
     for argument in overrides:
         if argument.startswith("-") and not _is_override(argument) and not _is_number(argument):

@@ -22,11 +22,7 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def as_path(path) -> epath.Path:
-    """Returns a path, local or in a bucket, from a name or URL; `~` and `~USER` are home directories.
-
-    Raises:
-      InputError: a URL of another kind, or the home of nobody.
-    """
+    """Returns a path, local or in a bucket, from a name or URL; `~` and `~USER` are home directories."""
     if isinstance(path, str) and path.startswith("file:///"):
         path = path.removeprefix("file://")
     if isinstance(path, str | os.PathLike) and os.fspath(path).startswith("~"):
@@ -51,11 +47,7 @@ def is_remote(path) -> bool:
 
 
 def local_path(path, reader: str) -> pathlib.Path:
-    """Returns a path for what reads or writes this machine's own file system alone.
-
-    Raises:
-      InputError: a bucket's path; says that `reader` can't use it.
-    """
+    """Returns a path for what reads or writes this machine's own file system alone."""
     if is_remote(path):
         raise InputError(f"must be on this machine: {reader} opens it by itself", file=path)
     return pathlib.Path(as_path(path))
@@ -63,11 +55,7 @@ def local_path(path, reader: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def local_copy(path) -> Iterator[str]:
-    """A file on this machine: itself, or for as long as the block runs a copy of a bucket's.
-
-    Raises:
-      InputError: a bucket's file that can't be read.
-    """
+    """A file on this machine: itself, or for as long as the block runs a copy of a bucket's."""
     if not is_remote(path):
         yield str(as_path(path))
         return
@@ -89,11 +77,7 @@ def absolute(path) -> epath.Path:
 
 
 def read_text(path) -> str:
-    """Returns the text of a UTF-8 file, without a byte order mark.
-
-    Raises:
-      InputError: absent, a directory, unreadable, not UTF-8, or a Git LFS pointer.
-    """
+    """Returns the text of a UTF-8 file, without a byte order mark."""
     path = as_path(path)
     try:
         return decode_text(read_bytes(path), path)
@@ -102,11 +86,7 @@ def read_text(path) -> str:
 
 
 def read_bytes(path) -> bytes:
-    """Returns all of a file.
-
-    Raises:
-      InputError: absent, a directory, unreadable, or a Git LFS pointer.
-    """
+    """Returns all of a file."""
     path = as_path(path)
     with _storage_told(path):
         content = path.read_bytes()
@@ -115,11 +95,7 @@ def read_bytes(path) -> bytes:
 
 
 def read_beginning(path) -> bytes:
-    """Returns the first bytes of a file, as many as `refuse_pointer` and byte order marks need.
-
-    Raises:
-      InputError: absent, a directory, or unreadable.
-    """
+    """Returns the first bytes of a file, as many as `refuse_pointer` and byte order marks need."""
     path = as_path(path)
     with _storage_told(path), path.open("rb") as file:
         return file.read(POINTER_BYTES)
@@ -130,9 +106,6 @@ def refuse_pointer(content: bytes, file) -> None:
 
     Args:
       content: the file's first `POINTER_BYTES`, or more.
-
-    Raises:
-      InputError: it is a pointer.
     """
     if is_pointer(content):
         raise InputError(POINTER_MESSAGE, file=file)
@@ -144,11 +117,7 @@ def is_pointer(content: bytes) -> bool:
 
 
 def without_mark(content: bytes, file) -> bytes:
-    """Returns the beginning of a text without UTF-8's byte order mark.
-
-    Raises:
-      InputError: UTF-16's, or a Git LFS pointer, which somebody may have compressed.
-    """
+    """Returns the beginning of a text without UTF-8's byte order mark."""
     refuse_pointer(content, file)
     if content.startswith(_UTF16_MARKS):
         message = "begins with the byte order mark of UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
@@ -157,11 +126,7 @@ def without_mark(content: bytes, file) -> bytes:
 
 
 def decode_text(content: bytes, file) -> str:
-    """Returns the text of all bytes of a file or stream.
-
-    Raises:
-      InputError: not UTF-8.
-    """
+    """Returns the text of all bytes of a file or stream."""
     try:
         return without_mark(content, file).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -208,9 +173,6 @@ def parse_json(text: str, file=None, make_object=None):
 
     Args:
       make_object: makes an object of its (key, value) pairs; None: a dict, in which the last of a key counts.
-
-    Raises:
-      InputError: not JSON, nested too deeply, or a number with thousands of digits.
     """
     try:
         return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=make_object)
@@ -267,11 +229,7 @@ def is_file_name(name) -> bool:
 
 
 def check_parents(path) -> None:
-    """Refuses a path below something that is no directory, and a name that is too long.
-
-    Raises:
-      InputError: as said.
-    """
+    """Refuses a path below something that is no directory, and a name that is too long."""
     path = absolute(path)
     with _storage_told(path):
         existing = next((parent for parent in path.parents if parent.exists()), None)
@@ -281,11 +239,7 @@ def check_parents(path) -> None:
 
 
 def write_text(path, text: str) -> None:
-    """Writes a file whole or not at all: a temporary sibling, then a rename.
-
-    Raises:
-      InputError: `path` exists as a directory, or its directory can't be written.
-    """
+    """Writes a file whole or not at all: a temporary sibling, then a rename."""
     path = as_path(path)
     with _storage_told(path):
         if path.is_dir():
@@ -317,9 +271,6 @@ class GrowingFile(contextlib.AbstractContextManager):
         Args:
           path: of it; its directory is made.
           kept: what the file begins with; anything behind that is cut off.
-
-        Raises:
-          InputError: it can't be written.
         """
         self._path, self._kept, self._file = as_path(path), kept, None
         with _storage_told(self._path):
@@ -329,11 +280,7 @@ class GrowingFile(contextlib.AbstractContextManager):
                 self._file.truncate(len(kept))
 
     def append(self, piece: bytes) -> None:
-        """Adds to the end.
-
-        Raises:
-          InputError: it can't be written any more.
-        """
+        """Adds to the end."""
         with _storage_told(self._path):
             if self._file is None:
                 self._path.write_bytes(self._kept + piece)

@@ -92,11 +92,7 @@ class Tokenizer:
         return next((token for token in ids if token is not None), None)
 
     def encode(self, text: str, bos: str = "auto") -> list[int]:
-        """Token ids of a text; BOS first if `bos` is "yes", or "auto" and the tokenizer adds one.
-
-        Raises:
-          InputError: text that can't be encoded, or BOS asked of a tokenizer that has none.
-        """
+        """Token ids of a text; BOS first if `bos` is "yes", or "auto" and the tokenizer adds one."""
         return self.encode_batch([text], bos)[0]
 
     def encode_batch(self, texts: list[str], bos: str = "auto") -> list[list[int]]:
@@ -121,9 +117,6 @@ class Tokenizer:
         Returns:
           (ids, [(start, end) of each token in its text]) per text. The tokens of one character written
           in several bytes all cover it.
-
-        Raises:
-          InputError: text that can't be encoded.
         """
         if goes_on:
             return [self._continued(text) for text in texts]
@@ -232,9 +225,6 @@ def load_tokenizer(source) -> Tokenizer:
       source: "bytes", a `tokenizer.json` file, or a directory that holds one (and perhaps
         `tokenizer_config.json`, `special_tokens_map.json`; of a model's `generation_config.json` and
         `config.json` the EOS ids count).
-
-    Raises:
-      InputError: absent, damaged, or no tokenizer.
     """
     if source == "bytes":
         return bytes_tokenizer()
@@ -292,9 +282,6 @@ def eos_ids_in(config: Any, file=None, field: str = "eos_token_id") -> tuple[int
     Args:
       config: its JSON value.
       file, field: name them in errors.
-
-    Raises:
-      InputError: something that is no token id.
     """
     value = config.get("eos_token_id") if isinstance(config, Mapping) else None
     ids = value if isinstance(value, list) else [] if value is None else [value]

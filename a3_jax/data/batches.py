@@ -116,9 +116,6 @@ def stream(
 
     Yields:
       As `arrange`, B / num_hosts rows each.
-
-    Raises:
-      InputError: a batch size that the hosts can't share evenly.
     """
     from a3_jax.data.feature_converter import iterate  # TensorFlow: only when training data is read
 

@@ -79,9 +79,6 @@ class DocumentSource:
         Yields:
           A dict with at least those of the columns that the record has, or the `BadRecord` in its place.
           A file that can't be read any further ends with one.
-
-        Raises:
-          InputError: a Git LFS pointer, or text in UTF-16.
         """
         import pyarrow
 
@@ -272,11 +269,7 @@ def is_readable(name: str) -> bool:
 
 
 def check_single(column: str, names: Sequence[str], file) -> None:
-    """Refuses a table with several columns of the name of one that is to be read.
-
-    Raises:
-      InputError: naming the column.
-    """
+    """Refuses a table with several columns of the name of one that is to be read."""
     if names.count(column) > 1:
         message = f"the table has {names.count(column)} columns of this name; rename all but one"
         raise InputError(message, file=file, field=column)

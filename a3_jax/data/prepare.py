@@ -117,11 +117,7 @@ def prepare(data: Sequence[str], directory, options: Options) -> tuple[PreparedM
 
 
 def damage(directory) -> list[InputError]:
-    """Returns what is wrong with a prepared directory: every byte of it is read.
-
-    Raises:
-      InputError: it holds no prepared data.
-    """
+    """Returns what is wrong with a prepared directory: every byte of it is read."""
     if not is_prepared(directory):
         raise InputError(f"no {MANIFEST_FILE} there: nothing that is finished", file=directory)
     try:

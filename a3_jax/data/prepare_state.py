@@ -86,11 +86,7 @@ class PrepareProgress:
             self.ignored[name] = self.ignored.get(name, 0) + 1
 
     def check_same(self, settings: Mapping[str, Any], sources: list[dict[str, Any]], directory) -> None:
-        """Refuses to go on with other settings or files.
-
-        Raises:
-          InputError: naming those that differ.
-        """
+        """Refuses to go on with other settings or files."""
         told = [
             f"{name} {self.settings.get(name)!r}, now {settings.get(name)!r}"
             for name in dict.fromkeys([*self.settings, *settings])
@@ -110,11 +106,7 @@ class PrepareProgress:
 
 
 def read_progress(directory) -> PrepareProgress | None:
-    """Returns what an unfinished preparation left; None where there is none.
-
-    Raises:
-      InputError: it can't be read.
-    """
+    """Returns what an unfinished preparation left; None where there is none."""
     file = as_path(directory) / PROGRESS_FILE
     if not file.exists():
         return None
@@ -149,11 +141,7 @@ def write_progress(directory, progress: PrepareProgress, waiting: Waiting) -> No
 
 
 def read_waiting(directory, progress: PrepareProgress) -> Waiting:
-    """Returns the documents that `write_progress` saved.
-
-    Raises:
-      InputError: they can't be read.
-    """
+    """Returns the documents that `write_progress` saved."""
     waiting: Waiting = {split: [] for split in SPLITS}
     if progress.pending is None:
         return waiting
@@ -186,9 +174,6 @@ def forget(directory, *, everything: bool = False) -> None:
 @contextlib.contextmanager
 def alone_in(directory) -> Iterator[None]:
     """The directory, made if need be, for this process alone; removed again if it made it and left nothing.
-
-    Raises:
-      InputError: another process is there, or there can be no such directory.
     """
     if "://" in str(directory):
         yield

@@ -78,9 +78,6 @@ def prepared_tokenizer(prepared: Prepared, *others: Tokenizer) -> Tokenizer:
 
     Args:
       others: tokenizers that must give the same ids: of the model that training begins with, say.
-
-    Raises:
-      InputError: it is absent, damaged, not the one of the manifest, or another than one of `others`.
     """
     tokenizer = load_tokenizer(prepared.directory / TOKENIZER_DIRECTORY)
     check_tokenizer(prepared, tokenizer)
@@ -91,11 +88,7 @@ def prepared_tokenizer(prepared: Prepared, *others: Tokenizer) -> Tokenizer:
 
 
 def check_tokenizer(prepared: Prepared, tokenizer: Tokenizer) -> None:
-    """Refuses a tokenizer other than the manifest's.
-
-    Raises:
-      InputError: naming the manifest.
-    """
+    """Refuses a tokenizer other than the manifest's."""
     if tokenizer.fingerprint != prepared.manifest.tokenizer:
         theirs, ours = prepared.manifest.tokenizer[:12], tokenizer.fingerprint[:12]
         message = f"is of another tokenizer: {theirs}, this one is {ours}"
@@ -116,9 +109,6 @@ def open_tables(found: list[Prepared], seq_len: int) -> tuple[Any, Any]:
 
     Returns:
       (training rows, held-out rows or None), with `take`; several directories are a `Mixture`.
-
-    Raises:
-      InputError: rows of another length, no training row, or a damaged shard, by name.
     """
     for prepared in found:
         _check(prepared, seq_len)

@@ -93,11 +93,7 @@ def write_manifest(directory, manifest: PreparedManifest) -> None:
 
 
 def read_manifest(directory) -> PreparedManifest:
-    """Returns the manifest of a prepared directory.
-
-    Raises:
-      InputError: absent, damaged, or written by a newer format.
-    """
+    """Returns the manifest of a prepared directory."""
     file = as_path(directory) / MANIFEST_FILE
     fields = read_json(file)
     version = fields.get("format_version")
@@ -154,9 +150,6 @@ def check_shards(directory, manifest: PreparedManifest, *, deep: bool) -> None:
 
     Args:
       deep: checksums too, not sizes alone: every byte is read.
-
-    Raises:
-      InputError: the first damaged shard, by name.
     """
     for complaint in complaints(directory, manifest, deep=deep):
         raise complaint

@@ -193,11 +193,7 @@ class Smallest:
 
 
 def _kind_of(sources: list[DocumentSource]) -> str:
-    """Returns what the sources hold: text, prompts, or messages.
-
-    Raises:
-      InputError: not all the same.
-    """
+    """Returns what the sources hold: text, prompts, or messages."""
     first = None
     for source in sources:
         names = source.column_names()

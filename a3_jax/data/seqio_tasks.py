@@ -128,9 +128,6 @@ def open_data(
       packing: several documents a row; else one, cut off at `seq_len`.
       holdout: share (below 1) or number of documents of each file for the held-out table, at least
         one of those that hold two or more; 0 for none. The embedded corpus has its own split.
-
-    Raises:
-      InputError: as `sources`, or text that the tokenizer can't encode.
     """
     if data:
         files = sources.find_files(data)
@@ -158,9 +155,6 @@ def split_documents(documents: Sequence[str], holdout: float | int = HOLDOUT) ->
     Args:
       documents: the texts.
       holdout: share (below 1) or number of distinct texts to hold out; at least one remains.
-
-    Raises:
-      InputError: a negative `holdout`.
     """
     if holdout < 0 or (holdout >= 1 and holdout != int(holdout)):
         raise InputError(
@@ -198,9 +192,6 @@ def read_table(name: str, split: str, seq_len: int, packing: bool = True) -> Tab
 
     Of a mixture, each document of each task is read once: rates only matter where one samples. Python's `if`
     on a tensor is not for the functions of its preprocessors.
-
-    Raises:
-      InputError: text that the tokenizer can't encode.
     """
     tasks = seqio.get_subtasks(seqio.get_mixture_or_task(name))
     documents = [ids for task in tasks if split in task.splits for ids in _token_ids(task, split)]

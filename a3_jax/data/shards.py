@@ -54,9 +54,6 @@ class ShardTable:
 
         Returns:
           tokens, positions, segment_ids: [B, T] int32; roles: [B, T] uint8, where rows have them.
-
-        Raises:
-          InputError: a damaged shard, by name.
         """
         rows = np.asarray(rows)
         entries = np.empty(rows.shape, object)

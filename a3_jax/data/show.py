@@ -50,9 +50,6 @@ def find_stage(
       config: file of a run; None for the presets.
       overrides: `--config.FIELD=VALUE` arguments.
       run_defaults: returns the fields of a run's config that have defaults.
-
-    Raises:
-      InputError: no such stage, with the nearest name.
     """
     from a3_jax.ordering.curriculum import PRESETS, stages_from_config
 

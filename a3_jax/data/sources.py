@@ -19,9 +19,6 @@ def find_files(data: str | Sequence[str]) -> list[str]:
     """Returns the files that a path, a glob or a list of both names; sorted within each glob.
 
     A file that is named more than once, in whatever way, is there once, with a warning.
-
-    Raises:
-      InputError: nothing there, a directory, or a file of another kind.
     """
     if isinstance(data, str):
         data = [data]
@@ -38,11 +35,7 @@ def find_files(data: str | Sequence[str]) -> list[str]:
 
 
 def read_documents(name: str) -> tuple[str, ...]:
-    """Returns the documents of one file, empty ones left out.
-
-    Raises:
-      InputError: unreadable, empty, not UTF-8 or not JSON, with the file, the line and the field.
-    """
+    """Returns the documents of one file, empty ones left out."""
     source, documents = DocumentSource(name), []
     for number, record in source.records((TEXT_FIELD,)):
         if isinstance(record, BadRecord):

@@ -85,9 +85,6 @@ def pack(
       packing: one of `PACKINGS`; True and False mean "first_fit" and "none".
       roles: [n] uint8 for each document; None: the table has none.
       first_fit_by: what "first_fit" places pieces with, in place of the function of that name.
-
-    Raises:
-      InputError: `seq_len` below 1, or another packing.
     """
     if isinstance(packing, bool):
         packing = "first_fit" if packing else "none"

@@ -84,11 +84,7 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: Tokenizer, file=None) -> ChatTemplate | None:
-    """Returns the template in a file, or else the one that came with the tokenizer; None if there is none.
-
-    Raises:
-      InputError: the file can't be read, or is no template.
-    """
+    """Returns the template in a file, or else the one that came with the tokenizer; None if there is none."""
     from a3_jax.paths import read_text
 
     if file:

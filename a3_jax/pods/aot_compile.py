@@ -31,9 +31,6 @@ def topology_devices(topology: str, slices: int = 1) -> list:
     Args:
       topology: such as "v5e:4x4" or "v5p:4x4x4".
       slices: how many of them, joined by the data-centre network.
-
-    Raises:
-      InputError: libtpu is not installed or knows no such topology.
     """
     wanted = _ENVIRONMENT | (_NO_HOST if os.environ.get("JAX_PLATFORMS") == "cpu" else {})
     os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
@@ -120,11 +117,7 @@ class Compiled:
 
 
 def check_flags(topology: str) -> None:
-    """Tries the compiler's flags of the environment on a small program, in a process of its own.
-
-    Raises:
-      InputError: a flag that is unknown, or a value that can't be.
-    """
+    """Tries the compiler's flags of the environment on a small program, in a process of its own."""
     given = {name: os.environ[name] for name in COMPILER_FLAGS if os.environ.get(name)}
     if not given:
         return

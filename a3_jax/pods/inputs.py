@@ -22,11 +22,7 @@ class Inputs:
 
 
 def check_inputs(run: RunConfig) -> Inputs:
-    """Returns the run's model; checks weights and data that are here, without reading them whole.
-
-    Raises:
-      InputError: something that is here is damaged or contradicts the config, or there is no model.
-    """
+    """Returns the run's model; checks weights and data that are here, without reading them whole."""
     model, notes = _model(run)
     return Inputs(with_mask(run, model), [*notes, _check_data(run)])
 

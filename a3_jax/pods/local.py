@@ -106,9 +106,6 @@ def supervise(launch: Launch) -> int:
     Returns:
       0, 78 or a child's status as in the table above; after a signal 75, or the worst status if none is
       75; 77 if this process itself can't go on.
-
-    Raises:
-      InputError: the run's directory can't be written.
     """
     try:
         os.makedirs(os.path.join(launch.workdir, "logs"), exist_ok=True)

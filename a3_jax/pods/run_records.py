@@ -38,9 +38,6 @@ def read_events(workdir) -> tuple[list[Event], int]:
 
     Returns:
       (events, lines passed over: torn by a death in the middle of writing, or otherwise unreadable).
-
-    Raises:
-      InputError: no such directory or file.
     """
     workdir = as_path(workdir)
     if not workdir.is_dir():

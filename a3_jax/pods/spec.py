@@ -76,11 +76,7 @@ class Spec:
 
 
 def read_spec(path) -> Spec:
-    """Returns the spec in a YAML file.
-
-    Raises:
-      InputError: not YAML, an unknown or missing key, a value that can't be; names file and key.
-    """
+    """Returns the spec in a YAML file."""
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError("expected keys and values", file=path)
@@ -119,11 +115,7 @@ def _check(path, name, value):
 
 
 def check_config(spec: Spec, path) -> str:
-    """Checks that the config's mesh and batch suit the topology; `config_hash` of the run.
-
-    Raises:
-      InputError: the config can't be read, or contradicts the topology.
-    """
+    """Checks that the config's mesh and batch suit the topology; `config_hash` of the run."""
     from a3_jax.training.config import read_run_config
 
     if not pathlib.Path(spec.config).exists():
@@ -161,9 +153,6 @@ def check_mesh(mesh: Mapping[str, int], rows: int, pod: Pod, path=None) -> None:
     Args:
       mesh: sizes by axis, as of a config: -1 = all that remain, data 0 = the number of slices.
       rows: of a microbatch.
-
-    Raises:
-      InputError: not all chips are taken, slices don't divide the data axis, or data and fsdp the rows.
     """
     sizes = mesh_sizes(mesh, pod)
     if math.prod(sizes.values()) != pod.chips:
@@ -224,11 +213,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def read_yaml(path):
-    """Returns the value in a YAML file.
-
-    Raises:
-      InputError: not YAML, a key given twice, or a plain scalar of several meanings; names the line.
-    """
+    """Returns the value in a YAML file."""
     text = read_text(path)
     try:
         return _Loader(text).get_single_data()

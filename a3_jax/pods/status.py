@@ -63,9 +63,6 @@ def read_status(workdir) -> dict[str, Any]:
       skipped_steps: steps that changed nothing, for want of a finite gradient.
       last_event: its name. last_event_seconds: how long ago it was.
       skipped_lines: of `events.jsonl`, unreadable.
-
-    Raises:
-      InputError: no run has begun in this directory.
     """
     workdir = as_path(workdir)
     events, skipped_lines = read_events(workdir)

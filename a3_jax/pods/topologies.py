@@ -54,11 +54,7 @@ class Pod:
 
 
 def find_topology(name, *, file=None) -> Topology:
-    """Returns the slice of a topology (v5e:4x4) or TPU type (v5litepod-16).
-
-    Raises:
-      InputError: unknown; names the nearest.
-    """
+    """Returns the slice of a topology (v5e:4x4) or TPU type (v5litepod-16)."""
     by_type = {tpu_type: key for key, (tpu_type, _) in _SLICES.items()}
     key = by_type.get(name, name)
     if key not in _SLICES:

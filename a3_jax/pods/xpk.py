@@ -78,11 +78,7 @@ _SCHEMA = pathlib.Path(__file__).parent / "jobset.schema.json"
 
 
 def read_manifest(path) -> dict:
-    """Returns the JobSet in a YAML file, checked against the schema.
-
-    Raises:
-      InputError: not YAML, or not a JobSet; names the field.
-    """
+    """Returns the JobSet in a YAML file, checked against the schema."""
     import jsonschema
 
     try:
@@ -98,11 +94,7 @@ def read_manifest(path) -> dict:
 
 
 def check_manifest(manifest: dict, spec: Spec, path=None) -> None:
-    """Refuses a JobSet that isn't what the spec says.
-
-    Raises:
-      InputError: hosts, chips, slices, image, grace period, restarts, exit codes or command differ.
-    """
+    """Refuses a JobSet that isn't what the spec says."""
     job = manifest["spec"]["replicatedJobs"][0]
     pods = job["template"]["spec"]
     pod = pods["template"]["spec"]

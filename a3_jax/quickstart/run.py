@@ -69,9 +69,6 @@ def quickstart(workdir, *, smoke: bool = False, text: str | None = None) -> Quic
       workdir: directory for everything; a second run there goes on where the first one stopped.
       smoke: a few steps of everything, without any claim on the figures.
       text: a text file to use in place of the embedded stories, byte by byte.
-
-    Raises:
-      InputError: a text or a directory that can't be used.
     """
     begin = time.monotonic()
     workdir = as_path(workdir)

@@ -96,9 +96,6 @@ def assert_same_on_all_processes(facts: Mapping[str, Any]) -> None:
 
     Args:
       facts: JSON-able values by name.
-
-    Raises:
-      InputError: in every process, with every difference from process 0.
     """
     every = gather_and_decide("facts", facts, lambda every: every)
     different = [

@@ -81,11 +81,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="a3-lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        """Takes the lease, at once or after watching another host's for two renewal intervals.
-
-        Raises:
-          InputError: another run holds it, or the directory can't be written.
-        """
+        """Takes the lease, at once or after watching another host's for two renewal intervals."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._take()
@@ -106,11 +102,7 @@ class Lease:
                 self.file.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Must be called before anything of the run is written.
-
-        Raises:
-          InputError: the lease is lost.
-        """
+        """Must be called before anything of the run is written."""
         if time.monotonic() - self._confirmed > 1.5 * self.renew_seconds:  # this process was stopped, say
             with contextlib.suppress(OSError):
                 self._look()
@@ -144,11 +136,7 @@ class Lease:
             raise self._refusal(_fields(self._read()))
 
     def _watched(self, found: bytes) -> bytes | None:
-        """Returns the content after two intervals without a renewal; None if the lease was given back.
-
-        Raises:
-          InputError: it was renewed.
-        """
+        """Returns the content after two intervals without a renewal; None if the lease was given back."""
         holder = _fields(found)
         renew: Any = holder.get("renew_seconds")
         if type(renew) not in (int, float) or not 0 < renew <= _MAX_RENEW:

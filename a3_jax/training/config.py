@@ -170,11 +170,7 @@ class RunConfig:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "RunConfig":
-        """Checks a `ConfigDict` or dictionary; absent fields take their defaults.
-
-        Raises:
-          InputError: an unknown or missing field, a value of another type or out of range.
-        """
+        """Checks a `ConfigDict` or dictionary; absent fields take their defaults."""
         return from_mapping(cls, _plain(config), convert=_convert)
 
 
@@ -218,11 +214,7 @@ def model_config(run: RunConfig, vocab_size: int | None = None) -> ModelConfig:
 
 
 def with_mask(run: RunConfig, model: ModelConfig) -> ModelConfig:
-    """Returns the model with the run's mask token, if it has one.
-
-    Raises:
-      InputError: it isn't in the model's vocabulary, or is missing although a stage needs it.
-    """
+    """Returns the model with the run's mask token, if it has one."""
     if run.mask_token >= 0:
         model = dataclasses.replace(model, mask_token=run.mask_token, logit_shift=run.logit_shift)
     masked = [stage.name for stage in run.stages if stage.objective == "masked_diffusion"]
@@ -235,9 +227,6 @@ def check_unchanged(saved: Mapping[str, Any], run: RunConfig, file) -> None:
     """Checks that a run goes on with the config it began with, except for `FREE_FIELDS` and added steps.
 
     Steps may be added to the last stage, or as stages after it.
-
-    Raises:
-      InputError: with every difference.
     """
     try:
         old, new = RunConfig.from_config(saved).to_dict(), run.to_dict()

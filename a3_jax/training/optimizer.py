@@ -45,9 +45,6 @@ def make_optimizer(
         b2 = 0.999 its steps are too small for bfloat16.
       factored_from: Adafactor keeps means of an array's two largest axes from this size on; smaller
         arrays, and heads of 64, have a whole second moment.
-
-    Raises:
-      InputError: an unknown name, or a moment's type for Adafactor, which has no first moment.
     """
     if name not in OPTIMIZERS:
         raise InputError(f"unknown: {name!r}{nearest(name, OPTIMIZERS)}", field="optimizer")
@@ -110,9 +107,6 @@ def decay(schedule: str, step: int, *, warmup_steps: int, steps: int) -> float:
 
     Rises by 1 / warmup_steps per step to 1, then falls to 0, which it would reach at `steps`: no step
     is spent at rate zero.
-
-    Raises:
-      InputError: unknown schedule.
     """
     if schedule not in SCHEDULES:
         raise InputError(f"unknown: {schedule!r}{nearest(schedule, SCHEDULES)}", field="schedule")

@@ -23,9 +23,6 @@ from a3_jax.training.train_state import Numerics, TrainState
 
 def find_progress(run: RunConfig, workdir) -> int | None:
     """Returns the newest step of the run in a directory, even if it is damaged; None if the run is new there.
-
-    Raises:
-      InputError: the directory can't be a run's, or belongs to a run with another config.
     """
     check_parents(workdir)
     if workdir.exists() and not workdir.is_dir():
@@ -51,11 +48,7 @@ def is_finished(run: RunConfig, workdir, newest: int | None) -> bool:
 
 
 def claim(run: RunConfig, workdir, newest: int | None, stack: contextlib.ExitStack) -> Lease:
-    """Takes the directory for this run alone; `stack` gives it back.
-
-    Raises:
-      InputError: another run has it, or had it since `newest` was looked up.
-    """
+    """Takes the directory for this run alone; `stack` gives it back."""
     lease = Lease(workdir)
     with storage_faults():
         run_on_all("lease", lambda: stack.enter_context(lease) if is_process_zero() else None)

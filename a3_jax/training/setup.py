@@ -50,9 +50,6 @@ def open_mesh(run: RunConfig, devices=None) -> jax.sharding.Mesh:
 
     With A3_SLICES_ARE_PROCESSES=1 in the environment each process counts as a slice, to try several slices
     on CPUs.
-
-    Raises:
-      InputError: sizes that don't fit the devices, their slices or the batch.
     """
     devices = list(jax.devices() if devices is None else devices)
     slices_are_processes = os.environ.get(SLICES_ARE_PROCESSES) == "1"
@@ -141,9 +138,6 @@ def open_run_data(run: RunConfig, start: Start, saved: Mapping[str, Any] | None)
       run: names the data.
       start: has the tokenizer and the model's vocabulary.
       saved: what `data.json` said when the run began; None for a new run.
-
-    Raises:
-      InputError: data that can't be used, has changed, or has ids without an embedding.
     """
     from a3_jax.data.prepared import check_tokenizer, describe, find_prepared, open_tables
     from a3_jax.data.seqio_tasks import Data, open_data
