@@ -15,7 +15,8 @@ import tempfile
 import numpy as np
 import tokenizers
 
-from a3_jax.data.batches import stream
+from a3_jax.data.batches import BatchPlan
+from a3_jax.data.feature_converter import stream
 from a3_jax.data.prepare import Options, prepare
 from a3_jax.data.prepared_manifest import TRAIN, read_manifest
 from a3_jax.data.shards import ShardTable, write_shard
@@ -107,7 +108,7 @@ def _measure_prepare(settings, root, texts) -> list[Row]:
 def _batches(settings, table, batch: int, first_step: int = 0):
     """Opens the sorted batches of random groups, as training takes them; closes them on exit."""
     stage = Stage("bench", steps=10**9, orders=(Order("random", (settings.group_size,)),))
-    return contextlib.closing(stream(table, (stage,), settings.seed, batch, first_step=first_step))
+    return contextlib.closing(stream(BatchPlan(table, (stage,), settings.seed, batch), first_step))
 
 
 def _measure_batches(settings, directory) -> list[Row]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from a3_jax.data import prepared, shards
-from a3_jax.data.batches import BatchPlan, batch, examples, stream
+from a3_jax.data.batches import BatchPlan, batch, examples
+from a3_jax.data.feature_converter import stream
 from a3_jax.data.mixing import BLOCK, Mixture
 from a3_jax.data.prepared import find_prepared, open_tables
 from a3_jax.data.prepared_manifest import complaints, read_manifest
@@ -72,10 +73,10 @@ def test_the_stream_is_that_of_rows_in_memory(tmp_path):
 def test_resumed_at_every_step(tmp_path):
     stored = open_train(make_prepared(tmp_path, rows(11, roles=True)))
     stages = (dataclasses.replace(RANDOM[0], steps=6),)
-    straight = list(stream(stored, stages, 5, 4))
+    straight = list(stream(BatchPlan(stored, stages, 5, 4)))
     assert len(straight) == 6
     for first in range(6):
-        resumed = list(stream(stored, stages, 5, 4, first_step=first))
+        resumed = list(stream(BatchPlan(stored, stages, 5, 4), first))
         assert len(resumed) == 6 - first
         for ours, theirs in zip(resumed, straight[first:], strict=True):
             equal(ours, theirs)

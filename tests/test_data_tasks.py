@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from a3_jax.data.batches import BatchPlan, batch, stream
+from a3_jax.data.batches import BatchPlan, batch
+from a3_jax.data.feature_converter import stream
 from a3_jax.data.seqio_tasks import (
     TextVocabulary,
     embedded_source,
@@ -175,10 +176,10 @@ def test_stream_from_any_step():
         Stage("a", 3, orders=(Order("random", (2,)), Order("l2r"))),
         Stage("b", 2, one_order_per_batch=True),
     )
-    whole = list(stream(small_table(), stages, 9, 4))
+    whole = list(stream(BatchPlan(small_table(), stages, 9, 4)))
     assert len(whole) == 5
     for first in range(6):
-        rest = list(stream(small_table(), stages, 9, 4, first_step=first))
+        rest = list(stream(BatchPlan(small_table(), stages, 9, 4), first))
         assert len(rest) == 5 - first
         for made, expected in zip(rest, whole[first:], strict=True):
             assert made.keys() == expected.keys()
@@ -187,7 +188,7 @@ def test_stream_from_any_step():
 
 def test_stream_is_batch():
     plan = BatchPlan(small_table(), RANDOM, 2, 6)
-    for step, made in zip(range(20), stream(plan.table, plan.stages, 2, 6)):
+    for step, made in zip(range(20), stream(plan)):
         expected = batch(plan, step)
         assert all((made[name] == expected[name]).all() for name in expected)
         assert all(made[name].dtype == expected[name].dtype for name in expected)
@@ -196,9 +197,10 @@ def test_stream_is_batch():
 @pytest.mark.parametrize("num_hosts", [1, 2, 4])
 def test_stream_on_several_hosts(num_hosts):
     stages = (Stage("a", 4, orders=(Order("random", (1,)),)),)
-    whole = list(stream(small_table(), stages, 9, 8))
+    whole = list(stream(BatchPlan(small_table(), stages, 9, 8)))
     parts = [
-        list(stream(small_table(), stages, 9, 8, host=host, num_hosts=num_hosts)) for host in range(num_hosts)
+        list(stream(BatchPlan(small_table(), stages, 9, 8, host=host, num_hosts=num_hosts)))
+        for host in range(num_hosts)
     ]
     for step, expected in enumerate(whole):
         for name in expected:
@@ -208,13 +210,13 @@ def test_stream_on_several_hosts(num_hosts):
 
 def test_bad_batch_size_is_told_at_once():
     with pytest.raises(InputError, match="batch_size"):
-        stream(small_table(), RANDOM, 0, 3, num_hosts=2)
+        stream(BatchPlan(small_table(), RANDOM, 0, 3, num_hosts=2))
 
 
 def test_a_process_ends_with_an_unfinished_stream():
     code = (
-        "from tests.test_data_batches import *; from a3_jax.data.batches import stream;"
-        "made = stream(small_table(), RANDOM, 0, 64); next(made); print('read')"
+        "from tests.test_data_batches import *; from a3_jax.data.feature_converter import stream;"
+        "made = stream(BatchPlan(small_table(), RANDOM, 0, 64)); next(made); print('read')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "read\n")

@@ -8,7 +8,7 @@ import pytest
 
 from a3_jax import cli
 from a3_jax.checkpoints.loading import open_checkpoint
-from a3_jax.data import batches
+from a3_jax.data import feature_converter
 from a3_jax.errors import EXIT_NUMERICS, RunError
 from a3_jax.runtime.compile_cache import compilation_cache
 from a3_jax.training import run_log
@@ -76,15 +76,16 @@ class Poison:
     """Rows whose weights are no numbers, by the number of the batch from 1, counted over all rows ever."""
 
     def __init__(self, monkeypatch, numbers):
-        self.numbers, self.seen, stream = set(numbers), [], batches.stream
+        self.numbers, self.seen, stream = set(numbers), [], feature_converter.stream
 
-        def poisonous(*args, rows_ahead=0, **options):
-            first = args[4] + rows_ahead + 1
-            for number, rows in enumerate(stream(*args, rows_ahead=rows_ahead, **options), start=first):
+        def poisonous(plan, first_step):
+            for number, rows in enumerate(
+                stream(plan, first_step), start=first_step + plan.skipped_batches + 1
+            ):
                 self.seen.append(number)
                 yield poisoned(rows, slice(0, 1)) if number in self.numbers else rows
 
-        monkeypatch.setattr(batches, "stream", poisonous)
+        monkeypatch.setattr(feature_converter, "stream", poisonous)
 
 
 @pytest.fixture(scope="module")

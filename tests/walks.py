@@ -50,7 +50,8 @@ def text_to_gradient(directory) -> list[str]:
     """Returns the files on the way of a text to a gradient."""
     import jax
 
-    from a3_jax.data import batches
+    from a3_jax.data import feature_converter
+    from a3_jax.data.batches import BatchPlan
     from a3_jax.data.seqio_tasks import open_data
     from a3_jax.model.sharding import batch_sharding
     from a3_jax.model.two_stream import init_params
@@ -67,7 +68,7 @@ def text_to_gradient(directory) -> list[str]:
         model, params = setup.make_model(run, start.model), init_params(start.model, jax.random.key(0))
         with traced() as calls:
             data = open_data(run.data, start.tokenizer, run.seq_len, packing=True, holdout=run.holdout)
-            rows = next(batches.stream(data.train, run.stages, run.seed, run.batch_size, 0, bos_id=None))
+            rows = next(feature_converter.stream(BatchPlan(data.train, run.stages, run.seed, run.batch_size)))
             batch = setup.device_batch(batch_sharding(mesh), 1, rows)
             loss = functools.partial(step.step_loss("any_order"), model)
             step.gradients(loss, params, batch, 1)

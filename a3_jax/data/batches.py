@@ -1,6 +1,6 @@
 """Batches as a function of (seed, step).
 
-    step s, place b in the batch -> running number  i = (s + rows_ahead) * batch_size + b
+    step s, place b in the batch -> running number  i = (s + skipped_batches) * batch_size + b
     epoch e = i // R             -> row             permute(i mod R) under (seed, e); see `mixing` for several
     (seed, i)                    -> ranks, absent   ordering.ranks.draw
     ranks                        -> sorted rows     ordering.intervals.sort_order
@@ -10,7 +10,7 @@ Plain NumPy, but for `stream`, which runs it ahead of the reader through seqio.
 """
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,10 @@ class BatchPlan:
       table: the rows: a `Table`, `ShardTable` or `Mixture` of them.
       stages: the curriculum's.
       seed: the run's.
-      batch_size: B, examples a step over all hosts.
+      batch_size: B, examples per step over all hosts.
       host, num_hosts: this host has examples [host * B / num_hosts, (host + 1) * B / num_hosts).
       bos_id: the token that a document begins with, where there is one; read by stages that give it.
-      rows_ahead: batches passed over: step s has the rows of step s + this.
+      skipped_batches: passed over: step s has the rows of step s + this.
     """
 
     table: Any
@@ -46,7 +46,7 @@ class BatchPlan:
     host: int = 0
     num_hosts: int = 1
     bos_id: int | None = None
-    rows_ahead: int = 0
+    skipped_batches: int = 0
 
     def __post_init__(self):
         if self.batch_size < 1 or self.batch_size % self.num_hosts:
@@ -57,7 +57,7 @@ class BatchPlan:
 
     def numbers(self, step: int) -> np.ndarray:
         """[B / num_hosts] int64: running numbers of this host's examples at a step."""
-        share, batch = self.batch_size // self.num_hosts, step + self.rows_ahead
+        share, batch = self.batch_size // self.num_hosts, step + self.skipped_batches
         return batch * self.batch_size + self.host * share + np.arange(share, dtype=np.int64)
 
 
@@ -92,36 +92,9 @@ def arrange(plan: BatchPlan, number, tokens, positions, segment_ids, roles=None)
         masked diffusion as `ordering.ranks.Drawn.predicted`.
     """
     batch = int(number[0]) // plan.batch_size
-    _, stage, _ = stage_at(plan.stages, batch - plan.rows_ahead)
+    _, stage, _ = stage_at(plan.stages, batch - plan.skipped_batches)
     drawn_by = np.full_like(number, batch * plan.batch_size) if stage.one_order_per_batch else number
     return _sorted_rows(stage, plan, drawn_by, tokens, positions, segment_ids, roles)
-
-
-def stream(
-    table: Any,
-    stages: Sequence[Stage],
-    seed: int,
-    batch_size: int,
-    first_step: int = 0,
-    host: int = 0,
-    num_hosts: int = 1,
-    bos_id: int | None = None,
-    rows_ahead: int = 0,
-) -> Generator[Batch, None, None]:
-    """`batch` of every step from `first_step` to the end of the curriculum, prepared ahead.
-
-    Args:
-      table, stages, seed, batch_size, host, num_hosts, bos_id, rows_ahead: as in `BatchPlan`.
-      first_step: counted from 0 over all stages.
-
-    Yields:
-      As `arrange`, B / num_hosts rows each.
-    """
-    from a3_jax.data.feature_converter import iterate  # TensorFlow: only when training data is read
-
-    return iterate(
-        BatchPlan(table, stages, seed, batch_size, host, num_hosts, bos_id, rows_ahead), first_step
-    )
 
 
 def eval_batch(

@@ -53,8 +53,12 @@ class OrderFeatureConverter(seqio.FeatureConverter):
         return dict.fromkeys(self.MODEL_FEATURES, task_feature_lengths["tokens"])
 
 
-def iterate(plan: BatchPlan, first_step: int) -> Generator[Batch, None, None]:
-    """Yields the batches of a plan (`batches.batch`) from a step to the end of its curriculum."""
+def stream(plan: BatchPlan, first_step: int = 0) -> Generator[Batch, None, None]:
+    """Yields the batches of a plan (`batches.batch`) from a step to the end of its curriculum.
+
+    Args:
+      first_step: counted from 0 over all stages.
+    """
     running: list[Any] = [dataset(plan, first_step).as_numpy_iterator()]
 
     def stop():
@@ -75,7 +79,7 @@ def iterate(plan: BatchPlan, first_step: int) -> Generator[Batch, None, None]:
 
 
 def dataset(plan: BatchPlan, first_step: int) -> tf.data.Dataset:
-    """Returns the pipeline of `iterate`: steps -> packed rows -> sorted batches."""
+    """Returns the pipeline of `stream`: steps -> packed rows -> sorted batches."""
     share, seq_len = plan.batch_size // plan.num_hosts, plan.table.seq_len
     converter = OrderFeatureConverter(plan)
     features = converter.TASK_FEATURES

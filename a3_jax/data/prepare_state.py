@@ -173,8 +173,7 @@ def forget(directory, *, everything: bool = False) -> None:
 
 @contextlib.contextmanager
 def alone_in(directory) -> Iterator[None]:
-    """The directory, made if need be, for this process alone; removed again if it made it and left nothing.
-    """
+    """Makes a directory if need be, for this process alone; removes one that it made and left empty."""
     if "://" in str(directory):
         yield
         return

@@ -22,8 +22,7 @@ from a3_jax.training.train_state import Numerics, TrainState
 
 
 def find_progress(run: RunConfig, workdir) -> int | None:
-    """Returns the newest step of the run in a directory, even if it is damaged; None if the run is new there.
-    """
+    """Returns the newest step of the run in a directory, even if damaged; None if the run is new there."""
     check_parents(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise InputError("is a file, a run's directory is to be there", file=workdir)

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from a3_jax.checkpoints.a3_format import Meta, StepWriter
-from a3_jax.data import batches
 from a3_jax.errors import EXIT_PREEMPTED, InputError, RunError
 from a3_jax.model.sharding import batch_sharding
 from a3_jax.ordering.curriculum import stage_at, trained_context
@@ -172,10 +171,12 @@ def train(config: Mapping[str, Any], workdir, devices=None):
             return device_batch(sharding, num_hosts, batch)
 
         def batches_from(step, skipped_batches):
-            return batches.stream(
-                data.train, run.stages, run.seed, run.batch_size, step,
-                host=host, num_hosts=num_hosts, bos_id=bos_id, rows_ahead=skipped_batches,
-            )  # fmt: skip
+            from a3_jax.data import batches, feature_converter  # TensorFlow: only when rows are read
+
+            plan = batches.BatchPlan(
+                data.train, run.stages, run.seed, run.batch_size, host, num_hosts, bos_id, skipped_batches
+            )
+            return feature_converter.stream(plan, step)
 
         held_out_losses = make_evaluator(run, model, data.heldout, put, sharding, bos_id)
 

@@ -26,16 +26,15 @@ def put_in_place() -> None:
 
 def _for_each_batch(change):
     """`change(step, batch) -> batch`, steps from 1, on what a run trains on."""
-    from a3_jax.data import batches
+    from a3_jax.data import feature_converter
 
-    stream = batches.stream
+    stream = feature_converter.stream
 
-    def changed(*args, rows_ahead=0, **options):
-        first_step = args[4]
-        for number, batch in enumerate(stream(*args, rows_ahead=rows_ahead, **options), start=first_step + 1):
-            yield change(number + rows_ahead, batch)
+    def changed(plan, first_step):
+        for number, batch in enumerate(stream(plan, first_step), start=first_step + 1):
+            yield change(number + plan.skipped_batches, batch)
 
-    batches.stream = changed
+    feature_converter.stream = changed
 
 
 def _nan(argument):
