@@ -320,7 +320,7 @@ def test_a_source_that_mostly_fails_for_one_reason(run, tmp_path):
     status, _, err = run(failing(3, 3), name="all")
     assert status == 1 and "3 of 3 records" in err[0]
     outcome = run(failing(3, 0), "--max_passed_over=nan", name="nan")
-    assert_refused(outcome, "max_passed_over: must be a share from 0 to 1, got nan")
+    assert_refused(outcome, "max_passed_over: must be a number, at least 0 and at most 1, got nan")
 
 
 def test_one_source_of_several_that_mostly_fails(tmp_path, capsys):
@@ -438,7 +438,7 @@ def test_a_damaged_template(tmp_path):
     [
         ((), chat_tokenizer(None), "chat_template: messages need a chat template"),
         (("--packing=concat",), chat_tokenizer(), "packing: would cut dialogs anywhere"),
-        (("--filler=-1",), chat_tokenizer(), "filler: must be 0 or more, got -1"),
+        (("--filler=-1",), chat_tokenizer(), "filler: must be a whole number, at least 0, got -1"),
     ],
 )
 def test_bad_usage(run, tmp_path, options, tokenizer, message):

@@ -82,7 +82,7 @@ def test_a_line_of_50_megabytes_is_never_held(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(documents, "MAX_BYTES", 1 << 20)
         tracemalloc.start()
-        lines = [line for line in documents.Source(str(source))._lines() if line is not None]
+        lines = [line for line in documents.DocumentSource(str(source))._lines() if line is not None]
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert len(lines) == 2 and peak < 10_000_000
