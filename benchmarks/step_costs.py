@@ -17,7 +17,7 @@ from a3_jax.decoding import scoring
 from a3_jax.errors import InputError
 from a3_jax.evaluation.requests import Target
 from a3_jax.evaluation.two_stream import TwoStream as EvaluatedModel
-from a3_jax.model.attention import IMPLEMENTATIONS, attention
+from a3_jax.model.attention import IMPLEMENTATIONS, AttentionArgs, attention
 from a3_jax.model.flops import step_ratio, train_step_flops
 from a3_jax.model.sharding import batch_sharding, make_mesh
 from a3_jax.model.two_stream import TwoStream
@@ -129,8 +129,7 @@ def _attention(settings: Settings, length: int) -> Iterator[Group]:
 
 def _attention_pass(implementation, direction):
     def forward(query, *others):
-        scale = query.shape[-1] ** -0.5
-        return attention(query, *others, scale=scale, implementation=implementation)
+        return attention(query, *others, AttentionArgs(query.shape[-1] ** -0.5), implementation)
 
     def total(*arrays):
         return forward(*arrays).astype(np.float32).sum()

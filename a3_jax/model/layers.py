@@ -1,4 +1,4 @@
-"""The decoder's parts other than attention: embedding, norms, rotary positions, activations, MLP."""
+"""The decoder's parts other than attention: embedding, norms, rotary positions, activations."""
 
 import functools
 import math
@@ -77,8 +77,13 @@ def layer_norm(x, scale, bias, eps):
 
 
 def softcap(scores, cap):
-    """cap * tanh(scores / cap), so that no score exceeds the cap; [...] to [...]. None: as they are."""
+    """Returns cap * tanh(scores / cap), [...] to [...], so that no score exceeds the cap; None: no cap."""
     return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def softcap_slope(capped, cap):
+    """Returns the derivative of `softcap` where its result is `capped`: 1 - tanh^2; [...] to [...]."""
+    return 1.0 - jnp.square(capped / cap)
 
 
 def rotary_frequencies(head_size: int, theta: float, scaling: RopeScaling | None = None):
@@ -136,16 +141,3 @@ def rotate(x_BTNH, cos_BTh, sin_BTh):
     cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
-
-
-def gated_mlp(x_BTD, gate, up, down, activation=jax.nn.silu):
-    """Gated MLP (Shazeer, arXiv 2002.05202): down(act(gate(x)) * up(x)); [B, T, D] to [B, T, D].
-
-    Args:
-      gate, up, down: linear functions [B, T, D] to [B, T, F], and back. Without `gate` it is
-        down(act(up(x))).
-      activation: elementwise; SiLU makes SwiGLU.
-    """
-    if gate is None:
-        return down(activation(up(x_BTD)))
-    return down(activation(gate(x_BTD)) * up(x_BTD))

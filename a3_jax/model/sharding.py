@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import jax
@@ -158,6 +158,25 @@ def axis_parts(axis: str) -> int:
     """In how many parts the mesh of the context (`jax.set_mesh`) splits a logical axis; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in mesh_axes(axis))
+
+
+def on_each_device(function: Callable, in_axes, out_axes, sizes: Mapping[str, int]) -> Callable:
+    """Maps a function over each device's part of its arrays, on the mesh of the context.
+
+    Args:
+      function: of arrays, to one array; it communicates nothing.
+      in_axes: logical axes of each argument.
+      out_axes: logical axes of the result.
+      sizes: logical axis -> its size, for those along which the mesh may split the arrays.
+
+    Returns:
+      The mapped function; `function` itself without a mesh, or where the mesh doesn't divide a size.
+    """
+    parts = {axis: axis_parts(axis) for axis in sizes}
+    if math.prod(parts.values()) == 1 or any(size % parts[axis] for axis, size in sizes.items()):
+        return function
+    specs = tuple(map(partition_spec, in_axes))
+    return jax.shard_map(function, in_specs=specs, out_specs=partition_spec(out_axes), check_vma=False)
 
 
 def platform() -> str:
