@@ -91,7 +91,7 @@ def _padded(array, length):
 
 
 def empty_softmax(rows_shape, out_shape):
-    """Returns the carry before any key: float32, -inf and 0 of the rows' shape, 0 of the output's."""
+    """Returns the carry before any key, float32: -inf and 0 [B, K, R, 1] or [B, K, 1, R], and 0 [..., H]."""
     largest = jnp.full(rows_shape, -jnp.inf, jnp.float32)
     return largest, jnp.zeros_like(largest), jnp.zeros(out_shape, jnp.float32)
 

@@ -194,9 +194,10 @@ class Block(nn.Module):
         """Attention with output projection: [B, R, D] to [B, R - first_output, D], and the new cache."""
         c, content, first = self.config, self.content_rows, self.first_output
         # Both streams ask, content rows alone answer: no row ever sees the query vector of another.
+        content_BSD = x_BRD[:, :content]
         query_BTNH = self.heads("q", x_BRD[:, first:], "heads", c.num_heads)
-        key_BSKH = self.heads("k", x_BRD[:, :content], "kv_heads", c.num_kv_heads)
-        value_BSKH = self.heads("v", x_BRD[:, :content], "kv_heads", c.num_kv_heads, normed=False)
+        key_BSKH = self.heads("k", content_BSD, "kv_heads", c.num_kv_heads)
+        value_BSKH = self.heads("v", content_BSD, "kv_heads", c.num_kv_heads, normed=False)
         if c.positions == "rotary":
             cos_BRh, sin_BRh = inputs.cos[layer.rotary_table], inputs.sin[layer.rotary_table]
             query_BTNH = rotate(query_BTNH, cos_BRh[:, first:], sin_BRh[:, first:])
@@ -382,7 +383,7 @@ def default_dtype() -> str:
 
 
 def make_two_stream(config: ModelConfig, dtype: str) -> TwoStream:
-    """Makes the model in a dtype given by name; float32 implies full precision on accelerators too."""
+    """Makes the model for rows [B, T] in a dtype given by name; float32 implies full precision."""
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     return TwoStream(config, dtype=jnp.dtype(dtype), precision=precision)
 
