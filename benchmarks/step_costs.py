@@ -114,8 +114,7 @@ def _attention(settings: Settings, length: int) -> Iterator[Group]:
     rows, rng = sort_rows(draw_rows(settings, length, batch)), np.random.default_rng(settings.seed)
     start, content_limit, query_limit = bounds(rows["ranks"], rows["ranks"], rows["segment_ids"])
     intervals = [np.concatenate(pair, axis=1) for pair in ((start, start), (content_limit, query_limit))]
-    keys = (batch, length, settings.kv_heads, size)
-    shapes = ((batch, 2 * length, settings.heads, size), keys, keys)
+    shapes = [(batch, 2 * length, settings.heads, size), *[(batch, length, settings.kv_heads, size)] * 2]
     drawn = [rng.standard_normal(shape, np.float32).astype(settings.dtype) for shape in shapes]
     arrays = jax.device_put((*drawn, *intervals), jax.devices()[0])
     absent, calls, constants = {"auto", *["splash"] * (jax.default_backend() != "tpu")}, {}, {}

@@ -1,13 +1,18 @@
 """`python -m tests.sizes`: how long functions and files are; fails above the limits the house keeps."""
 
 import ast
+import io
 import pathlib
 import sys
+import tokenize
+
+from tests.test_docstrings import array_files, is_of_arrays
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "a3_jax"
 LONGEST_FUNCTION, LONGEST_FILE, USUAL_FUNCTION, TRAINING_CODE = 80, 600, 40, 8430
 BENCHMARKS, BENCHMARK_LINES = ROOT / "benchmarks", 1700
+COMMENTS = 0.05  # lines of comments over lines of code, where at least half of the functions compute arrays
 EXCEPTIONS = {("a3_jax/training/train.py", "train"): 250}
 
 
@@ -46,6 +51,21 @@ def lines_of_code(path):
     )
 
 
+def is_mostly_arrays(path):
+    tree = ast.parse(path.read_text())
+    found = [is_of_arrays(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return 2 * sum(found) >= len(found)
+
+
+def lines_of_comments(path):
+    """Lines that hold a comment and nothing else, but for the formatter's."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    return sum(
+        token.type == tokenize.COMMENT and token.line.strip().startswith("#") and "fmt:" not in token.string
+        for token in tokens
+    )
+
+
 def main() -> int:
     lengths, complaints = [], []
     for path in sorted([*PACKAGE.rglob("*.py"), *BENCHMARKS.rglob("*.py")]):
@@ -65,9 +85,14 @@ def main() -> int:
     benchmarks = sum(len(path.read_text().splitlines()) for path in BENCHMARKS.rglob("*.py"))
     if benchmarks > BENCHMARK_LINES:
         complaints.append(f"benchmarks/ has {benchmarks} lines, more than {BENCHMARK_LINES}")
+    arrays = list(filter(is_mostly_arrays, array_files()))
+    comments = sum(map(lines_of_comments, arrays)) / sum(map(lines_of_code, arrays))
+    if comments < COMMENTS:
+        complaints.append(f"own-line comments in array files are {comments:.1%}, less than {COMMENTS:.0%}")
     print(f"functions: 95th percentile {usual} lines, longest {max(lengths)}")
     print(f"`a3 train` imports {training} lines of our code (without blank lines, comments and docstrings)")
     print(f"benchmarks/ has {benchmarks} lines")
+    print(f"own-line comments in {len(arrays)} files of arrays: {comments:.1%} of their code lines")
     print("\n".join(complaints))
     return 1 if complaints else 0
 

@@ -17,8 +17,7 @@ from jax.experimental.multihost_utils import process_allgather
 from a3_jax.decoding.batching import batches, bucket
 from a3_jax.decoding.decode_state import DecodeState, final_eos, finished
 from a3_jax.decoding.loop import DecodeSpec, decode, lay_out
-from a3_jax.decoding.options import GenerateOptions
-from a3_jax.decoding.requests import BlankRequest
+from a3_jax.decoding.options import BlankRequest, GenerateOptions
 from a3_jax.decoding.sampling import Sampling
 from a3_jax.decoding.strategies import CommitPolicy
 from a3_jax.model.sharding import axis_parts, constrain, mesh_of
@@ -70,6 +69,7 @@ def fill(
     for shape, indices, batch_size in batches(requests, lambda request: request.shape, most):
         spec = make_decode_spec(config, options, eos_ids, shape)
         with mesh_of(params):
+            # Every device gets as many examples as any other; those added are finished from the start.
             batch_size = math.lcm(batch_size, axis_parts("batch"))
             state = first_state([requests[index] for index in indices], shape[0], batch_size, options.seed)
             final = final_fields(decode(params, state, spec=spec), eos_ids)
@@ -119,6 +119,7 @@ def _planned_ranks(request: BlankRequest, sample: int, context: str, options: Ge
         ranks[blank] = request.ranks[blank]
     else:
         rng = np.random.default_rng([options.seed, request.number, sample])
+        # A draft is verified given all before it: speculative decoding has groups of one.
         group_size = 1 if options.strategy == "speculative" else min(options.group_size, max(count, 1))
         ranks[blank] = order_ranks(
             options.order, count, group_size, rng,
@@ -138,6 +139,8 @@ def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tup
         steps = np.diff(np.flatnonzero(blank), prepend=0)
         prefill, content_rows, query_rows = int(steps[:1].sum()), bucket(int(steps[1:].max(initial=1)), 4), 1
     elif options.strategy == "speculative":
+        # As content the drafts, and before them the last committed token; as queries one row per draft, the
+        # token after them, and the next window.
         window = min(options.window, columns)
         content_rows, query_rows = window + 1, 2 * window + 1
     elif options.strategy == "dynamic":
@@ -147,6 +150,7 @@ def _padded_shape(request: BlankRequest, ranks, options: GenerateOptions) -> tup
         query_rows = content_rows = options.group_size
     else:
         query_rows = content_rows = bucket(int(np.bincount(ranks[blank]).max(initial=1)), 4)
+    # Few given tokens fit into a step like any other: it gets room for them, and no program of its own.
     prefill = bucket(prefill, 4)
     if prefill <= _SMALL_PREFILL:
         content_rows = max(prefill, content_rows)
@@ -201,6 +205,7 @@ def first_state(requests, columns: int, batch_size: int, seed: int) -> DecodeSta
       seed: the options'.
     """
     shape = (batch_size, columns)
+    # Filled on the host, row by row: requests of one padded shape differ in length.
     tokens, planned_rank, present, given = (
         np.zeros(shape, kind) for kind in (np.int32, np.int32, bool, bool)
     )

@@ -89,6 +89,7 @@ def final_eos(state: DecodeState, eos_ids: tuple[int, ...]):
     token       a  E  b  E  _  E        _ is unfilled
     final EOS   .  .  .  x  .  .
     """
+    # Counted from the left the blanks before a column, from the right the given columns after it.
     filled_so_far_BT = jnp.cumsum(state.unfilled, axis=1) == 0
     given_after_BT = jnp.flip(jnp.cumsum(jnp.flip(state.given, axis=1), axis=1), axis=1) > 0
     generated_BT = state.present & state.filled & ~state.given

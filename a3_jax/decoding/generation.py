@@ -18,8 +18,8 @@ from a3_jax.decoding.batched_decode import (
 )  # fmt: skip
 from a3_jax.decoding.decode_state import DecodeState, finished
 from a3_jax.decoding.loop import DecodeSpec, make_model_fns, prefill, step
-from a3_jax.decoding.options import GenerateOptions, make_options
-from a3_jax.decoding.requests import BlankRequest, blank_requests, default_context, item_lines
+from a3_jax.decoding.options import BlankRequest, GenerateOptions, make_options
+from a3_jax.decoding.requests import blank_requests, default_context, item_lines
 from a3_jax.decoding.scoring import score
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import axis_parts, mesh_of

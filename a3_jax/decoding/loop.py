@@ -93,6 +93,7 @@ def decode(params, state: DecodeState, *, spec: DecodeSpec) -> DecodeState:
     """
     model_fns = make_model_fns(params, spec, spec.content_rows)
     final = run_steps(prefill(params, state, spec), model_fns, spec)
+    # The large arrays end here: they would leave the program as results.
     drafts = final.drafts and final.drafts.replace(log_probs=None)
     return final.replace(cache=None, drafts=drafts)
 
@@ -138,6 +139,7 @@ def prefill(params, state: DecodeState, spec: DecodeSpec) -> DecodeState:
     state = start_state(state, spec)
     if spec.recomputes or spec.prefill_rows <= spec.content_rows:
         return state
+    # It commits like any step, so that no forward is spent on given tokens alone.
     return step(state, make_model_fns(params, spec, spec.prefill_rows), spec)
 
 

@@ -1,7 +1,11 @@
-"""Options of `a3 generate` and `a3 score`, checked where they are made. Imports nothing heavy."""
+"""Options of `a3 generate` and `a3 score`, checked where they are made, and the request to fill blanks.
+
+Imports nothing heavy.
+"""
 
 import dataclasses
 import math
+from typing import Any
 
 from a3_jax.errors import InputError, check_seed, nearest
 
@@ -203,6 +207,25 @@ class GenerateOptions(SharedOptions):
             raise InputError(
                 f"{self.strategy!r} contradicts model 'ar', which fills from the left", field="strategy"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlankRequest:
+    """What to fill: T tokens in reading order.
+
+    Attributes:
+      number: the input line, or a seed below 2^32: randomness is a function of it.
+      tokens: [T] int32, 0 at blanks.
+      blank: [T] bool.
+      ranks: [T] int32, read at blanks only; None where the input has none.
+      text: the `borders.BlankText` of the tokens, for the text of the result; None of an input of tokens.
+    """
+
+    number: int
+    tokens: Any
+    blank: Any
+    ranks: Any
+    text: Any = None
 
 
 def _is_number(value) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from a3_jax.borders import BlankText, encode_blanks
-from a3_jax.decoding.options import GenerateOptions, ScoreOptions, whole_number
+from a3_jax.decoding.options import BlankRequest, GenerateOptions, ScoreOptions, whole_number
 from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.ordering.ranks import context_first, order_ranks
 from a3_jax.paths import decode_text, read_text
@@ -33,25 +33,6 @@ class Line:
     item: Any
     number: int
     file: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class BlankRequest:
-    """What to fill: T tokens in reading order.
-
-    Attributes:
-      number: the input line, or a seed below 2^32: randomness is a function of it.
-      tokens: [T] int32, 0 at blanks.
-      blank: [T] bool.
-      ranks: [T] int32, read at blanks only; None where the input has none.
-      text: the `borders.BlankText` of the tokens, for the text of the result; None of an input of tokens.
-    """
-
-    number: int
-    tokens: np.ndarray
-    blank: np.ndarray
-    ranks: np.ndarray | None
-    text: BlankText | None = None
 
 
 @dataclasses.dataclass(frozen=True)

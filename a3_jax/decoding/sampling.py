@@ -141,6 +141,7 @@ def filtered_logprobs(logits_V, sampling: Sampling):
         logits_V = (logits_V - jnp.max(logits_V)) / max(sampling.temperature, _COLDEST)
     size = logits_V.shape[0]
     if 0 < sampling.top_k < size or sampling.top_p < 1:
+        # Sorted from the likeliest, what a filter keeps is a prefix; the scatter at the end puts it back.
         order_V = jnp.argsort(-logits_V, stable=True)
         sorted_V = logits_V[order_V]
         if 0 < sampling.top_k < size:
@@ -193,6 +194,7 @@ def candidate_score(log_probs_V, key, criterion: str):
 
 def entropy(log_probs):
     """Returns the entropy in nats, [...], of log-probabilities [..., V]."""
+    # 0 log 0 is 0 here: -inf times 0 would be NaN.
     kept = log_probs > -jnp.inf
     return -jnp.sum(jnp.where(kept, jnp.exp(log_probs) * jnp.where(kept, log_probs, 0.0), 0.0), axis=-1)
 
@@ -208,6 +210,7 @@ def map_rows(function, rows, vocab_size: int):
     Returns:
       `function`'s results, [B, Q, ...].
     """
+    # [B, Q, ...] -> [B Q, ...]: chunks may cross examples.
     batch, count = rows[0].shape[:2]
     flat = tuple(array.reshape(batch * count, *array.shape[2:]) for array in rows)
     chunk = max(1, min(_CHUNK_LOGITS // vocab_size, batch * count))

@@ -128,6 +128,7 @@ def run_passes(
     for shape, indices, _ in batches(passes, shape_of, most):
         with mesh_of(checkpoint.params):
             rows = math.lcm(padded_count(shape, len(indices)), axis_parts("batch"))
+            # Rows of a request are made when their batch is packed: those of all orders may not fit memory.
             batch = _pack([rows_of(passes[index]) for index in indices], shape, rows)
             out = logprobs_of(checkpoint.params, batch, config=checkpoint.config, dtype=dtype)
         waiting.append((indices, out, batch.is_scored))

@@ -144,6 +144,7 @@ def _allows(policy: CommitPolicy, count, excess_B1, confidence_B1, lowest_B1):
 
 
 def _lowest(state: DecodeState, query_rows: int) -> Candidates:
+    # Every example has its own lowest rank: one that is further on offers later blanks.
     none = jnp.iinfo(state.planned_rank.dtype).max
     rank_B1 = jnp.min(jnp.where(state.unfilled, state.planned_rank, none), axis=1, keepdims=True)
     columns_BQ, valid_BQ = compact(state.unfilled & (state.planned_rank == rank_B1), query_rows)

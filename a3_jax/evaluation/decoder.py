@@ -11,8 +11,7 @@ import numpy as np
 from a3_jax.decoding.batched_decode import DecodeRequest, decoding_params, fill
 from a3_jax.decoding.batching import bucket
 from a3_jax.decoding.generation import context_of
-from a3_jax.decoding.options import GenerateOptions, make_options, one_of, whole_number
-from a3_jax.decoding.requests import BlankRequest
+from a3_jax.decoding.options import BlankRequest, GenerateOptions, make_options, one_of, whole_number
 from a3_jax.decoding.scoring import PassRows, PassScores, run_passes
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.batching import length_bucket, padded_count

@@ -45,6 +45,7 @@ _BLOCK_INPUT = "block_input"
 _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
+    # To a policy attention is a loop, not a dot: what is kept of it has a name.
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
     ),
@@ -311,6 +312,7 @@ class TwoStream(nn.Module):
             query = None
         c, rows = self.config, content.tokens.shape[1]
         x_BRD = self.embedded(content, query)
+        # Query rows need the content rows' keys in every layer, but not what the last layer makes of them.
         first_output = rows if outputs == "query" else 0
         x_BRD, cache = self._layers(x_BRD, cache, _attention_inputs(c, content, query), rows, first_output)
         with jax.named_scope("final_norm"):
@@ -335,6 +337,7 @@ class TwoStream(nn.Module):
             x_BRD = embed(table_VD, content.tokens, self.dtype)
             if c.scale_embedding:
                 x_BRD = x_BRD * jnp.asarray(math.sqrt(c.d_model), self.dtype)
+        # All query rows start from the same vector: position and interval are what tells them apart.
         positions_BR = content.positions
         if query is not None:
             vectors_BTD = jnp.broadcast_to(vector_D.astype(self.dtype), (*query.positions.shape, c.d_model))
@@ -362,6 +365,8 @@ class TwoStream(nn.Module):
                 layer_config = jax.tree.map(lambda x, layer=layer: x[layer], configs)
                 carry, _ = block(**arguments, name=f"layer_{layer}")(carry, layer_config, inputs)
         elif self.config.num_layers > 1:
+            # One traced block stands for all layers, weights stacked [L - 1, ...]: the time to compile does
+            # not grow with depth.
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -434,6 +439,7 @@ def logits(params, config: ModelConfig, hidden, precision=None):
     """Returns scores over the vocabulary, float32 [..., V], of final hidden states [..., D]."""
     if config.tie_embeddings:
         return logits_of_table(params["embed"], config, hidden, precision)
+    # Products of the computation's dtype, summed in float32: logits are never rounded.
     head_DV = params["head"].astype(hidden.dtype)
     scores = jnp.einsum(
         "...D,DV->...V", hidden, head_DV, precision=precision, preferred_element_type=jnp.float32
@@ -489,6 +495,7 @@ def _declared(config):
 
 
 def _init(config, key):
+    # The shapes of parameters don't depend on the rows: one of each stream is enough.
     one = jnp.zeros((1, 1), jnp.int32)
     content, query = (Rows(positions=one, start=one, limit=one, tokens=tokens) for tokens in (one, None))
     return TwoStream(config).init(key, content, query)["params"]
@@ -514,6 +521,7 @@ def _norm(module, name, x, axes=("norm",), shape=None):
 
 def _normal(scale, key, shape, dtype=jnp.float32):
     """Draws N(0, scale^2) block by block: XLA compiles a small random draw three times faster on CPU."""
+    # Each block has its own key, so the numbers don't depend on how the array is sharded.
     size = math.prod(shape)
     blocks = jnp.arange(-(-size // _DRAW_BLOCK))
     drawn = jax.lax.map(

@@ -44,6 +44,7 @@ class _Tokens(NamedTuple):
 
 
 def _both(of: _Tokens):
+    # 0 to c of the c tokens at the beginning, the others at the end.
     left = uniform(of.size + 1, of.part)
     return (of.ordinal < left) | (of.ordinal >= of.count - of.size + left)
 
@@ -82,6 +83,7 @@ def draw_context(shapes: Sequence[str], free, segment_ids, bits: np.random.Philo
         part=part_words[segment_ids],
         scatter=shuffle(np.where(free, segment_ids, 0), bits.random_raw(free.size)),
     )
+    # Every shape is made for all tokens and read where a document drew it: no loop over documents.
     context = np.zeros(free.shape, bool)
     for number, name in enumerate(shapes):
         context |= (shape == number) & _SHAPES[name](tokens)
@@ -100,6 +102,7 @@ def draw_masked(free, segment_ids, bits: np.random.Philox) -> np.ndarray:
       [T] float32: 1/t where masked, -1 at the other free tokens, 0 elsewhere. The sum over t of a
       document's masked tokens is n in the mean: their losses so weighted bound that of all n.
     """
+    # t is bounded from below, and so are the weights 1/t from above.
     drawn = fractions(bits.random_raw(int(segment_ids.max(initial=0)) + 1))
     share = (_LEAST_MASKED + (1 - _LEAST_MASKED) * drawn)[segment_ids]
     masked = fractions(bits.random_raw(free.size)) < share
@@ -122,6 +125,7 @@ def draw_absent(share: float, free, segment_ids, bits: np.random.Philox) -> np.n
       [T] bool; nothing in documents of one free token.
     """
     counts = count(free, segment_ids)
+    # One word for the example, a length and a beginning per document; decided by the first, all are drawn.
     words = bits.random_raw(1 + 2 * counts.size)
     lengths = log_uniform(counts // 2, words[1 : 1 + counts.size])
     firsts = uniform(counts - lengths + 1, words[1 + counts.size :])

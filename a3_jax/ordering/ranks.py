@@ -61,10 +61,12 @@ def spread(length: int, size: int) -> np.ndarray:
     """
     index = np.arange(length)
     levels = max(length - 1, 0).bit_length()
+    # index & -index is the lowest set bit. The more often 2 divides an index, the earlier is its level.
     trailing = np.log2(np.maximum(index & -index, 1)).astype(np.int32)
     level = np.where(index == 0, 0, levels - trailing)
     ranks, rank, placed = np.zeros(length, np.int32), 0, 0
     for wanted in range(levels + 1):
+        # The first groups double with what is placed, until they reach `size`; the rest is cut at once.
         members = np.flatnonzero(level == wanted)
         while len(members) and placed < size:  # the first few groups, each as large as what is placed
             group, members = np.split(members, [min(max(placed, 1), len(members))])
@@ -81,6 +83,7 @@ def block(length: int, size: int, block_size: int, inner: str, rng: np.random.Ge
     for first in range(0, length, block_size):
         count = min(block_size, length - first)
         own = order_ranks(inner, count, min(size, count), rng)
+        # Every group of a block comes after all groups of the blocks to its left.
         ranks[first : first + count] = before + own
         before += int(own.max()) + 1
     return ranks
@@ -142,6 +145,7 @@ def context_first(ranks, given, mode: str = "flat") -> np.ndarray:
     result = np.zeros(ranks.shape, np.int32)
     if mode == "l2r":
         result[given] = l2r(count)
+    # The inverse of `unique` numbers distinct ranks 0, 1, ...: gaps close, the order stays.
     groups_before = count if mode == "l2r" else min(count, 1)
     result[~given] = groups_before + np.unique(ranks[~given], return_inverse=True)[1]
     return result
@@ -194,6 +198,8 @@ def draw(stage: "Stage", positions, segment_ids, seed: int, index: int, given=No
     if stage.objective == "masked_diffusion":
         ranks, segment_ids, free = _drawn(np.zeros_like(positions), segment_ids, given)
         return Drawn(ranks, segment_ids, draw_masked(free, segment_ids, bits))
+    # One word for the order, one for the size, one per slot, read or not: what one example draws can't shift
+    # the words of what comes after.
     words = bits.random_raw(2 + positions.size)
     order = _pick_weighted(stage.orders, words[0])
     size = order.group_sizes[int(words[1] % len(order.group_sizes))]
@@ -214,6 +220,7 @@ def _draw_after_given(order, size, absent_share, segment_ids, given, words, bits
         context = draw_context(order.context_shapes, free, segment_ids, bits)
         free, given = free & ~context, given | context
 
+    # Given tokens take the first ranks, in groups of `width`; free tokens follow, in an order of their own.
     width = {"flat": len(given) + 1, "l2r": 1, "group": size}[order.context]
     groups_before = -(-count(given, segment_ids) // width)
     own = _own_ranks(order.order, size, np.where(free, segment_ids, 0), ordinals(free, segment_ids), words)
@@ -236,6 +243,7 @@ def _own_ranks(order: str, size: int, segment_ids, ordinal, words) -> np.ndarray
 
 def _spread_segments(segment_ids, size: int) -> np.ndarray:
     """Ranks each segment's own slots by `spread`: [T] int32; 0 in segment 0."""
+    # The stable sort lists padding (segment 0), then each segment's slots in reading order.
     slots = np.argsort(segment_ids, kind="stable")
     padding, *lengths = np.bincount(segment_ids, minlength=1).tolist()
     ranks = np.zeros(segment_ids.shape, np.int32)

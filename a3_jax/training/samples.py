@@ -45,8 +45,7 @@ def make_sampler(
 
     def sample(step: int, params: Any) -> None:
         from a3_jax.decoding.batched_decode import DecodeRequest, decoding_params, fill
-        from a3_jax.decoding.options import GenerateOptions
-        from a3_jax.decoding.requests import BlankRequest
+        from a3_jax.decoding.options import BlankRequest, GenerateOptions
 
         options = GenerateOptions(strategy="dynamic", context="flat", seed=seed)
         requests = [

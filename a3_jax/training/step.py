@@ -182,7 +182,7 @@ def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: B
       loss: a function made by `step_loss`.
       state: donated: its buffers are used again.
       batch: arrays [B, T].
-      learning_rate: float32 scalar, traced: another rate is no other program.
+      learning_rate: float32 scalar, traced: a new rate compiles nothing.
 
     Returns:
       (new state, metrics), metrics being float32 scalars: `loss` in nats per predicted token (and
@@ -196,6 +196,7 @@ def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: B
     )
     losses = {name: total / _divisor(weight) for name, (total, weight) in pairs.items()}
     grad_norm = optax.tree.norm(gradient)
+    # The norm is finite only if every gradient is: one number to test, and one to log.
     finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
     predicted = pairs["loss"][1]
     learns = finite & (predicted != 0)  # momentum and weight decay alone would move the parameters too

@@ -103,6 +103,7 @@ def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation
     def moment_sharding(moment, param, sharding):
         if moment.shape == param.shape:
             return sharding
+        # A mean over one axis has the parameter's shape without it, and keeps the other axes' layout.
         for axis in range(param.ndim):
             if moment.shape == param.shape[:axis] + param.shape[axis + 1 :]:
                 left = (*sharding.spec[:axis], *sharding.spec[axis + 1 :])
