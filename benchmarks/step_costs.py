@@ -126,9 +126,9 @@ def _attention(settings: Settings, length: int) -> Iterator[Group]:
     yield Group(setting, calls, constants)
 
 
-def _attention_pass(implementation, direction):
+def _attention_pass(name, direction):
     def forward(query, *others):
-        return attention(query, *others, AttentionArgs(query.shape[-1] ** -0.5), implementation)
+        return attention(query, *others, args=AttentionArgs(query.shape[-1] ** -0.5), implementation=name)
 
     def total(*arrays):
         return forward(*arrays).astype(np.float32).sum()
