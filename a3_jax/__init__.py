@@ -10,7 +10,8 @@
 Names load on first use, so that importing the package costs nothing.
 
 Axis letters, in names such as `logits_BTV`, are those of `jax.nn`: B batch, T rows (queries), S keys,
-N heads, K key/value heads, G = N / K, H head size, D model width, F mlp width, V vocabulary, L layers.
+N heads, K key/value heads, G = N / K, H head size, D model width, F mlp width, V vocabulary, L layers; and
+R rows (of both streams, or of a block), Q candidates, h = H / 2.
 """
 
 import importlib

@@ -17,7 +17,7 @@ from a3_jax.decoding import scoring
 from a3_jax.errors import InputError
 from a3_jax.evaluation.requests import Target
 from a3_jax.evaluation.two_stream import TwoStream as EvaluatedModel
-from a3_jax.model.attention import IMPLEMENTATIONS, attention
+from a3_jax.model.attention import IMPLEMENTATIONS, AttentionArgs, attention
 from a3_jax.model.flops import step_ratio, train_step_flops
 from a3_jax.model.sharding import batch_sharding, make_mesh
 from a3_jax.model.two_stream import TwoStream
@@ -114,8 +114,7 @@ def _attention(settings: Settings, length: int) -> Iterator[Group]:
     rows, rng = sort_rows(draw_rows(settings, length, batch)), np.random.default_rng(settings.seed)
     start, content_limit, query_limit = bounds(rows["ranks"], rows["ranks"], rows["segment_ids"])
     intervals = [np.concatenate(pair, axis=1) for pair in ((start, start), (content_limit, query_limit))]
-    keys = (batch, length, settings.kv_heads, size)
-    shapes = ((batch, 2 * length, settings.heads, size), keys, keys)
+    shapes = [(batch, 2 * length, settings.heads, size), *[(batch, length, settings.kv_heads, size)] * 2]
     drawn = [rng.standard_normal(shape, np.float32).astype(settings.dtype) for shape in shapes]
     arrays = jax.device_put((*drawn, *intervals), jax.devices()[0])
     absent, calls, constants = {"auto", *["splash"] * (jax.default_backend() != "tpu")}, {}, {}
@@ -127,10 +126,9 @@ def _attention(settings: Settings, length: int) -> Iterator[Group]:
     yield Group(setting, calls, constants)
 
 
-def _attention_pass(implementation, direction):
+def _attention_pass(name, direction):
     def forward(query, *others):
-        scale = query.shape[-1] ** -0.5
-        return attention(query, *others, scale=scale, implementation=implementation)
+        return attention(query, *others, args=AttentionArgs(query.shape[-1] ** -0.5), implementation=name)
 
     def total(*arrays):
         return forward(*arrays).astype(np.float32).sum()

@@ -4,12 +4,17 @@ With `--walks` also the files that data passes through (`tests.walks`), which ta
 """
 
 import ast
+import io
 import pathlib
 import sys
+import tokenize
+
+from tests.test_docstrings import array_files, is_of_arrays
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE, BENCHMARKS = ROOT / "a3_jax", ROOT / "benchmarks"
 LONGEST_FUNCTION, USUAL_FUNCTION, LONGEST_FILE = 80, 40, 600
+COMMENTS = 0.05  # lines of comments over lines of code, where at least half of the functions compute arrays
 EXCEPTIONS = {("a3_jax/training/train.py", "train"): 250}
 PACKAGE_LINES, MODULES, BENCHMARK_LINES = 30000, 180, 1700
 TRAINING_LINES = 13900  # raw lines that `a3 train` imports
@@ -43,6 +48,33 @@ def lines(paths) -> int:
     return sum(len(path.read_text().splitlines()) for path in paths)
 
 
+def lines_of_code(path):
+    """Lines that are neither blank nor comment nor docstring."""
+    text, outside = path.read_text(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            outside |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    numbered = enumerate(text.splitlines(), start=1)
+    return sum(
+        1 for number, line in numbered if line.strip() and line.strip()[0] != "#" and number not in outside
+    )
+
+
+def is_mostly_arrays(path):
+    tree = ast.parse(path.read_text())
+    found = [is_of_arrays(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return 2 * sum(found) >= len(found)
+
+
+def lines_of_comments(path):
+    """Lines that hold a comment and nothing else, but for the formatter's."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    return sum(
+        token.type == tokenize.COMMENT and token.line.strip().startswith("#") and "fmt:" not in token.string
+        for token in tokens
+    )
+
+
 def main() -> int:
     lengths, complaints = [], []
     for path in sorted([*PACKAGE.rglob("*.py"), *BENCHMARKS.rglob("*.py")]):
@@ -66,6 +98,11 @@ def main() -> int:
         print(f"{what}: {figure:,} (limit {limit:,})")
         if figure > limit:
             complaints.append(f"{what}: {figure}, more than {limit}")
+    arrays = list(filter(is_mostly_arrays, array_files()))
+    comments = sum(map(lines_of_comments, arrays)) / sum(map(lines_of_code, arrays))
+    print(f"own-line comments in files of arrays: {comments:.1%} (at least {COMMENTS:.0%})")
+    if comments < COMMENTS:
+        complaints.append(f"own-line comments in array files are {comments:.1%}, less than {COMMENTS:.0%}")
     print(f"longest function: {max(lengths)} lines; modules that `a3 train` imports: {len(training)}")
     if "--walks" in sys.argv:
         from tests import walks

@@ -7,7 +7,13 @@ import pytest
 
 from a3_jax.model import attention_chunked as module
 from a3_jax.model import sharding
-from a3_jax.model.attention import IMPLEMENTATIONS, attention, chunked_attention, dense_attention
+from a3_jax.model.attention import (
+    IMPLEMENTATIONS,
+    AttentionArgs,
+    attention,
+    chunked_attention,
+    dense_attention,
+)  # fmt: skip
 
 
 def loop_attention(query, key, value, start, limit, scale, softcap=None):
@@ -47,7 +53,7 @@ def test_equals_the_loop(implementation, softcap, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 8)
     monkeypatch.setattr(module, "KEYS", 8)  # several blocks, the last one ragged
     arrays = example(np.random.default_rng(0))
-    out = implementation(*arrays, scale=0.3, logit_softcap=softcap)
+    out = implementation(*arrays, AttentionArgs(0.3, softcap))
     np.testing.assert_allclose(out, loop_attention(*arrays, scale=0.3, softcap=softcap), atol=2e-6)
 
 
@@ -58,7 +64,7 @@ def test_chunked_gradients_equal_dense(monkeypatch):
     weight = np.random.default_rng(2).normal(size=query.shape)
 
     def total(implementation, q, k, v):
-        return jnp.sum(weight * implementation(q, k, v, start, limit, scale=0.3))
+        return jnp.sum(weight * implementation(q, k, v, start, limit, AttentionArgs(0.3)))
 
     for dense, chunked in zip(
         jax.grad(lambda *a: total(dense_attention, *a), argnums=(0, 1, 2))(query, key, value),
@@ -82,7 +88,7 @@ def test_blocks_that_no_row_sees_are_not_touched(monkeypatch):
     poisoned_key, poisoned_value = (np.where(unseen[:, None, None], np.nan, array) for array in (key, value))
 
     def total(key, value):
-        return jnp.sum(chunked_attention(query, key, value, start, limit, scale=0.3) ** 2)
+        return jnp.sum(chunked_attention(query, key, value, start, limit, AttentionArgs(0.3)) ** 2)
 
     gradients = jax.grad(total, argnums=(0, 1))(poisoned_key, poisoned_value)
     for got, expected in zip(gradients, jax.grad(total, argnums=(0, 1))(key, value), strict=True):
@@ -99,7 +105,7 @@ def test_a_mesh_changes_nothing(implementation, monkeypatch):
 
     def both(query, key, value, start, limit):
         def total(*arrays):
-            out = attention(*arrays, start, limit, scale=0.3, implementation=implementation)
+            out = attention(*arrays, start, limit, AttentionArgs(0.3), implementation=implementation)
             return jnp.sum(jnp.sin(out)), out
 
         return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(query, key, value)
@@ -118,12 +124,14 @@ def test_a_mesh_changes_nothing(implementation, monkeypatch):
 def test_implementations_have_names():
     given = example(np.random.default_rng(8))
     results = [
-        attention(*given, scale=0.3, implementation=name) for name in IMPLEMENTATIONS if name != "splash"
+        attention(*given, AttentionArgs(0.3), implementation=name)
+        for name in IMPLEMENTATIONS
+        if name != "splash"
     ]
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], atol=2e-6)
     with pytest.raises(ValueError, match="implementation='flash', known: auto, splash, chunked, dense"):
-        attention(*given, scale=0.3, implementation="flash")
+        attention(*given, AttentionArgs(0.3), implementation="flash")
 
 
 @pytest.mark.parametrize("implementation", [dense_attention, chunked_attention])
@@ -134,9 +142,11 @@ def test_a_row_that_sees_nothing_is_zero_and_passes_no_gradient(implementation):
     empty = start >= limit
     query = query * 1e4
 
-    out = implementation(query, key, value, start, limit, scale=1.0)
+    out = implementation(query, key, value, start, limit, AttentionArgs(1.0))
     assert np.all(np.asarray(out)[empty] == 0)
-    gradient = jax.grad(lambda q: jnp.sum(implementation(q, key, value, start, limit, scale=1.0)))(query)
+    gradient = jax.grad(lambda q: jnp.sum(implementation(q, key, value, start, limit, AttentionArgs(1.0))))(
+        query
+    )
     assert np.all(np.isfinite(gradient)) and np.all(np.asarray(gradient)[empty] == 0)
 
 
@@ -147,7 +157,7 @@ def test_memory_grows_linearly_with_length():
         shapes = [(1, length, 2, 4), (1, length, 1, 4), (1, length, 1, 4), (1, length), (1, length)]
         kinds = [jnp.float32] * 3 + [jnp.int32] * 2
         arguments = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, kinds)]
-        step = jax.grad(lambda *a: jnp.sum(attention(*a, scale=1.0)), argnums=(0, 1, 2))
+        step = jax.grad(lambda *a: jnp.sum(attention(*a, AttentionArgs(1.0))), argnums=(0, 1, 2))
         return max(_sizes(jax.make_jaxpr(step)(*arguments).jaxpr))
 
     assert largest(8192) <= 2.2 * largest(4096)
@@ -167,6 +177,6 @@ def _sizes(jaxpr):
 def test_shapes_that_do_not_fit_are_named():
     query, key, value, start, limit = example(np.random.default_rng(4))
     with pytest.raises(ValueError, match=r"start has shape \(2, 18\), expected \[B, T\] = \(2, 19\)"):
-        attention(query, key, value, start[:, 1:], limit, scale=1.0)
+        attention(query, key, value, start[:, 1:], limit, AttentionArgs(1.0))
     with pytest.raises(ValueError, match="does not fit key"):
-        attention(query, key[:, :, :, :4], value[:, :, :, :4], start, limit, scale=1.0)
+        attention(query, key[:, :, :, :4], value[:, :, :, :4], start, limit, AttentionArgs(1.0))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from a3_jax.model.attention import dense_attention
+from a3_jax.model.attention import AttentionArgs, dense_attention
 from a3_jax.model.attention_cached import append, cached_attention
 
 LAYERS, B, N, K, H = 3, 2, 4, 2, 8
@@ -30,10 +30,10 @@ def test_equals_dense(slots, softcap):
     for layer in (0, LAYERS - 1):
         dense = dense_attention(
             query, keys[layer].swapaxes(1, 2), values[layer].swapaxes(1, 2), start, limit,
-            scale=0.3, logit_softcap=softcap,
+            AttentionArgs(0.3, softcap),
         )  # fmt: skip
-        found = jax.jit(cached_attention, static_argnames=("scale", "logit_softcap"))(
-            query, *garbage, layer, start, limit, scale=0.3, logit_softcap=softcap
+        found = jax.jit(cached_attention, static_argnames="args")(
+            query, *garbage, layer, start, limit, args=AttentionArgs(0.3, softcap)
         )
         np.testing.assert_allclose(found, dense, atol=1e-5)
         assert not np.asarray(found)[:, 0].any()
@@ -64,7 +64,7 @@ def test_no_copy_of_the_cache_in_the_decoding_loop():
                 keys = append(keys, new + out[:, :, :K], layer, length)
                 limit = jnp.full((B, 2), i + 1)
                 query = jnp.repeat(new, 2, axis=2)
-                out = cached_attention(query, keys, keys, layer, limit * 0, limit, scale=1.0)
+                out = cached_attention(query, keys, keys, layer, limit * 0, limit, AttentionArgs(1.0))
             return keys, out
 
         return jax.lax.fori_loop(0, 100, step, (keys, jnp.zeros((B, 2, N, H))))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from a3_jax.model import attention_splash, sharding
+from a3_jax.model.attention_chunked import AttentionArgs
 from a3_jax.model.attention_splash import splash_attention
 from tests.test_attention import loop_attention
 
@@ -45,7 +46,7 @@ def run(query, key, value, start, limit, weight, softcap=None, block=BLOCK):
 
     def total(query, key, value):
         out = splash_attention(
-            query, key, value, start, limit, scale=SCALE, logit_softcap=softcap, interpret=True, block=block
+            query, key, value, start, limit, AttentionArgs(SCALE, softcap), interpret=True, block=block
         )
         return jnp.sum(weight * out), out
 
@@ -138,7 +139,7 @@ def test_bfloat16_keeps_its_type_and_an_exact_scale():
     """0.3 rounded to bfloat16 is 0.1 % off; scores of 100 would be off by 0.1."""
     query, key, value, start, limit, _ = arrays("left to right", "left to right")
     rows = [jnp.asarray(array, jnp.bfloat16) for array in (10 * query, 5 * key, value)]
-    out = splash_attention(*rows, start, limit, scale=SCALE, interpret=True, block=BLOCK)
+    out = splash_attention(*rows, start, limit, AttentionArgs(SCALE), interpret=True, block=BLOCK)
     assert out.dtype == jnp.bfloat16
     scaled = (rows[0].astype(jnp.float32) * SCALE).astype(jnp.bfloat16)
     expected = loop_attention(scaled, *rows[1:], start, limit, scale=1.0)
@@ -242,7 +243,9 @@ def test_why_not(monkeypatch, capsys):
         "warning: attention without the TPU kernel, which is slower: 70000 keys are more than 65535\n"
     )
     with pytest.raises(ValueError, match="splash attention can't be used: 65536 keys are more than 65535"):
-        splash_attention(*[jnp.zeros((1, 65536, 1, 8))] * 3, *[jnp.zeros((1, 65536), int)] * 2, scale=1.0)
+        splash_attention(
+            *[jnp.zeros((1, 65536, 1, 8))] * 3, *[jnp.zeros((1, 65536), int)] * 2, AttentionArgs(1.0)
+        )
 
 
 def test_a_library_without_the_names_is_named(monkeypatch):

@@ -17,11 +17,11 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from a3_jax.model.attention import attention
+from a3_jax.model.attention import AttentionArgs, attention
 from a3_jax.model.sharding import make_mesh, partition_spec
 
 def total(query, key, value, start, limit):
-    out = attention(query, key, value, start, limit, scale=0.125, logit_softcap=30.0)
+    out = attention(query, key, value, start, limit, AttentionArgs(0.125, 30.0))
     return jnp.sum(out.astype(jnp.float32) ** 2)
 
 rows, keys, names = json.loads(sys.argv[1])

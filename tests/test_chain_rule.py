@@ -93,7 +93,7 @@ def test_left_to_right_model():
 
 
 def test_flat_is_not_exact():
-    """Each step sees all tokens so far as one group: no single pass has that law."""
+    """Each step sees all tokens so far as one group: no single pass has that distribution."""
     items, checkpoint = make_items()[:2], tiny_checkpoint()
     results = generate(checkpoint, items, commit="flat", group_size=2)
     for item, result in zip(items, results, strict=True):

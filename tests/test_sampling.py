@@ -1,4 +1,4 @@
-"""Draws and filters: by hand, and by counting against the law they claim."""
+"""Draws and filters: by hand, and by counting against the distribution they claim."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_temperature_sharpens_before_the_filters():
 @pytest.mark.parametrize(
     "sampling", [Sampling(1.0), Sampling(0.5, top_k=3), Sampling(1.5, top_p=0.7)], ids=str
 )
-def test_draws_follow_the_law(sampling):
+def test_draws_follow_the_distribution(sampling):
     """40,000 draws; each count within five standard deviations."""
     count = 40_000
     logprobs = filtered_logprobs(jnp.log(jnp.asarray(LAW)), sampling)

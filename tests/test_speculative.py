@@ -1,4 +1,4 @@
-"""Speculative decoding draws from the law of one token at a time, in fewer forwards than blanks."""
+"""Speculative decoding draws from the distribution of one token at a time, in fewer forwards than blanks."""
 
 import dataclasses
 import functools
@@ -26,38 +26,38 @@ from tests.tiny_checkpoint import blanks, tiny_checkpoint
 V, M, DRAWS = 3, 5, 20_000
 
 
-def run_network(model_fns, options, blank_count, batch, vocab_size, columns=None, given=(), seed=0):
+def run_steps_of(model_fns, options, blank_count, batch, vocab_size, columns=None, given=(), seed=0):
     """The final state of `batch` examples of nothing but blanks (after `given` tokens)."""
     config = dataclasses.replace(tiny_checkpoint().config, vocab_size=vocab_size, max_length=256)
     checkpoint = types.SimpleNamespace(**{**vars(tiny_checkpoint()), "config": config})
     item = {"tokens": [*given, *[None] * blank_count]}
     requests = blank_requests(item_lines([item]), checkpoint, options)
-    tasks = [DecodeRequest(requests[0], sample, "flat", options) for sample in range(batch)]
+    completions = [DecodeRequest(requests[0], sample, "flat", options) for sample in range(batch)]
     if columns is not None:
-        for task in tasks:
-            task.ranks = np.asarray(columns, np.int32)
-    shape = tasks[0].shape
+        for completion in completions:
+            completion.ranks = np.asarray(columns, np.int32)
+    shape = completions[0].shape
     spec = dataclasses.replace(make_decode_spec(checkpoint.config, options, None, shape), cached=False)
-    state = start_state(first_state(tasks, shape[0], batch, seed), spec)
+    state = start_state(first_state(completions, shape[0], batch, seed), spec)
     return jax.jit(lambda state: run_steps(state, model_fns, spec))(state)
 
 
-def set_network(tables):
+def model_of_tables(tables):
     """Random conditionals given the set of known (column, token) pairs, in place of the model."""
 
-    def forward(state, offer, active):
+    def forward(state, candidates, active):
         del active
         tokens, ranks, drafted = lay_drafts(state)
         known = (state.filled | drafted)[:, None, :M]
-        seen = ranks[:, None, :M] < state.next_rank[:, None, None] + offer.num_visible_drafts[..., None]
+        seen = ranks[:, None, :M] < state.next_rank[:, None, None] + candidates.num_visible_drafts[..., None]
         values = jnp.where(known & seen, tokens[:, None, :M] + 1, 0)  # [B, Q, M]
         code = jnp.sum(values * (V + 1) ** jnp.arange(M), axis=-1)
-        return tables[jnp.minimum(offer.columns, M - 1), code], state
+        return tables[jnp.minimum(candidates.columns, M - 1), code], state
 
     return ModelFns(forward, lambda hidden: hidden)
 
 
-def chain_law(tables, order, sampling):
+def chain_distribution(tables, order, sampling):
     """Exact probabilities of all V^M outcomes, one token at a time in this order."""
     probabilities = jax.jit(jax.vmap(lambda scores: filtered_logprobs(scores, sampling)))
     tables = np.exp(np.asarray(probabilities(tables.reshape(-1, V)))).reshape(tables.shape)
@@ -87,17 +87,17 @@ def random_tables():
         (4, (3, 1, 4, 0, 2), {"entropy_bound": 1.2}),
     ],
 )
-def test_the_law_is_the_chains(window, order, options):
+def test_the_distribution_is_the_chains(window, order, options):
     """All 243 outcomes, chi-square against exact probabilities; and never more forwards than blanks."""
     options = GenerateOptions(**{"strategy": "speculative", "window": window, "temperature": 1.0, **options})
     ranks = np.argsort(order)
-    state = run_network(set_network(random_tables()), options, M, DRAWS, V, columns=ranks)
+    state = run_steps_of(model_of_tables(random_tables()), options, M, DRAWS, V, columns=ranks)
     assert int(state.forwards.max()) <= M
     assert bool(jnp.all(state.filled[:, :M]))
     assert float(state.drafts.accepted.sum()) < float(state.drafts.proposed.sum()), "some were rejected"
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    expected = chain_law(random_tables(), order, sampling)
+    expected = chain_distribution(random_tables(), order, sampling)
     seen = np.bincount(np.asarray(state.tokens[:, :M]) @ V ** np.arange(M), minlength=V**M)
     probabilities = np.zeros(V**M)
     for outcome, probability in expected.items():
@@ -113,10 +113,10 @@ def test_the_law_is_the_chains(window, order, options):
 
 
 def test_a_wrong_residual_is_found(monkeypatch):
-    """The negative control: drawing again from p itself is not the law."""
+    """The negative control: drawing again from p itself is not the distribution."""
     monkeypatch.setattr("a3_jax.decoding.speculative.residual", lambda target, draft: target)
     with pytest.raises(AssertionError, match=r"4\.0"):
-        test_the_law_is_the_chains(3, (2, 0, 4, 1, 3), {})
+        test_the_distribution_is_the_chains(3, (2, 0, 4, 1, 3), {})
 
 
 def test_residual():
@@ -159,7 +159,7 @@ def test_a_context_blind_model_accepts_everything(window):
     """Every token drawn apart: drafts are never wrong, the first forward commits one, others window + 1."""
     blind = jnp.broadcast_to(random_tables()[:, :1], random_tables().shape)
     options = GenerateOptions(strategy="speculative", window=window, temperature=1.0)
-    state = run_network(set_network(blind), options, M, 64, V)
+    state = run_steps_of(model_of_tables(blind), options, M, 64, V)
     assert jnp.array_equal(state.drafts.accepted, state.drafts.proposed)
     assert set(np.asarray(state.forwards)) == {1 + -(-(M - 1) // (window + 1))}
 
@@ -176,7 +176,7 @@ def transition():
 def test_forwards_on_a_chain_whose_conditionals_are_exact(transition, order, most):
     """16 symbols, 64 blanks, window 8: orders far apart leave little for one token to say of the next."""
     options = GenerateOptions(strategy="speculative", window=8, temperature=1.0, order=order)
-    state = run_network(exact_model_fns(transition, BLANKS), options, BLANKS, 64, SYMBOLS)
+    state = run_steps_of(exact_model_fns(transition, BLANKS), options, BLANKS, 64, SYMBOLS)
     assert float(jnp.mean(state.forwards)) <= most
     assert int(state.forwards.max()) <= BLANKS
 
@@ -184,7 +184,7 @@ def test_forwards_on_a_chain_whose_conditionals_are_exact(transition, order, mos
 def test_what_is_drawn_on_the_chain_has_its_pairs(transition):
     """Neighbours follow the transition matrix, whatever the order they were drawn in."""
     options = GenerateOptions(strategy="speculative", window=8, temperature=1.0, order="random")
-    state = run_network(exact_model_fns(transition, BLANKS), options, BLANKS, 512, SYMBOLS)
+    state = run_steps_of(exact_model_fns(transition, BLANKS), options, BLANKS, 512, SYMBOLS)
     tokens = np.asarray(state.tokens)
     pairs = np.zeros((SYMBOLS, SYMBOLS))
     np.add.at(pairs, (tokens[:, 20:-21].ravel(), tokens[:, 21:-20].ravel()), 1)

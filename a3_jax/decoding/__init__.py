@@ -6,12 +6,12 @@ others; both take the `Checkpoint` of `a3_jax.open_checkpoint`. Behind them:
     options, requests   what the user asks for, checked before the model runs
     batching            requests of one shape are run together, so that a new length compiles nothing
     generation          lines to results, whole or as a stream
-    filling             requests to final states: plans, programs, first states
-    loop, state         offer candidates -> forward -> judge -> accept, in one `while_loop`
+    batched_decode      requests to final states: planned ranks, specs of programs, first states
+    loop, decode_state  offer candidates -> forward -> sample -> accept, in one `while_loop`
     strategies          which blanks are offered, and which of them are committed
-    speculative         a strategy more: drafts in parallel, the law of one token at a time
+    speculative         one more strategy: drafts in parallel, samples as if one token at a time
     forwards            what a step computes: over the cache, without it, or left to right
-    judge, sampling     logits -> token, its own log-probability, how good a candidate it is
+    sampling            logits -> token, its own log-probability, its score as a candidate
     scoring             one forward for any subset given any other
 """
 

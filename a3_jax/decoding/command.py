@@ -124,7 +124,7 @@ def add_score(subparsers) -> None:
 
 
 def run_generate(args) -> int:
-    """`a3 generate`: the exit status."""
+    """Runs `a3 generate`; returns the exit status."""
     from a3_jax.decoding.generation import generate_lines, stream_line
     from a3_jax.decoding.requests import blank_requests
 
@@ -145,7 +145,7 @@ def run_generate(args) -> int:
 
 
 def run_score(args) -> int:
-    """`a3 score`: the exit status."""
+    """Runs `a3 score`; returns the exit status."""
     from a3_jax.decoding.requests import score_requests
     from a3_jax.decoding.scoring import score_lines
 
@@ -213,7 +213,7 @@ def _run(args, options_class, check, compute) -> int:
 
 
 def mesh_of(args):
-    """The mesh of `--mesh`; None: one device."""
+    """Makes the mesh of `--mesh`; None: one device."""
     if args.mesh is None:
         return None
     from a3_jax.model.sharding import make_mesh
@@ -265,7 +265,7 @@ def _check_output(path) -> None:
 
 
 def _write(path, text) -> None:
-    """To standard output, to a pipe or device, or to a file that appears whole."""
+    """Writes to standard output, to a pipe or device, or to a file that appears whole."""
     if path == "-":
         sys.stdout.buffer.write(text.encode("utf-8"))  # UTF-8, whatever the locale says
         sys.stdout.flush()

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3_jax.decoding.batched_decode import (
-    BlankRequest,
     DecodeRequest,
     decoding_params,
     fill,
@@ -19,7 +18,7 @@ from a3_jax.decoding.batched_decode import (
 )  # fmt: skip
 from a3_jax.decoding.decode_state import DecodeState, finished
 from a3_jax.decoding.loop import DecodeSpec, make_model_fns, prefill, step
-from a3_jax.decoding.options import GenerateOptions, make_options
+from a3_jax.decoding.options import BlankRequest, GenerateOptions, make_options
 from a3_jax.decoding.requests import blank_requests, default_context, item_lines
 from a3_jax.decoding.scoring import score
 from a3_jax.errors import InputError
@@ -34,7 +33,7 @@ def generate(checkpoint, items, **options) -> list[dict[str, Any]]:
         generate(checkpoint, [{"tokens": [5, None, None, 2], "ranks": [0, 1, 0, 0]}])
 
     Args:
-      checkpoint: of `a3_jax.open_checkpoint`.
+      checkpoint: a `Checkpoint`, see `a3_jax.open_checkpoint`.
       items: dicts with "text" (`[[n]]` is a blank of n tokens, `\\[[` the characters) or "tokens" (None at
         blanks), and perhaps "ranks", read at the blanks.
       options: fields of `GenerateOptions`.
@@ -43,7 +42,7 @@ def generate(checkpoint, items, **options) -> list[dict[str, Any]]:
       For each item, `num_samples` dicts {"text", "tokens", "logprob", "logprobs", "commit_rank",
       "forwards", "exact"}, and "sample" if there are several; speculative decoding adds "acceptance", the
       share of drafts that passed (None without drafts). Log-probabilities are the model's own
-      (temperature 1, no filter), None at given tokens. With `rerank`, one dict an item, with "joint".
+      (temperature 1, no filter), None at given tokens. With `rerank`, one dict per item, with "joint".
 
     Raises:
       InputError: a bad item or option, before anything is computed.
@@ -52,20 +51,21 @@ def generate(checkpoint, items, **options) -> list[dict[str, Any]]:
 
 
 def generate_lines(checkpoint, lines, options: GenerateOptions) -> list[dict[str, Any]]:
-    """`generate` of lines that know where they stand."""
-    tasks, eos_ids = _tasks(checkpoint, lines, options)
+    """Runs `generate` of lines that know their file and number."""
+    requests, eos_ids = _decode_requests(checkpoint, lines, options)
     params = decoding_params(checkpoint.params, checkpoint.config, options)
+    filled = fill(params, checkpoint.config, requests, options, eos_ids)
     results = [
-        _result(task, arrays, checkpoint.tokenizer, options)
-        for task, arrays in zip(tasks, fill(params, checkpoint.config, tasks, options, eos_ids), strict=True)
+        _result(request, arrays, checkpoint.tokenizer, options)
+        for request, arrays in zip(requests, filled, strict=True)
     ]
     if options.rerank:
-        return best_of(checkpoint, results, [task.request for task in tasks], options)
+        return best_of(checkpoint, results, [request.blanks for request in requests], options)
     return results
 
 
 def generate_stream(checkpoint, item, **options) -> Iterator[dict[str, Any]]:
-    """Fills the blanks of one item and tells of each step: the same tokens as `generate`.
+    """Fills the blanks of one item and reports each step: the same tokens as `generate`.
 
     Yields:
       {"columns", "tokens", "logprobs", "commit_rank"} for the tokens committed by a step, in reading order;
@@ -81,29 +81,33 @@ def generate_stream(checkpoint, item, **options) -> Iterator[dict[str, Any]]:
 
 
 def stream_line(checkpoint, line, options: GenerateOptions) -> Iterator[dict[str, Any]]:
-    """`generate_stream` of a line that knows where it stands."""
-    (task,), eos_ids = _tasks(checkpoint, [line], options)
-    spec = make_decode_spec(checkpoint.config, options, eos_ids, task.shape)
+    """Runs `generate_stream` of a line [T] that knows its file and number."""
+    (request,), eos_ids = _decode_requests(checkpoint, [line], options)
+    spec = make_decode_spec(checkpoint.config, options, eos_ids, request.shape)
     params = decoding_params(checkpoint.params, checkpoint.config, options)
-    told, arrays = ~task.request.blank, {}
+    reported, arrays = ~request.blanks.blank, {}
     with mesh_of(params):
-        start = first_state([task], task.shape[0], axis_parts("batch"), options.seed)
+        start = first_state([request], request.shape[0], axis_parts("batch"), options.seed)
     for state in states(params, start, spec):
         arrays = {name: field[0] for name, field in final_fields(state, eos_ids).items()}
-        new = arrays["filled"][: len(told)] & ~told
+        new = arrays["filled"][: len(reported)] & ~reported
         if options.order == "block" and not arrays["finished"]:
-            new &= _whole_blocks(task.request.blank, arrays["filled"], options.block_size)
-        new &= np.arange(len(told)) < arrays["length"]
+            new &= _whole_blocks(request.blanks.blank, arrays["filled"], options.block_size)
+        new &= np.arange(len(reported)) < arrays["length"]
         if new.any():
-            told |= new
-            yield _committed(np.flatnonzero(new), arrays)
-    yield _result(task, arrays, checkpoint.tokenizer, options)
+            reported |= new
+            columns = np.flatnonzero(new)
+            fields = {"tokens": "tokens", "logprobs": "logprob", "commit_rank": "commit_rank"}
+            yield {"columns": columns.tolist()} | {
+                name: arrays[field][columns].tolist() for name, field in fields.items()
+            }
+    yield _result(request, arrays, checkpoint.tokenizer, options)
 
 
 def states(params, state: DecodeState, spec: DecodeSpec) -> Iterator[DecodeState]:
-    """The state after each step, on the host's time: for streams. The same steps as `decode`."""
+    """Yields the state [B, T] after each step, one call each: for streams. The same steps as `decode`."""
     with mesh_of(params):
-        state = _open(params, state, spec=spec)
+        state = _prefill(params, state, spec=spec)
     yield state
     while not bool(jnp.all(finished(state, spec.eos_ids))):
         with mesh_of(params):  # never across a yield: it would be the caller's too
@@ -111,7 +115,7 @@ def states(params, state: DecodeState, spec: DecodeSpec) -> Iterator[DecodeState
         yield state
 
 
-_open = functools.partial(jax.jit, static_argnames="spec")(prefill)
+_prefill = functools.partial(jax.jit, static_argnames="spec")(prefill)
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
@@ -120,41 +124,34 @@ def _next(params, state: DecodeState, *, spec: DecodeSpec) -> DecodeState:
 
 
 def context_of(checkpoint, options: GenerateOptions) -> str:
-    """How given tokens are ranked: as the options say, else as `commit` or the checkpoint's training asks."""
+    """Returns how given tokens are ranked: by the options, else as `commit` or the training asks."""
     return options.context or ("flat" if options.commit == "flat" else default_context(checkpoint))
 
 
-def _tasks(checkpoint, lines, options) -> tuple[list[DecodeRequest], tuple[int, ...]]:
-    """The completions to make, and the ids that end a text."""
-    eos_ids = _eos_ids(checkpoint, options)
+def _decode_requests(checkpoint, lines, options) -> tuple[list[DecodeRequest], tuple[int, ...]]:
+    """Returns the completions to make, and the ids that end a text: none where EOS is a token like any."""
+    eos_ids = checkpoint.eos_ids if options.stop_at_eos or options.order == "block" else ()
+    if options.stop_at_eos and not eos_ids:
+        message = "neither the checkpoint's tokenizer nor its model's config names an EOS token"
+        raise InputError(message, field="--stop_at_eos")
     context = context_of(checkpoint, options)
-    requests = blank_requests(lines, checkpoint, options)
-    tasks = [
+    requests = [
         DecodeRequest(request, sample, context, options)
-        for request in requests
+        for request in blank_requests(lines, checkpoint, options)
         for sample in range(options.num_samples)
     ]
-    return tasks, eos_ids
+    return requests, eos_ids
 
 
 def _whole_blocks(blank, filled, block_size) -> np.ndarray:
-    """[T] bool: blanks whose block has no unfilled one."""
+    """Marks the blanks whose block has no unfilled one, [T] bool."""
     block = (np.cumsum(blank) - 1) // block_size
     unfinished = np.unique(block[blank & ~filled[: len(blank)]])
     return blank & ~np.isin(block, unfinished)
 
 
-def _committed(columns, arrays) -> dict[str, Any]:
-    return {
-        "columns": columns.tolist(),
-        "tokens": arrays["tokens"][columns].tolist(),
-        "logprobs": arrays["logprob"][columns].tolist(),
-        "commit_rank": arrays["commit_rank"][columns].tolist(),
-    }
-
-
 def best_of(checkpoint, results, requests, options: GenerateOptions) -> list[dict[str, Any]]:
-    """Of the samples of each request the likeliest by one yardstick: left to right, given all given tokens.
+    """Keeps of each request's samples [T] the likeliest: left to right, given all given tokens.
 
     Its exact joint log-probability goes with it, as "joint".
     """
@@ -175,26 +172,16 @@ def best_of(checkpoint, results, requests, options: GenerateOptions) -> list[dic
     return kept
 
 
-def _eos_ids(checkpoint, options) -> tuple[int, ...]:
-    """The ids that end a text; none where EOS is a token like any other."""
-    if not options.stop_at_eos and options.order != "block":
-        return ()
-    if options.stop_at_eos and not checkpoint.eos_ids:
-        message = "neither the checkpoint's tokenizer nor its model's config names an EOS token"
-        raise InputError(message, field="--stop_at_eos")
-    return checkpoint.eos_ids
-
-
-def _result(task: DecodeRequest, arrays, tokenizer, options: GenerateOptions) -> dict[str, Any]:
-    """One output object: the first `length` columns, in the order they are read."""
-    blank = task.request.blank
+def _result(request: DecodeRequest, arrays, tokenizer, options: GenerateOptions) -> dict[str, Any]:
+    """Makes one output object: the first `length` columns, in reading order."""
+    blank = request.blanks.blank
     length = min(int(arrays["length"]), len(blank))
     tokens = arrays["tokens"][:length].tolist()
     logprobs = [
         float(value) if is_blank else None for value, is_blank in zip(arrays["logprob"], blank[:length])
     ]
     result = {
-        "text": _text(task.request, tokens, tokenizer),
+        "text": _text(request.blanks, tokens, tokenizer),
         "tokens": tokens,
         "logprob": float(sum(value for value in logprobs if value is not None)),
         "logprobs": logprobs,
@@ -205,18 +192,18 @@ def _result(task: DecodeRequest, arrays, tokenizer, options: GenerateOptions) ->
     if "proposed" in arrays:
         proposed = int(arrays["proposed"])
         result["acceptance"] = int(arrays["accepted"]) / proposed if proposed else None
-    return result | ({"sample": task.sample} if options.num_samples > 1 else {})
+    return result | ({"sample": request.sample} if options.num_samples > 1 else {})
 
 
 def _text(request: BlankRequest, tokens: list[int], tokenizer) -> str | None:
-    """The text of a result; what was given as text is in it letter for letter."""
+    """Returns the text of a result; what was given as text is in it letter for letter."""
     if tokenizer is None:
         return None
     return tokenizer.decode(tokens) if request.text is None else request.text.filled(tokenizer, tokens)
 
 
 def _stands_alone(arrays, blank, length, options) -> bool:
-    """Whether no kept token was drawn given one that an EOS dropped."""
+    """Returns whether no kept token was drawn given one that an EOS dropped."""
     ranks = arrays["commit_rank"][: len(blank)]
     kept = np.arange(len(blank)) < length
     dropped_ranks = ranks[blank & ~kept & arrays["filled"][: len(blank)]]

@@ -1,7 +1,11 @@
-"""What `a3 generate` and `a3 score` can be told, checked where it is made. Imports nothing heavy."""
+"""Options of `a3 generate` and `a3 score`, checked where they are made, and the request to fill blanks.
+
+Imports nothing heavy.
+"""
 
 import dataclasses
 import math
+from typing import Any
 
 from a3_jax.checks import check_seed, from_mapping, number, one_of, whole_number
 from a3_jax.errors import InputError
@@ -23,7 +27,7 @@ class SharedOptions:
       model: "a3", or "ar" for the content stream as the plain left-to-right model.
       context: given tokens as one group ("flat") or in reading order ("l2r"); None: what the
         checkpoint was trained with, flat if it doesn't say.
-      dtype: of parameters and activations; None: float32 on CPU, bfloat16 on accelerators. Float32
+      dtype: type of parameters and activations; None: float32 on CPU, bfloat16 on accelerators. Float32
         implies the highest matmul precision.
       bos: whether text gets a BOS token; "auto": if its tokenizer adds one.
     """
@@ -40,6 +44,13 @@ class SharedOptions:
             one_of("context", self.context, CONTEXTS)
         if self.dtype is not None:
             one_of("dtype", self.dtype, DTYPES)
+
+    @property
+    def compute_dtype(self) -> str:
+        """`dtype`, or the default of the devices at hand."""
+        from a3_jax.model.two_stream import default_dtype
+
+        return self.dtype or default_dtype()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,28 +75,28 @@ class GenerateOptions(SharedOptions):
     """Options of `generate`, over those it shares with `score`.
 
     Attributes:
-      strategy: "groupwise" (fixed groups, one forward a group), "dynamic" (each step looks at every
-        blank and commits the best by `criterion`) or "speculative" (one at a time by law, several a
-        forward: parallel drafts, verified).
+      strategy: "groupwise" (fixed groups, one forward per group), "dynamic" (each step looks at every
+        blank and commits the best by `criterion`) or "speculative" (several per forward, drafted in
+        parallel and verified, with the distribution of one at a time).
       order, group_size: the groups of groupwise, where the input gives no ranks; speculative takes the
         order in singles. "block" also holds for dynamic, inside each block.
-      block_size, block_order: of order "block": blanks a block, and the order inside.
-      step_size: blanks that dynamic commits a step, where no bound says how many.
+      block_size, block_order: of order "block": blanks per block, and the order inside.
+      step_size: blanks that dynamic commits per step, where no bound says how many.
       entropy_bound, threshold, factor: dynamic commits as many as this allows, see
         `strategies.CommitPolicy`; the entropy bound also limits the windows of speculative.
-      max_commit: of dynamic with a bound, at most so many a step.
+      max_commit: of dynamic with a bound, the most blanks per step.
       min_gap: of dynamic, positions between two commits of a step.
-      window: of speculative, drafts a forward.
+      window: of speculative, drafts per forward.
       commit: "chain" (a token keeps the rank of its commit: exact log-probability) or "flat" (all
         tokens so far are one group, recomputed each step: the authors' release).
       temperature: 0 is greedy.
       top_k, top_p: filters on what is drawn from; 0 and 1.0 filter nothing.
-      num_samples: completions an input.
+      num_samples: completions per input.
       rerank: of these the one with the largest exact joint log-probability, left to right given all
         given tokens, is kept.
-      stop_at_eos: an EOS, any of the checkpoint's `eos_ids`, placed behind all other given tokens, with
-        every blank before it filled, ends the text; what was generated behind it is dropped. Implied by
-        order "block", where the checkpoint has an EOS.
+      stop_at_eos: an EOS, any of the checkpoint's `eos_ids`, after all given tokens, with every blank
+        before it filled, ends the text; what was generated after it is dropped. Implied by order "block",
+        where the checkpoint has an EOS.
       no_blanks: `[[` in a text is text like any other, never a blank.
     """
 
@@ -172,6 +183,25 @@ class GenerateOptions(SharedOptions):
             raise InputError(
                 f"{self.strategy!r} contradicts model 'ar', which fills from the left", field="strategy"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlankRequest:
+    """What to fill: T tokens in reading order.
+
+    Attributes:
+      number: the input line, or a seed below 2^32: randomness is a function of it.
+      tokens: [T] int32, 0 at blanks.
+      blank: [T] bool.
+      ranks: [T] int32, read at blanks only; None where the input has none.
+      text: the `borders.BlankText` of the tokens, for the text of the result; None of an input of tokens.
+    """
+
+    number: int
+    tokens: Any
+    blank: Any
+    ranks: Any
+    text: Any = None
 
 
 def make_options(cls, options: dict):

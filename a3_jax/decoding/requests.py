@@ -14,8 +14,7 @@ import numpy as np
 
 from a3_jax.borders import BlankText, encode_blanks
 from a3_jax.checks import check_seed, whole_number
-from a3_jax.decoding.batched_decode import BlankRequest
-from a3_jax.decoding.options import GenerateOptions, ScoreOptions
+from a3_jax.decoding.options import BlankRequest, GenerateOptions, ScoreOptions
 from a3_jax.errors import InputError, nearest
 from a3_jax.ordering.ranks import context_first, order_ranks
 from a3_jax.paths import decode_text, read_text
@@ -30,7 +29,7 @@ _INT32 = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One JSON object and where it stands: `number` counts from 1, `file` is None for Python callers."""
+    """One JSON object and where it was: `number` counts from 1, `file` is None for Python callers."""
 
     item: Any
     number: int
@@ -42,7 +41,7 @@ class ScoreRequest:
     """What to score: T tokens in the input's order.
 
     Attributes:
-      tokens, positions: [T] int32; position = place in the document.
+      tokens, positions: [T] int32; position in the document.
       present, scored: [T] bool; what is not present has no row, and is not scored.
       ranks: number of an order, from 0 -> [T] int32, lower ranks come earlier; read where present. Made
         when asked for: the orders of all lines together may not fit the memory.
@@ -58,12 +57,9 @@ class ScoreRequest:
 
 
 def read_lines(path, bad: list[InputError]) -> list[Line]:
-    """The JSON values of a JSONL file, or of standard input for `-`; empty lines are passed over.
+    """Reads the JSON values of a JSONL file, or of standard input for `-`; empty lines are passed over.
 
     Complaints of lines that are not JSON are added to `bad`.
-
-    Raises:
-      InputError: a file that can't be read.
     """
     if path == "-":
         file = "<stdin>"
@@ -83,7 +79,7 @@ def read_lines(path, bad: list[InputError]) -> list[Line]:
 
 
 def item_lines(items) -> list[Line]:
-    """Python dicts as lines, numbered from 1."""
+    """Returns Python dicts as lines, numbered from 1."""
     return [Line(item, number) for number, item in enumerate(items, start=1)]
 
 
@@ -101,31 +97,23 @@ def _parsed(text, file, number):
 
 
 def score_requests(lines, checkpoint, options: ScoreOptions) -> list[ScoreRequest]:
-    """Validates the lines of `score`.
-
-    Raises:
-      InputError: the first thing that is wrong.
-    """
+    """Validates the lines of `score`; arrays are [T]. Raises `InputError` for the first bad one."""
     context = options.context or default_context(checkpoint)
     return [_located(line, _score_request, checkpoint, options, context) for line in lines]
 
 
 def blank_requests(lines, checkpoint, options: GenerateOptions) -> list[BlankRequest]:
-    """Validates the lines of `generate`.
-
-    Raises:
-      InputError: the first thing that is wrong.
-    """
+    """Validates the lines of `generate`; arrays are [T]. Raises `InputError` for the first bad one."""
     return [_located(line, _blank_request, checkpoint, options) for line in lines]
 
 
 def default_context(checkpoint) -> str:
-    """How given tokens are ranked where nobody says: as in the stage the checkpoint was trained with."""
+    """Returns how given tokens are ranked by default: as in the stage the checkpoint was trained with."""
     return getattr(checkpoint.meta, "context", None) or "flat"
 
 
 def _located(line: Line, make, *arguments):
-    """`make(line, ...)`, its complaints told with the line's file and number."""
+    """Returns `make(line, ...)`; its complaints name the line's file and number."""
     try:
         return make(line, *arguments)
     except InputError as error:
@@ -144,7 +132,7 @@ def _score_request(line, checkpoint, options, context) -> ScoreRequest:
     order, ranks = _order(item, options.orders), _ranks(item, length, present)
     if options.model == "ar":
         ranks = positions
-        scored &= positions != positions[present].min()  # nothing stands left of the first token
+        scored &= positions != positions[present].min()  # nothing is left of the first token
     if ranks is None:
         ranks_of = functools.partial(_ordered, order, positions, present, given, context)
     else:
@@ -168,7 +156,7 @@ def _blank_request(line, checkpoint, options) -> BlankRequest:
 
 
 def _object(item, fields) -> dict:
-    """The item, checked to be an object of known fields with either text or tokens."""
+    """Returns the item, checked to be an object of known fields with either text or tokens."""
     if not isinstance(item, dict):
         raise InputError(f"expected a JSON object, got {_shown(item)}")
     for field in item:
@@ -181,11 +169,7 @@ def _object(item, fields) -> dict:
 
 
 def _tokens(item, checkpoint, options, are_blanks_read: bool) -> tuple[list, str, BlankText | None]:
-    """Returns the item's tokens, the field they come from, and that field's text if it is one.
-
-    Raises:
-      InputError: no tokens, or more than the model's context holds.
-    """
+    """Returns the item's tokens, the field they come from, and that field's text if it is one."""
     field, text = "text" if "text" in item else "tokens", None
     if field == "tokens":
         tokens = _list(item, "tokens")
@@ -240,7 +224,7 @@ def _token_ids(tokens, field, vocab_size) -> list[int]:
 
 
 def _positions(item, length, config, left_to_right) -> np.ndarray:
-    """[T] int32: as given, or 0..T-1."""
+    """Reads positions, [T] int32: as given, or 0..T-1."""
     if "positions" not in item:
         return np.arange(length, dtype=np.int32)
     context = config.context_length(left_to_right)
@@ -253,7 +237,7 @@ def _positions(item, length, config, left_to_right) -> np.ndarray:
 
 
 def _context(item, length) -> int:
-    """How many tokens, after BOS, are given."""
+    """Returns how many tokens, after BOS, are given."""
     context = item.get("context", 0)
     whole_number("context", context, 0)
     if context > length:
@@ -262,7 +246,7 @@ def _context(item, length) -> int:
 
 
 def _present_and_scored(item, length) -> tuple[np.ndarray, np.ndarray]:
-    """[T] bool each: which tokens have a row, and which of those are scored; all, unless it says less."""
+    """Reads which tokens have a row, and which of those are scored, [T] bool each; by default all."""
     present, scored = ~_flags(item, "absent", length, False), _flags(item, "scored", length, True)
     if not present.any():
         raise InputError("every token is absent", field="absent")
@@ -273,7 +257,7 @@ def _present_and_scored(item, length) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _flags(item, field, length, default: bool) -> np.ndarray:
-    """[T] bool from a list of 0 and 1; the default everywhere if the item has none."""
+    """Reads [T] bool from a list of 0 and 1; the default everywhere if the item has none."""
     if field not in item:
         return np.full(length, default)
     values = _list(item, field, length)
@@ -284,7 +268,7 @@ def _flags(item, field, length, default: bool) -> np.ndarray:
 
 
 def _ranks(item, length, read) -> np.ndarray | None:
-    """[T] int32, 0 but where `read` [T]; None where the item has none."""
+    """Reads ranks, [T] int32, where `read` [T]; 0 elsewhere; None if the item has none."""
     if "ranks" not in item:
         return None
     values = _list(item, "ranks", length)
@@ -293,7 +277,7 @@ def _ranks(item, length, read) -> np.ndarray | None:
 
 
 def _order(item, orders) -> tuple[str, int, int]:
-    """(order, group_size, seed) of a scored line, by default those of `generate`; several are random."""
+    """Reads (order, group_size, seed) of a scored line, by default as in `generate`; several are random."""
     defaults = GenerateOptions()
     order = item.get("order", defaults.order if orders == 1 else "random")
     group_size, seed = item.get("group_size", defaults.group_size), item.get("seed", defaults.seed)
@@ -311,17 +295,18 @@ def _order(item, orders) -> tuple[str, int, int]:
 
 
 def _one_order(ranks, number) -> np.ndarray:
-    """[T] int32: the ranks themselves, which are order 0."""
+    """Returns the ranks themselves, [T] int32, which are order 0."""
     del number
     return ranks
 
 
 def _ordered(order, positions, present, given, context, number) -> np.ndarray:
-    """[T] int32: the given tokens first, then the rest in the wanted order, counted in reading order.
+    """Ranks the given tokens first, then the rest in the wanted order, counted in reading order: [T] int32.
 
     Args:
       order: (name, group size, seed).
       positions, present, given: [T]; what is not present takes no part, its rank is 0.
+      context: how the given tokens are ranked.
       number: which of the orders that the seed gives; 0 is the one of the seed by itself.
     """
     name, group_size, seed = order
@@ -338,7 +323,7 @@ def _ordered(order, positions, present, given, context, number) -> np.ndarray:
 
 
 def _shown(value) -> str:
-    """A value for a message: short, on one line."""
+    """Returns a value for a message: short, on one line."""
     text = (
         value
         if isinstance(value, str) and value[:1] in "{["

@@ -2,8 +2,14 @@
 
     p(x_A | x_B):  content rows for B and A, query rows for A alone, sorted by rank
 
-Tokens neither given nor scored are simply absent: no row, while positions keep their gap. A request of
-several orders is as many rows of a batch, like several requests.
+Tokens neither given nor scored are absent: they have no row, while positions keep their gap.
+
+    token           the  cat  sat  .          p(cat, sat | the): the point is absent
+    rank             0    2    1
+    content rows    the  sat  cat             sorted by rank
+    query rows           sat  cat             each sees the content rows of lower rank
+
+A request of several orders is as many rows of a batch, like several requests.
 """
 
 import dataclasses
@@ -23,19 +29,19 @@ from a3_jax.decoding.requests import ScoreRequest, item_lines, score_requests
 from a3_jax.decoding.sampling import map_rows
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, mesh_of
-from a3_jax.model.two_stream import Rows, default_dtype, logits, make_two_stream, run_rows
+from a3_jax.model.two_stream import Rows, logits, make_two_stream, run_rows
 from a3_jax.ordering.intervals import bounds, sort_order, take_rows
 
 
 def score(checkpoint, items, **options) -> list[dict[str, Any]]:
-    """Exact log-probabilities under any grouping and order.
+    """Returns exact log-probabilities under any grouping and order.
 
         score(checkpoint, [{"tokens": [5, 7, 2], "ranks": [1, 0, 1]}])
         score(checkpoint, [{"text": "The cat sat.", "order": "random", "group_size": 2, "context": 1}])
         score(checkpoint, [{"text": "The cat sat.", "seed": 3}], orders=8)
 
     Args:
-      checkpoint: of `a3_jax.open_checkpoint`.
+      checkpoint: a `Checkpoint`, see `a3_jax.open_checkpoint`.
       items: dicts with "tokens" or "text", and "ranks" or "order", "group_size", "seed"; also "context",
         "scored", "absent", "positions".
       options: fields of `ScoreOptions`.
@@ -44,7 +50,7 @@ def score(checkpoint, items, **options) -> list[dict[str, Any]]:
       For each item {"logprobs", "logprob"} in natural logarithms, lists in the item's token order, None
       where not scored; items of text also carry "tokens". With `orders` above 1 they are means over the
       orders, and there are also "orders" (the log-probability under each), "log_mean_exp" (that of the
-      orders' mixture) and "order_gap" (their standard deviation, nats a scored token).
+      orders' mixture) and "order_gap" (their standard deviation, nats per scored token).
 
     Raises:
       InputError: a bad item or option, before anything is computed.
@@ -53,19 +59,20 @@ def score(checkpoint, items, **options) -> list[dict[str, Any]]:
 
 
 def score_lines(checkpoint, lines, options: ScoreOptions) -> list[dict[str, Any]]:
-    """`score` of lines that know where they stand."""
+    """Runs `score` of lines that know their file and number."""
     requests = score_requests(lines, checkpoint, options)
     passes = [_Pass(request, number) for request in requests for number in range(options.orders)]
     tallies = [_Tally(request) for request in requests]
-    results = run_passes(checkpoint, passes, _shape_of, _rows_of, model=options.model, dtype=options.dtype)
-    for index, scores in results:
+    for index, scores in run_passes(
+        checkpoint, passes, _shape_of, _rows_of, model=options.model, dtype=options.compute_dtype
+    ):
         tallies[index // options.orders].add(scores.logprobs)
     return [_result(tally) for tally in tallies]
 
 
 @dataclasses.dataclass(frozen=True)
 class PassRows:
-    """What one forward computes: T tokens in any order, all of them present.
+    """The input of one forward: T tokens in any order, all of them present.
 
     Attributes:
       tokens, positions, ranks: [T] int32.
@@ -79,7 +86,7 @@ class PassRows:
 
 
 class PassScores(NamedTuple):
-    """Of the Q scored tokens of a pass, in the order of its tokens.
+    """Scores of the Q scored tokens of a pass, in the order of its tokens.
 
     Attributes:
       logprobs: [Q] float32, in nats.
@@ -97,31 +104,31 @@ def run_passes(
     rows_of,
     *,
     model: str,
-    dtype: str | None,
+    dtype: str,
     most: int | None = None,
     padded_count=lambda shape, count: bucket(count, 1),
 ) -> Iterator[tuple[int, PassScores]]:
-    """Forwards of one padded shape run together.
+    """Runs forwards, those of one padded shape together.
 
     Args:
-      checkpoint: of `a3_jax.open_checkpoint`.
+      checkpoint: a `Checkpoint`.
       passes: anything.
       shape_of: a pass -> its (content rows, query rows), padded.
       rows_of: a pass -> `PassRows`, asked for when its batch is made.
       model: "a3" scores with query rows; "ar" with the content row before, `ranks` being the reading order.
-      dtype: as in `SharedOptions`.
-      most: passes a batch, at most; None: as many as their rows allow.
-      padded_count: (padded shape, passes of a batch) -> what the batch is padded to.
+      dtype: that of the computation, by name.
+      most: passes per batch, at most; None: as many as their rows allow.
+      padded_count: (padded shape, passes of a batch) -> batch size after padding.
 
     Yields:
-      (index into `passes`, `PassScores`), in order within a shape.
+      (index into `passes`, `PassScores` [Q]), in order within a shape.
     """
-    dtype = dtype or default_dtype()
     logprobs_of = left_logprobs if model == "ar" else any_order_logprobs
     waiting: list[tuple[list[int], Any, np.ndarray]] = []
     for shape, indices, _ in batches(passes, shape_of, most):
         with mesh_of(checkpoint.params):
             rows = math.lcm(padded_count(shape, len(indices)), axis_parts("batch"))
+            # Rows of a request are made when their batch is packed: those of all orders may not fit memory.
             batch = _pack([rows_of(passes[index]) for index in indices], shape, rows)
             out = logprobs_of(checkpoint.params, batch, config=checkpoint.config, dtype=dtype)
         waiting.append((indices, out, batch.is_scored))
@@ -138,18 +145,18 @@ def _read(indices, out, is_scored) -> Iterator[tuple[int, PassScores]]:
 
 
 class _Pass(NamedTuple):
-    """A request under one of its orders: what one forward computes."""
+    """A request under one of its orders: one forward."""
 
     request: ScoreRequest
     number: int
 
 
 class _Tally:
-    """What the orders of a request gave so far; they come in the order of their numbers.
+    """Sums over the orders of a request so far; they come in the order of their numbers.
 
     Attributes:
-      logprobs: [Q] float64, of the Q scored tokens, summed over the orders.
-      joints: the log-probability of all of them, of each order.
+      logprobs: [Q] float64, those of the Q scored tokens, summed over the orders.
+      joints: under each order, the log-probability of all of them.
     """
 
     def __init__(self, request: ScoreRequest):
@@ -158,14 +165,14 @@ class _Tally:
         self.joints: list[float] = []
 
     def add(self, scored_logprobs) -> None:
-        """Another order's log-probabilities; their sum is taken in float64."""
+        """Adds another order's log-probabilities; their sum is taken in float64."""
         values = np.asarray(scored_logprobs, np.float64)
         self.logprobs += values
         self.joints.append(float(sum(values.tolist())))
 
 
 def _shape_of(pass_: _Pass) -> tuple[int, int]:
-    """(content rows, query rows), padded: rows of what is present, and of what is scored."""
+    """Returns (content rows, query rows), padded: rows of what is present, and of what is scored."""
     request = pass_.request
     return bucket(int(request.present.sum())), bucket(int(request.scored.sum()))
 
@@ -223,15 +230,15 @@ def _pack(passes: list[PassRows], shape, batch_size) -> Batch:
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def any_order_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str):
-    """`Scored`: log p(scored token | tokens of lower rank), from query rows of the scored tokens."""
+    """Returns `Scored` [B, Tq]: log p(scored token | tokens of lower rank), from query rows of its own."""
     model = make_two_stream(config, dtype)
-    content, visible, order = _sorted_rows(batch)
-    place = jnp.take_along_axis(jnp.argsort(order, axis=1), batch.scored, axis=1)
-    limit = jnp.where(batch.is_scored, jnp.take_along_axis(visible.query_limit, place, axis=1), 0)
+    content, visible, sorted_row_BQ = _sorted_rows(batch)
+    limit_BQ = jnp.take_along_axis(visible.query_limit, sorted_row_BQ, axis=1)
+    limit_BQ = jnp.where(batch.is_scored, limit_BQ, 0)
     query = Rows(
         positions=jnp.take_along_axis(batch.positions, batch.scored, axis=1),
-        start=jnp.zeros_like(limit),
-        limit=limit,
+        start=jnp.zeros_like(limit_BQ),  # one request per row of the batch: its keys begin at 0
+        limit=limit_BQ,
     )
     out = run_rows(model, params, content, query)
     return _target_logprobs(params, batch, out.query, config, model.precision)
@@ -239,42 +246,44 @@ def any_order_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str)
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def left_logprobs(params, batch: Batch, *, config: ModelConfig, dtype: str):
-    """`Scored`: log p(scored token | tokens to its left), from the content row before it.
+    """Returns `Scored` [B, Tq]: log p(scored token | tokens to its left), from the content row before it.
 
     `batch.ranks` are the reading order; the first token of a request is never scored.
     """
     model = make_two_stream(config, dtype)
-    content, _, order = _sorted_rows(batch)
-    place = jnp.take_along_axis(jnp.argsort(order, axis=1), batch.scored, axis=1)
+    content, _, sorted_row_BQ = _sorted_rows(batch)
     out = run_rows(model, params, content, outputs="content")
-    before = jnp.take_along_axis(out.content, jnp.maximum(place - 1, 0)[..., None], axis=1)
-    return _target_logprobs(params, batch, before, config, model.precision)
+    before_BQ1 = jnp.maximum(sorted_row_BQ - 1, 0)[..., None]
+    hidden_BQD = jnp.take_along_axis(out.content, before_BQ1, axis=1)
+    return _target_logprobs(params, batch, hidden_BQD, config, model.precision)
 
 
 def _sorted_rows(batch: Batch):
-    """Content rows sorted by rank, their `Bounds`, and the permutation: [B, T] each."""
-    order = sort_order(batch.ranks, batch.segment_ids)
-    tokens, positions, ranks, segments = take_rows(
-        order, batch.tokens, batch.positions, batch.ranks, batch.segment_ids
+    """Returns content rows sorted by rank, their `Bounds` [B, T], and where scored tokens are, [B, Tq]."""
+    order_BT = sort_order(batch.ranks, batch.segment_ids)
+    tokens_BT, positions_BT, ranks_BT, segments_BT = take_rows(
+        order_BT, batch.tokens, batch.positions, batch.ranks, batch.segment_ids
     )
-    visible = bounds(ranks, ranks, segments)
-    return Rows(positions, visible.start, visible.content_limit, tokens), visible, order
+    visible = bounds(ranks_BT, ranks_BT, segments_BT)
+    content = Rows(positions_BT, visible.start, visible.content_limit, tokens_BT)
+    # `order` lists the input's columns as they are sorted; its inverse says which sorted row a column is.
+    return content, visible, jnp.take_along_axis(jnp.argsort(order_BT, axis=1), batch.scored, axis=1)
 
 
-def _target_logprobs(params, batch, hidden_BTD, config, precision) -> Scored:
+def _target_logprobs(params, batch, hidden_BQD, config, precision) -> Scored:
     def one_row(hidden_D, target):
         scores_V = logits(params, config, hidden_D, precision)
-        score, ids = scores_V[target], jnp.arange(config.vocab_size)
-        better = (scores_V > score) | ((scores_V == score) & (ids < target))
+        score, ids_V = scores_V[target], jnp.arange(config.vocab_size)
+        better_V = (scores_V > score) | ((scores_V == score) & (ids_V < target))
         # No log-softmax of all V is written down.
-        return Scored(score - jax.nn.logsumexp(scores_V), ~jnp.any(better))
+        return Scored(score - jax.nn.logsumexp(scores_V), ~jnp.any(better_V))
 
-    targets = jnp.take_along_axis(batch.tokens, batch.scored, axis=1)
-    return map_rows(one_row, (hidden_BTD, targets), config.vocab_size)
+    targets_BQ = jnp.take_along_axis(batch.tokens, batch.scored, axis=1)
+    return map_rows(one_row, (hidden_BQD, targets_BQ), config.vocab_size)
 
 
 def _result(tally: _Tally) -> dict[str, Any]:
-    """One output object: means over the orders, and what several orders say of each other."""
+    """Makes one output object: means over the orders, and how several orders differ."""
     request, count = tally.request, len(tally.joints)
     values = iter((tally.logprobs / count).tolist())
     result: dict[str, Any] = {"tokens": request.tokens.tolist()} if request.from_text else {}
@@ -286,12 +295,12 @@ def _result(tally: _Tally) -> dict[str, Any]:
 
 
 def _spread(tally: _Tally) -> dict[str, Any]:
-    """How the orders of a line differ.
+    """Returns how the orders of a line differ.
 
     Returns:
       log_mean_exp: log(1/M sum exp(joint)), the likelihood of the mixture of the M orders; at least
         the mean of the joints.
-      order_gap: standard deviation of the joints over the number of scored tokens, in nats a token; 0
+      order_gap: standard deviation of the joints over the number of scored tokens, in nats per token; 0
         for a model that is consistent over these orders.
       orders: the joints, by the number of the order.
     """

@@ -2,8 +2,8 @@
 
 A strategy is a pair, and the loop knows nothing else about it:
 
-    offer(state)                    the candidates of a step, before its forward: `Candidates`
-    accept(state, candidates, sampler)     what is committed, after it: the new state
+    offer(state)                           the candidates of a step, before its forward: `Candidates`
+    accept(state, candidates, sampler)     the new state, after it, with what is committed
 
 `speculative` is one more such pair, in a module of its own.
 """
@@ -23,8 +23,8 @@ class Candidates(NamedTuple):
 
     Attributes:
       columns: int32.
-      real: bool, False where there is no candidate.
-      behind: int32, how many of the step's drafts a candidate sees; all that is committed, in any case.
+      valid: bool, False at padding.
+      num_visible_drafts: int32, how many of the step's drafts a candidate sees, besides what is committed.
     """
 
     columns: Any
@@ -44,13 +44,13 @@ class CommitPolicy:
     Bounds read the distribution that tokens are drawn from, after temperature (1 if it is 0) and filters.
 
     Attributes:
-      max_commit: at most so many.
+      max_commit: the most to commit.
       entropy_bound: while sum H - max H of the run stays at most this, in nats. It bounds the divergence
         of the joint from the product of the run's conditionals, not the other way round (EB-Sampler,
         arXiv 2505.24857).
       threshold: while the largest probability is at least this (Fast-dLLM, arXiv 2505.22618).
       factor: while (n + 1) (1 - smallest largest probability of the n) is below this (the same).
-      min_gap: positions between two of a step, at least; 1 is no demand (arXiv 2506.19037).
+      min_gap: positions between two of a step, at least; 1 demands nothing (arXiv 2506.19037).
     """
 
     max_commit: int = 1
@@ -64,7 +64,7 @@ ONE_BEST = CommitPolicy()
 
 
 def groupwise(query_rows: int) -> Strategy:
-    """Fixed groups: offers the unfilled columns of the lowest planned rank, and commits them all."""
+    """Makes the strategy of fixed groups: offers the blanks of lowest planned rank, commits them all."""
 
     def accept(state, candidates, sampler):
         sampled = sampler(candidates)
@@ -74,64 +74,78 @@ def groupwise(query_rows: int) -> Strategy:
 
 
 def dynamic(query_rows: int, policy: CommitPolicy) -> Strategy:
-    """Offers the unfilled columns of the lowest planned rank, and commits the best of them by a rule."""
+    """Makes a strategy that offers blanks [B, Q] of lowest planned rank, and commits the best of them."""
 
     def accept(state, candidates, sampler):
         sampled = sampler(candidates)
-        positions = jnp.take_along_axis(state.positions, candidates.columns, axis=1)
-        chosen = choose(
-            policy, sampled.score, sampled.entropy, sampled.confidence, positions, candidates.valid
+        positions_BQ = jnp.take_along_axis(state.positions, candidates.columns, axis=1)
+        chosen_BQ = choose(
+            policy, sampled.score, sampled.entropy, sampled.confidence, positions_BQ, candidates.valid
         )
-        return commit(state, candidates.columns, chosen, sampled.token, sampled.logprob)
+        return commit(state, candidates.columns, chosen_BQ, sampled.token, sampled.logprob)
 
     return Strategy(lambda state: _lowest(state, query_rows), accept)
 
 
-def choose(policy: CommitPolicy, scores, entropy, confidence, positions, valid):
-    """The candidates with the highest scores, as many as the rule allows, the best in any case.
+def choose(policy: CommitPolicy, scores_BQ, entropy_BQ, confidence_BQ, positions_BQ, valid_BQ):
+    """Marks the candidates with the highest scores, as many as the policy allows, the best in any case.
+
+        score        3    9    7    1
+        run          3    1    2    4      in this order they are looked at
+        entropy     .2   .4   .1   .0
+        sum - max   .3    0   .1   .3      over the run so far
+        chosen       .    x    x    .      under entropy_bound = 0.2
 
     Args:
-      rule: as it says.
-      scores: float32, higher = sooner; ties go to the lower index, that is the lower position.
-      entropy: float32, nats.  confidence: float32, the largest probability.
-      positions: int32.  real: bool, False where there is no candidate. [B, Q] each.
+      policy: how many.
+      scores_BQ: float32, higher = sooner; ties go to the lower index, that is the lower position.
+      entropy_BQ: float32, nats.  confidence_BQ: float32, the largest probability.
+      positions_BQ: int32.  valid_BQ: bool, False at padding. [B, Q] each.
 
     Returns:
       [B, Q] bool.
     """
-    index = jnp.arange(scores.shape[1])
+    index_Q = jnp.arange(scores_BQ.shape[1])
 
     def pick(number, carry):
-        open_, chosen, going, total, largest, lowest = carry
-        best = jnp.argmax(jnp.where(open_, scores, -jnp.inf), axis=1)[:, None]
-        h, c, at = (jnp.take_along_axis(array, best, axis=1) for array in (entropy, confidence, positions))
-        total, largest, lowest = total + h, jnp.maximum(largest, h), jnp.minimum(lowest, c)
-        going &= jnp.any(open_, axis=1, keepdims=True)
-        going &= (number == 0) | _allows(policy, number + 1, total - largest, c, lowest)
-        here = index == best
-        chosen |= here & going
-        open_ &= ~here & (jnp.abs(positions - at) >= policy.min_gap)
-        return open_, chosen, going, total, largest, lowest
+        # One more of each example's run per turn. What was picked, or is too near to it, is no longer
+        # available; once a bound stops a run, `going` stays False: a later candidate can't start it again.
+        available_BQ, chosen_BQ, going_B1, total_B1, largest_B1, lowest_B1 = carry
+        best_B1 = jnp.argmax(jnp.where(available_BQ, scores_BQ, -jnp.inf), axis=1)[:, None]
+        entropy_B1, confidence_B1, position_B1 = (
+            jnp.take_along_axis(array, best_B1, axis=1) for array in (entropy_BQ, confidence_BQ, positions_BQ)
+        )
+        total_B1, largest_B1 = total_B1 + entropy_B1, jnp.maximum(largest_B1, entropy_B1)
+        lowest_B1 = jnp.minimum(lowest_B1, confidence_B1)
+        going_B1 &= jnp.any(available_BQ, axis=1, keepdims=True)
+        going_B1 &= (number == 0) | _allows(
+            policy, number + 1, total_B1 - largest_B1, confidence_B1, lowest_B1
+        )
+        is_best_BQ = index_Q == best_B1
+        chosen_BQ |= is_best_BQ & going_B1
+        available_BQ &= ~is_best_BQ & (jnp.abs(positions_BQ - position_B1) >= policy.min_gap)
+        return available_BQ, chosen_BQ, going_B1, total_B1, largest_B1, lowest_B1
 
-    nothing = jnp.zeros((scores.shape[0], 1), jnp.float32)
-    carry = (valid, jnp.zeros_like(valid), nothing == 0, nothing, nothing, nothing + 1)
+    zeros_B1 = jnp.zeros((scores_BQ.shape[0], 1), jnp.float32)
+    carry = (valid_BQ, jnp.zeros_like(valid_BQ), zeros_B1 == 0, zeros_B1, zeros_B1, zeros_B1 + 1)
     return jax.lax.fori_loop(0, policy.max_commit, pick, carry)[1]
 
 
-def _allows(policy: CommitPolicy, count, excess, confidence, lowest):
-    """Whether a run of `count` candidates may be committed, by each bound that is set."""
-    allowed = jnp.ones(excess.shape, bool)
+def _allows(policy: CommitPolicy, count, excess_B1, confidence_B1, lowest_B1):
+    """Marks runs of `count` candidates that may be committed, by each bound that is set: [B, 1] bool."""
+    allowed_B1 = jnp.ones(excess_B1.shape, bool)
     if policy.entropy_bound is not None:
-        allowed &= excess <= policy.entropy_bound
+        allowed_B1 &= excess_B1 <= policy.entropy_bound
     if policy.threshold is not None:
-        allowed &= confidence >= policy.threshold
+        allowed_B1 &= confidence_B1 >= policy.threshold
     if policy.factor is not None:
-        allowed &= (count + 1) * (1.0 - lowest) < policy.factor
-    return allowed
+        allowed_B1 &= (count + 1) * (1.0 - lowest_B1) < policy.factor
+    return allowed_B1
 
 
 def _lowest(state: DecodeState, query_rows: int) -> Candidates:
+    # Every example has its own lowest rank: one that is further on offers later blanks.
     none = jnp.iinfo(state.planned_rank.dtype).max
-    rank = jnp.min(jnp.where(state.unfilled, state.planned_rank, none), axis=1, keepdims=True)
-    columns, valid = compact(state.unfilled & (state.planned_rank == rank), query_rows)
-    return Candidates(columns, valid, jnp.zeros_like(columns))
+    rank_B1 = jnp.min(jnp.where(state.unfilled, state.planned_rank, none), axis=1, keepdims=True)
+    columns_BQ, valid_BQ = compact(state.unfilled & (state.planned_rank == rank_B1), query_rows)
+    return Candidates(columns_BQ, valid_BQ, jnp.zeros_like(columns_BQ))

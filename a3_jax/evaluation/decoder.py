@@ -9,10 +9,10 @@ from typing import Any, Self
 import numpy as np
 
 from a3_jax.checks import one_of, whole_number
-from a3_jax.decoding.batched_decode import BlankRequest, DecodeRequest, decoding_params, fill
+from a3_jax.decoding.batched_decode import DecodeRequest, decoding_params, fill
 from a3_jax.decoding.batching import bucket
 from a3_jax.decoding.generation import context_of
-from a3_jax.decoding.options import GenerateOptions, make_options
+from a3_jax.decoding.options import BlankRequest, GenerateOptions, make_options
 from a3_jax.decoding.scoring import PassRows, PassScores, run_passes
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.batching import length_bucket, padded_count

@@ -168,7 +168,7 @@ def fill_blanks(
     """Fills blanks, those of one padded shape together; what is drawn follows from a blank's seed alone.
 
     Args:
-      params: in the dtype of the computation, best; no step casts them then.
+      params: arrays [V, D] and so on, in the dtype of the computation, best; no step casts them then.
       config: with a mask token.
       dtype: by name.
       most: blanks a batch, at most; None: as many as their rows allow.

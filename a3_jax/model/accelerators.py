@@ -1,4 +1,4 @@
-"""Peak rates and memory of the accelerators whose vendors publish them, by the names JAX knows them by."""
+"""Peak rates and memory of accelerators, as their vendors publish them, by the names that JAX uses."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ class Accelerator:
     """One chip: a TPU with all its cores, or a GPU.
 
     Attributes:
-      name: as people call it; of a TPU what a topology's name begins with ("v5e:4x4").
+      name: common name; for a TPU the first part of a topology's name ("v5e:4x4").
       kinds: `device_kind` of its JAX devices.
-      peak_flops: bfloat16 FLOPs a second, dense (half of what is quoted "with sparsity").
-      memory_bytes: of its high-bandwidth memory.
-      memory_bandwidth: bytes a second to and from that memory.
-      link_bandwidth: bytes a second over all links to other chips (ICI, NVLink), both directions together.
-      source: where the vendor says so.
+      peak_flops: bfloat16 FLOPs per second, dense (half of what is quoted "with sparsity").
+      memory_bytes: size of its high-bandwidth memory.
+      memory_bandwidth: bytes per second to and from that memory.
+      link_bandwidth: bytes per second over all links to other chips (ICI, NVLink), both directions together.
+      source: the vendor's document.
     """
 
     name: str
@@ -52,21 +52,21 @@ ACCELERATORS = (
 
 
 def find_accelerator(device_kind: str) -> Accelerator | None:
-    """The chip that a JAX device with this `device_kind` is or is part of; None for an unknown one."""
+    """Returns the chip that a JAX device with this `device_kind` is or is part of; None if unknown."""
     return next((chip for chip in ACCELERATORS if device_kind in chip.kinds), None)
 
 
 def count_chips(devices: Sequence[Any]) -> int:
-    """How many chips JAX devices are: the cores of a TPU chip may be one device or two."""
-    places = {
+    """Counts the chips of JAX devices: the cores of a TPU chip may be one device or two."""
+    chips = {
         (getattr(device, "slice_index", 0), *device.coords) if device.platform == "tpu" else device.id
         for device in devices
     }
-    return len(places)
+    return len(chips)
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """Dense bfloat16 FLOPs a second of the chips of all these devices together; None if one is unknown."""
+    """Returns dense bfloat16 FLOPs per second of all devices' chips together; None if one is unknown."""
     chips = {find_accelerator(device.device_kind) for device in devices}
     chip = chips.pop()
     return None if chips or chip is None else chip.peak_flops * count_chips(devices)

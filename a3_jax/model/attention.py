@@ -9,37 +9,34 @@
 construction, so neither a row without context nor padding needs a special case.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from a3_jax.model import attention_splash
-from a3_jax.model.attention_chunked import chunked_attention
-from a3_jax.model.sharding import axis_parts, partition_spec, platform
+from a3_jax.model.attention_chunked import AttentionArgs, chunked_attention
+from a3_jax.model.attention_splash import available, splash_attention
+from a3_jax.model.layers import softcap
+from a3_jax.model.sharding import on_each_device, platform
 
 FEW_ROWS = 256  # up to here all scores at once are cheaper than blocks
-_AXES = {
-    "query": ("batch", "length", "heads", "head_size"),
-    "key": ("batch", "length", "kv_heads", "head_size"),
-    "row": ("batch", "length"),
-}
+_QUERY = ("batch", "length", "heads", "head_size")
+_KEY, _ROW = ("batch", "length", "kv_heads", "head_size"), ("batch", "length")
 
 
 def attention(
-    query, key, value, start, limit, *, scale, logit_softcap=None, precision=None, implementation="auto"
+    query_BTNH, key_BSKH, value_BSKH, start_BT, limit_BT, args: AttentionArgs, implementation: str = "auto"
 ):
-    """Softmax attention of each row over its interval of keys, with grouped key/value heads.
+    """Computes the softmax attention of each row over its interval of keys, with grouped key/value heads.
 
     On a mesh (`jax.set_mesh`) every device attends to its own examples with its own heads.
 
     Args:
-      query: [B, T, N, H].
-      key, value: [B, S, K, H], K divides N; query head n reads kv head n // (N / K).
-      start, limit: [B, T] int32, the row's interval of keys, half open; empty where limit <= start.
-      scale: factor on the scores before the softmax.
-      logit_softcap: scores become cap * tanh(scores / cap) when given.
-      precision: of the matrix products, as in `jax.numpy.einsum`.
+      query_BTNH: [B, T, N, H].
+      key_BSKH, value_BSKH: [B, S, K, H], K divides N; query head n reads kv head n // (N / K).
+      start_BT, limit_BT: [B, T] int32, the row's interval of keys, half open; empty where limit <= start.
+      args: how scores are made of products.
       implementation: a name of `IMPLEMENTATIONS`; "auto" takes splash attention on TPU and blocks in
         plain JAX elsewhere, or all scores at once for few rows. Without a TPU, "splash" is interpreted.
 
@@ -49,74 +46,58 @@ def attention(
     Raises:
       ValueError: shapes that don't fit each other, or an unknown implementation.
     """
-    _check_shapes(query, key, value, start, limit)
+    _check_shapes(query_BTNH, key_BSKH, value_BSKH, start_BT, limit_BT)
     if implementation == "auto":
-        implementation = _chosen(query, key)
+        implementation = _chosen(query_BTNH, key_BSKH)
     if implementation not in _FUNCTIONS:
         raise ValueError(f"implementation={implementation!r}, known: {', '.join(IMPLEMENTATIONS)}")
-
-    def attend(query, key, value, start, limit):
-        return _FUNCTIONS[implementation](
-            query, key, value, start, limit, scale=scale, logit_softcap=logit_softcap, precision=precision
-        )
-
-    return _each_device(attend, query, key)(query, key, value, start, limit)
-
-
-def dense_attention(query, key, value, start, limit, *, scale, logit_softcap=None, precision=None):
-    """The reference: `attention` with all [T, S] scores at once."""
-    (batch, rows, heads, size), kv_heads = query.shape, key.shape[2]
-    query_BTKGH = query.reshape(batch, rows, kv_heads, heads // kv_heads, size)
-    scores = scale * jnp.einsum(
-        "BTKGH,BSKH->BKGTS", query_BTKGH, key, precision=precision, preferred_element_type=jnp.float32
+    attend = on_each_device(
+        functools.partial(_FUNCTIONS[implementation], args=args),
+        (_QUERY, _KEY, _KEY, _ROW, _ROW),
+        _QUERY,
+        {"batch": query_BTNH.shape[0], "kv_heads": key_BSKH.shape[2]},
     )
-    if logit_softcap is not None:
-        scores = logit_softcap * jnp.tanh(scores / logit_softcap)
-    s = jnp.arange(key.shape[1])
-    visible_BTS = (s >= start[..., None]) & (s < limit[..., None])
-    weights = _masked_softmax(scores, visible_BTS[:, None, None])
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(value.dtype), value, precision=precision)
-    return out.reshape(query.shape).astype(query.dtype)
+    return attend(query_BTNH, key_BSKH, value_BSKH, start_BT, limit_BT)
 
 
-def _splash(query, key, value, start, limit, *, scale, logit_softcap, precision):
-    del precision  # the kernel's products are in the dtype of its inputs, summed in float32
-    return attention_splash.splash_attention(
-        query, key, value, start, limit,
-        scale=scale, logit_softcap=logit_softcap, interpret=platform() != "tpu",
+def dense_attention(query_BTNH, key_BSKH, value_BSKH, start_BT, limit_BT, args: AttentionArgs):
+    """Computes `attention` with all [T, S] scores at once: the reference."""
+    (batch, rows, heads, size), kv_heads = query_BTNH.shape, key_BSKH.shape[2]
+    query_BTKGH = query_BTNH.reshape(batch, rows, kv_heads, heads // kv_heads, size)
+    scores_BKGTS = args.scale * jnp.einsum(
+        "BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH,
+        precision=args.precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
+    scores_BKGTS = softcap(scores_BKGTS, args.softcap)
+    s = jnp.arange(key_BSKH.shape[1])
+    visible_BTS = (s >= start_BT[..., None]) & (s < limit_BT[..., None])
+    weights_BKGTS = _masked_softmax(scores_BKGTS, visible_BTS[:, None, None])
+    out_BTKGH = jnp.einsum(
+        "BKGTS,BSKH->BTKGH", weights_BKGTS.astype(value_BSKH.dtype), value_BSKH, precision=args.precision
+    )
+    return out_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
 
 
 _FUNCTIONS: dict[str, Callable] = {
-    "splash": _splash,
+    "splash": splash_attention,
     "chunked": chunked_attention,
     "dense": dense_attention,
 }
 IMPLEMENTATIONS = ("auto", *_FUNCTIONS)
 
 
-def _chosen(query, key) -> str:
-    """What "auto" means for these shapes, on the devices of the mesh or the default ones."""
-    if query.shape[1] <= FEW_ROWS:
+def _chosen(query_BTNH, key_BSKH) -> str:
+    """Returns what "auto" means for these shapes, on the devices of the mesh or the default ones."""
+    if query_BTNH.shape[1] <= FEW_ROWS:
         return "dense"
-    if platform() == "tpu" and attention_splash.available(query.shape, key.shape):
-        return "splash"
-    return "chunked"
-
-
-def _each_device(attend, query, key):
-    """`attend` on each device's examples and heads; as it is without a mesh or where they don't divide."""
-    batch, heads = axis_parts("batch"), axis_parts("heads")
-    if batch * heads == 1 or query.shape[0] % batch or key.shape[2] % heads:
-        return attend
-    of_query, of_key, of_row = (partition_spec(_AXES[name]) for name in ("query", "key", "row"))
-    return jax.shard_map(
-        attend, in_specs=(of_query, of_key, of_key, of_row, of_row), out_specs=of_query, check_vma=False
-    )
+    return "splash" if platform() == "tpu" and available(query_BTNH.shape, key_BSKH.shape) else "chunked"
 
 
 def _masked_softmax(scores, visible):
-    """Softmax over the visible entries of the last axis; all zeros where none is visible."""
+    """Returns the softmax over the visible entries of the last axis; all zeros where none is visible."""
+    # Of a row that sees nothing the largest score is -inf, and -inf - -inf would be NaN: 0 takes its place.
+    # Its weights are then exp(-inf) = 0, and their sum 0 is replaced so that 0 / 1 is exactly zero. Both
+    # `where` stand inside `exp` and the division, or their gradients would be 0 * NaN.
     largest = jnp.max(jnp.where(visible, scores, -jnp.inf), axis=-1, keepdims=True)
     largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))
     weights = jnp.exp(jnp.where(visible, scores - largest, -jnp.inf))

@@ -1,11 +1,11 @@
 """Interval attention on TPU: the kernels of JAX's splash attention, fed with traced intervals.
 
 The kernels (Pallas, `jax.experimental.pallas.ops.tpu.splash_attention`) compute the mask inside from one
-int32 a row and the key's index, and skip the blocks that a block mask names. Both are traced here, so one
+int32 per row and the key's index, and skip the blocks that a block mask names. Both are traced here, so one
 compilation serves every order. All that this package knows of the library's inner names is in this file.
 
-The examples of a batch lie behind each other along the rows and along the keys, so that one kernel runs
-over all of them:
+The examples of a batch follow each other along the rows and along the keys, so that one kernel runs over
+all of them:
 
     keys        |  example 0  |  example 1  |     the block mask has no room for the blocks off the
     rows   0    |  x  x  .  . |             |     diagonal: row block i has S / block entries, and
@@ -23,8 +23,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from a3_jax.model.attention_chunked import RESIDUALS
-from a3_jax.model.sharding import axis_parts
+from a3_jax.model.attention_chunked import RESIDUALS, AttentionArgs
+from a3_jax.model.sharding import axis_parts, platform
 
 MAX_KEYS = 2**16 - 1  # start and length of an interval share one int32
 _LANES = 128  # a block is a multiple of the vector registers' width
@@ -35,19 +35,19 @@ _KEY_AXES = ("batch", "length", "kv_heads", "head_size")
 
 
 def splash_attention(
-    query, key, value, start, limit, *, scale, logit_softcap=None, interpret=False, block=None
+    query_BTNH, key_BSKH, value_BSKH, start_BT, limit_BT, args: AttentionArgs, *, interpret=None, block=None
 ):
-    """`attention.attention` by splash attention, of the examples and heads on one device.
+    """Computes `attention.attention` by splash attention, of the examples and heads on one device.
 
     Args:
-      query: [B, T, N, H].
-      key, value: [B, S, K, H], K divides N; query head n reads kv head n // (N / K).
-      start, limit: [B, T] int32, the row's interval of keys, 0 <= start and limit <= S; empty where
+      query_BTNH: [B, T, N, H].
+      key_BSKH, value_BSKH: [B, S, K, H], K divides N; query head n reads kv head n // (N / K).
+      start_BT, limit_BT: [B, T] int32, the row's interval of keys, 0 <= start and limit <= S; empty where
         limit <= start.
-      scale: factor on the scores before the softmax.
-      logit_softcap: scores become cap * tanh(scores / cap) when given.
-      interpret: run the kernels without a TPU, slowly.
-      block: rows and keys a block, a multiple of 128; chosen by length unless given.
+      args: scale and softcap; products are in the dtype of the inputs, summed in float32, whatever
+        `precision` says.
+      interpret: run the kernels without a TPU, slowly; None: where the platform is not a TPU.
+      block: rows and keys per block, a multiple of 128; None: chosen by length.
 
     Returns:
       [B, T, N, H] in query's dtype; exactly zero in rows with an empty interval.
@@ -55,21 +55,35 @@ def splash_attention(
     Raises:
       ValueError: `unavailable` says why.
     """
-    reason = unavailable(query.shape, key.shape)
+    reason = unavailable(query_BTNH.shape, key_BSKH.shape)
     if reason is not None:
         raise ValueError(f"splash attention can't be used: {reason}")
-    return _attend(
-        query, key, value, start, limit,
-        scale=scale, logit_softcap=logit_softcap, interpret=interpret, block=block,
-    )  # fmt: skip
+    (batch, rows, heads, size), keys = query_BTNH.shape, key_BSKH.shape[1]
+    row_block, key_block = block or _choose_block(rows), block or _choose_block(keys)
+    # In float32: a scale rounded to bfloat16 would shift all scores the same way.
+    query_BTNH = (query_BTNH.astype(jnp.float32) * args.scale).astype(query_BTNH.dtype)
+    kernel = _make_kernel(
+        _pad(start_BT, row_block),
+        _pad(limit_BT, row_block),  # rows added see nothing
+        -(-keys // key_block),
+        (row_block, key_block),
+        softcap=args.softcap,
+        interpret=platform() != "tpu" if interpret is None else interpret,
+    )
+    out = kernel(*(_heads_first(_pad(array, size)) for array, size in (
+        (query_BTNH, row_block), (key_BSKH, key_block), (value_BSKH, key_block),
+    )))  # fmt: skip
+    # [N, B x T, H] -> [N, B, T, H] -> [B, T, N, H], without the rows added.
+    out_BTNH = jnp.moveaxis(out.reshape(heads, batch, -1, size), 0, 2)[:, :rows]
+    return jnp.where((limit_BT > start_BT)[..., None, None], out_BTNH, 0)
 
 
 def unavailable(query_shape, key_shape) -> str | None:
-    """Why `splash_attention` can't be used for these shapes in the mesh of the context; None if it can.
+    """Returns why `splash_attention` can't be used for these shapes in the mesh of the context, or None.
 
     Args:
-      query_shape: of query [B, T, N, H].
-      key_shape: of key [B, S, K, H].
+      query_shape: that of query [B, T, N, H].
+      key_shape: that of key [B, S, K, H].
     """
     try:
         _library()
@@ -90,11 +104,11 @@ def unavailable(query_shape, key_shape) -> str | None:
 
 
 def available(query_shape, key_shape) -> bool:
-    """Whether `splash_attention` can be used; if not, says why on standard error, each reason once.
+    """Returns whether `splash_attention` can be used; if not, says why on standard error, each reason once.
 
     Args:
-      query_shape: of query [B, T, N, H].
-      key_shape: of key [B, S, K, H].
+      query_shape: that of query [B, T, N, H].
+      key_shape: that of key [B, S, K, H].
     """
     reason = unavailable(query_shape, key_shape)
     if reason is not None:
@@ -108,13 +122,13 @@ def _warn_once(reason):
 
 
 def _splits() -> bool:
-    """Whether a mesh is in the context and the arrays are not one device's part already."""
+    """Returns whether a mesh is in the context and the arrays are not one device's part already."""
     mesh = jax.sharding.get_abstract_mesh()
     return not (mesh.empty or mesh.are_all_axes_manual)
 
 
 def _choose_block(length: int) -> int:
-    """Rows or keys a block: the largest size that pads a length by little."""
+    """Returns the rows or keys per block: the largest size that pads a length by little."""
     return next(size for size in _BLOCKS if _round_up(length, size) <= 1.125 * _round_up(length))
 
 
@@ -122,36 +136,16 @@ def _round_up(size, unit=_LANES):
     return -(-size // unit) * unit
 
 
-def _attend(query, key, value, start, limit, *, scale, logit_softcap, interpret, block):
-    """`splash_attention` of the examples on one device."""
-    (batch, rows, heads, _), keys = query.shape, key.shape[1]
-    row_block, key_block = block or _choose_block(rows), block or _choose_block(keys)
-    # In float32: a scale rounded to bfloat16 would shift all scores the same way.
-    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
-    kernel = _make_kernel(
-        _pad(start, row_block),
-        _pad(limit, row_block),  # rows added see nothing
-        -(-keys // key_block),
-        (row_block, key_block),
-        softcap=logit_softcap,
-        interpret=interpret,
-    )
-    out = kernel(*(_heads_first(_pad(array, size)) for array, size in (
-        (query, row_block), (key, key_block), (value, key_block),
-    )))  # fmt: skip
-    out = jnp.moveaxis(out.reshape(heads, batch, -1, query.shape[3]), 0, 2)[:, :rows]
-    return jnp.where((limit > start)[..., None, None], out, 0)
-
-
-def _make_kernel(start, limit, key_blocks, blocks, *, softcap, interpret):
-    """The library's kernel object for intervals [B, T] whose T is a multiple of the rows a block."""
+def _make_kernel(start_BT, limit_BT, key_blocks, blocks, *, softcap, interpret):
+    """Makes the library's kernel object for intervals [B, T] whose T is a multiple of the rows per block."""
     library, masks = _library()
     row_block, key_block = blocks
-    batch = len(start)
-    start, limit = start.astype(jnp.int32), limit.astype(jnp.int32)
+    batch = len(start_BT)
+    start_BT, limit_BT = start_BT.astype(jnp.int32), limit_BT.astype(jnp.int32)
+    # The keys of example b come after those of the b examples before it: so do its intervals.
     example = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    packed = _pack(start + example * (key_blocks * key_block), limit - start)
-    needed = _needed_blocks(start, limit, key_blocks, blocks)  # [B, T blocks, S blocks]
+    packed_BT = _pack(start_BT + example * (key_blocks * key_block), limit_BT - start_BT)
+    needed = _needed_blocks(start_BT, limit_BT, key_blocks, blocks)  # [B, T blocks, S blocks]
     row_blocks = needed.shape[1]
     example = example[..., None]
     # Forward and dq walk along the keys of a block of rows, dkv along the rows of a block of keys.
@@ -167,7 +161,7 @@ def _make_kernel(start, limit, key_blocks, blocks, *, softcap, interpret):
             mask_next=None,
             block_mask=mask.reshape(shape),
             partial_mask_blocks=None,
-            q_sequence=packed.reshape(-1),
+            q_sequence=packed_BT.reshape(-1),
         )
 
     rows_info = info(row_mask, by_row, (1, batch * row_blocks, key_blocks))
@@ -197,29 +191,34 @@ def _make_kernel(start, limit, key_blocks, blocks, *, softcap, interpret):
 
 
 def _pack(start, length):
-    """An interval as one int32: its start modulo 2**16, and its length, 0 if negative."""
+    """Packs an interval into one int32: its start modulo 2**16, and its length, 0 if negative."""
     return start << 16 | jnp.maximum(length, 0)
 
 
 def _visible(packed, key):
-    """Whether a row sees a key of its example: the distance from the start, modulo 2**16, is below the
-    length. A key before the start is too far to be seen, as start and length add up to less than 2**16.
-    """
+    """Returns whether a row sees a key of its example."""
+    # Its distance from the start, modulo 2**16, is below the length. A key before the start is too far to be
+    # seen, as start and length add up to less than 2**16.
     return ((key - (packed >> 16)) & 0xFFFF) < (packed & 0xFFFF)
 
 
-def _needed_blocks(start, limit, key_blocks, blocks):
-    """[B, T blocks, S blocks] bool: whether any row of the block sees any key of the block."""
+def _needed_blocks(start_BT, limit_BT, key_blocks, blocks):
+    """Marks the blocks in which any row sees any key: [B, T blocks, S blocks] bool."""
     row_block, key_block = blocks
     first = jnp.arange(key_blocks, dtype=jnp.int32) * key_block
-    start, limit = start[..., None], limit[..., None]
-    needed = (limit > start) & (limit > first) & (start < first + key_block)
+    start, limit = start_BT[..., None], limit_BT[..., None]
+    needed = (limit > start) & (limit > first) & (start < first + key_block)  # [B, T, S blocks]
     return needed.reshape(len(start), -1, row_block, key_blocks).any(axis=2)
 
 
 def _next_needed(needed, axis):
-    """The index of the next needed block along an axis, and after the last one the last: what is not
-    needed is not fetched, and what is needed next is fetched ahead."""
+    """Returns the index of the next needed block along an axis; after the last one, that of the last.
+
+    So what is not needed is not fetched, and what is needed next is fetched ahead.
+
+        needed         .  x  .  .  x  .
+        next needed    1  1  4  4  4  4
+    """
     size = needed.shape[axis]
     index = jnp.arange(size, dtype=jnp.int32).reshape([size if a == axis else 1 for a in range(needed.ndim)])
     following = jax.lax.cummin(jnp.where(needed, index, size), axis=axis, reverse=True)
@@ -228,20 +227,20 @@ def _next_needed(needed, axis):
 
 
 def _pad(array, block):
-    """[B, T, ...] with T padded to a multiple of the block, by zeros."""
+    """Pads the rows of [B, T, ...] with zeros to a multiple of the block."""
     padding = [(0, 0)] * array.ndim
     padding[1] = (0, -array.shape[1] % block)
     return jnp.pad(array, padding)
 
 
 def _heads_first(array):
-    """[B, T, N, H] -> [N, B * T, H]."""
+    """Puts the heads first and all examples after each other: [B, T, N, H] -> [N, B * T, H]."""
     return jnp.moveaxis(array, 2, 0).reshape(array.shape[2], -1, array.shape[3])
 
 
 @functools.cache
 def _library():
-    """The library's modules (kernel, mask_info), with all names that are used here.
+    """Imports the library's modules (kernel, mask_info), and checks that they have all names used here.
 
     Raises:
       ImportError, AttributeError: this version of jax lacks one.

@@ -1,6 +1,6 @@
-"""What the two-stream model costs: floating-point operations and bytes, a formula for each part.
+"""The two-stream model's cost: floating-point operations and bytes, a formula for each part.
 
-    FLOPs of a row           q, o      k, v       attention     mlp      head
+    FLOPs per row           q, o      k, v       attention     mlp      head
     content, layers 1..L-1   4 D N H   4 D K H   4 N H pairs   6 D F      -
     content, last layer        -       4 D K H       -           -        -
     query, every layer       4 D N H     -       4 N H pairs   6 D F    2 D V (once)
@@ -8,9 +8,9 @@
 Without a gate the mlp costs 4 D F. A multiply-add counts as two; `pairs` is the number of keys that the row
 sees; looking up an embedding costs nothing. The last layer's content half gives keys and values alone, as
 long as only the query output is wanted (`two_stream.Block.first_output`). A training step costs three times
-its forward pass: the gradient of a matrix product is two more of the same size. Counted is what the
-mathematics needs, so neither masked pairs, nor what remat computes again, nor elementwise work: these are
-the model FLOPs of Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
+its forward pass: the gradient of a matrix product is two more of the same size. These are the model FLOPs of
+Chowdhery et al. (PaLM, arXiv 2204.02311, appendix B): masked pairs, what remat computes again and
+elementwise work don't count.
 """
 
 import dataclasses
@@ -56,11 +56,11 @@ class StreamCosts:
 
 
 def visible_pairs(length: int, group_size: int = 1) -> tuple[float, float]:
-    """The (row, key) pairs that the content rows and the query rows of one document see.
+    """Counts the (row, key) pairs that the content rows and the query rows of one document see.
 
     A content row sees its own group and those before, a query row only those before. In any order
     that is (T^2 + sum g^2) / 2 and (T^2 - sum g^2) / 2 over groups of g tokens: (T + g) / 2 and
-    (T - g) / 2 a row, if g divides T.
+    (T - g) / 2 per row, if g divides T.
     """
     groups, rest = divmod(length, group_size)
     own = groups * group_size**2 + rest**2
@@ -76,10 +76,10 @@ def forward_flops(
     query_pairs: float = 0.0,
     outputs: str = "query",
 ) -> StreamCosts:
-    """FLOPs of one sequence's forward pass, with the logits of the rows that are wanted.
+    """Returns the FLOPs of one sequence's forward pass, with the logits of the rows that are wanted.
 
     Args:
-      config: of the model.
+      config: the model's.
       content_rows, query_rows: rows of each stream.
       content_pairs, query_pairs: the pairs that they see in one layer, see `visible_pairs`.
       outputs: "query", "content" or "both", as in `two_stream.TwoStream`.
@@ -107,13 +107,13 @@ def forward_flops(
 def train_step_flops(
     config: ModelConfig, length: int, *, group_size: int = 1, objective: str = "any_order"
 ) -> StreamCosts:
-    """FLOPs of a training step on one sequence: one document of `length` tokens.
+    """Returns the FLOPs of a training step on one sequence: one document of `length` tokens.
 
     Args:
-      config: of the model.
+      config: the model's.
       length: tokens, as many rows of each stream.
       group_size: tokens predicted together. It hardly matters: what content rows see more, query rows
-        see less, but for the last layer.
+        see less, except in the last layer.
       objective: "any_order", both streams; "ar" and "masked_diffusion", the content stream alone with
         the head on every row, of which the second sees all.
     """
@@ -126,7 +126,7 @@ def train_step_flops(
 
 
 def step_ratio(config: ModelConfig, length: int, group_size: int = 1) -> float:
-    """FLOPs of the two-stream step over those of the left-to-right step of the same model."""
+    """Returns the FLOPs of the two-stream step over those of the model's left-to-right step."""
     both = train_step_flops(config, length, group_size=group_size)
     return both.total / train_step_flops(config, length, objective="ar").total
 
@@ -140,17 +140,17 @@ def forward_bytes(
     itemsize: int = 2,
     outputs: str = "query",
 ) -> Cost:
-    """Bytes that a forward pass moves at least: each product reads its factors and writes its result.
+    """Returns the least bytes that a forward pass moves: each product reads its factors, writes its result.
 
-    Weights are read once a batch, both streams together; attention reads q, k and v and writes its
+    Weights are read once per batch, both streams together; attention reads q, k and v and writes its
     output, no scores; logits are float32. Training moves `TRAINING` times as much, like its FLOPs,
     and the optimiser's state besides.
 
     Args:
-      config: of the model.
+      config: the model's.
       content_rows, query_rows: rows of each stream in one sequence.
       batch: sequences.
-      itemsize: bytes of a number of the computation, 2 in bfloat16.
+      itemsize: bytes per number of the computation, 2 in bfloat16.
       outputs: "query", "content" or "both".
     """
     c, width, kv_width = config, config.num_heads * config.head_size, config.num_kv_heads * config.head_size
@@ -174,7 +174,7 @@ def forward_bytes(
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """How many numbers the model's parameters are, the query vector included."""
+    """Counts the model's parameters, the query vector included."""
     c, heads, kv_heads = config, config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     norm = c.d_model * (2 if c.norm == "layer" else 1)
     layer = 2 * (heads + kv_heads) * c.d_model + _mlp_matrices(c) * c.d_model * c.mlp_size
@@ -192,17 +192,15 @@ def _mlp_matrices(config: ModelConfig) -> int:
 
 
 def kept_bytes_per_token(config: ModelConfig, remat: str, itemsize: int = 2) -> int:
-    """Bytes that the two-stream layers keep of a token for the backward pass of a training step.
+    """Returns the bytes that the two-stream layers keep per token for the backward pass of a training step.
 
     Args:
-      config: of the model.
+      config: the model's.
       remat: "block" and "offload", the two rows' inputs of each layer, on the chip or in the host's
         memory; "dots", besides those the results q, k, v, o, gate and up, attention's output and its
-        float32 log-normalisers (of the last layer's content row k and v alone).
-      itemsize: bytes of a number of the computation.
-
-    Raises:
-      ValueError: another policy: what it keeps is up to the compiler.
+        float32 log-normalisers (of the last layer's content row k and v alone). Of any other policy the
+        compiler decides what is kept: `ValueError`.
+      itemsize: bytes per number of the computation.
     """
     c = config
     inputs = 2 * c.num_layers * c.d_model

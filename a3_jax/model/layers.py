@@ -1,4 +1,4 @@
-"""The decoder's parts other than attention: embedding, norms, rotary positions, activations, MLP."""
+"""The decoder's parts other than attention: embedding, norms, rotary positions, activations."""
 
 import functools
 import math
@@ -31,9 +31,12 @@ def embed(table, tokens, dtype):
         return table[tokens].astype(dtype)
 
     def lookup(table, tokens):
+        # Tokens of other devices' parts of the vocabulary are out of range here and give zeros: in the sum
+        # over `vocab` each token has one part that is its embedding.
         tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
         tokens = tokens - table.shape[0] * jax.lax.axis_index(vocab)
         columns = table.at[tokens].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        # [all examples, T, own columns] -> [own examples, T, D]
         x_BTD = jax.lax.all_to_all(columns.astype(dtype), width, split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.psum(x_BTD, vocab)
 
@@ -56,6 +59,7 @@ def rms_norm(x, scale, eps, offset=False):
     """
     x32, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
+    # Gemma's code rounds after the scale, Llama's before it: so do we, to give the same bits.
     if offset:
         return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
     return (scale * normed.astype(x.dtype)).astype(x.dtype)
@@ -77,8 +81,13 @@ def layer_norm(x, scale, bias, eps):
 
 
 def softcap(scores, cap):
-    """cap * tanh(scores / cap), so that no score exceeds the cap; [...] to [...]. None: as they are."""
+    """Returns cap * tanh(scores / cap), [...] to [...], so that no score exceeds the cap; None: no cap."""
     return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def softcap_slope(capped, cap):
+    """Returns the derivative of `softcap` where its result is `capped`: 1 - tanh^2; [...] to [...]."""
+    return 1.0 - jnp.square(capped / cap)
 
 
 def rotary_frequencies(head_size: int, theta: float, scaling: RopeScaling | None = None):
@@ -95,6 +104,7 @@ def rotary_frequencies(head_size: int, theta: float, scaling: RopeScaling | None
 
 def _llama3_frequencies(frequencies, scaling):
     """Wavelengths up to original/high stay, from original/low on are stretched, between they blend."""
+    # The blend is linear in the turns that a pair makes over the original context.
     turns = scaling.original_max_length * frequencies / (2 * jnp.pi)  # full turns in the original context
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
@@ -111,6 +121,7 @@ def _yarn_frequencies(frequencies, theta, scaling):
     first, last = pair_of(scaling.high_freq_factor), pair_of(scaling.low_freq_factor)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
+    # A ramp of no length would divide by zero.
     first, last = max(first, 0), min(last, 2 * pairs - 1)
     last += 0.001 if last == first else 0.0
     stretch = jnp.clip((jnp.arange(pairs, dtype=jnp.float32) - first) / (last - first), 0.0, 1.0)
@@ -136,16 +147,3 @@ def rotate(x_BTNH, cos_BTh, sin_BTh):
     cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
-
-
-def gated_mlp(x_BTD, gate, up, down, activation=jax.nn.silu):
-    """Gated MLP (Shazeer, arXiv 2002.05202): down(act(gate(x)) * up(x)); [B, T, D] to [B, T, D].
-
-    Args:
-      gate, up, down: linear functions [B, T, D] to [B, T, F], and back. Without `gate` it is
-        down(act(up(x))).
-      activation: elementwise; SiLU makes SwiGLU.
-    """
-    if gate is None:
-        return down(activation(up(x_BTD)))
-    return down(activation(gate(x_BTD)) * up(x_BTD))

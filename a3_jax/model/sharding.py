@@ -1,9 +1,9 @@
-"""Which mesh axis each logical axis lies on: one table, and the mesh itself."""
+"""The mesh, and one table of the mesh axes that split each logical axis."""
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import jax
@@ -36,11 +36,7 @@ RULES = Rules()
 
 
 def partition_spec(axes: Sequence[str]) -> PartitionSpec:
-    """The mesh axes of an array with these logical axes.
-
-    Raises:
-      ValueError: an axis without a rule.
-    """
+    """Returns the mesh axes of an array with these logical axes; `ValueError` for an axis without a rule."""
     known = dataclasses.asdict(RULES)
     for axis in axes:
         if axis not in known:
@@ -49,7 +45,7 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices=None, slices_are_processes=False) -> Mesh:
-    """The device mesh with axes data, fsdp and tensor.
+    """Makes the device mesh with axes data, fsdp and tensor.
 
     Within a slice devices that are neighbours along an axis are neighbours on its network (ICI). Of several
     slices, which the data-centre network joins, the data axis alone goes from one to the next, outermost:
@@ -57,7 +53,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None, slices_are_p
         sizes {"data": 4, "fsdp": 2}, two slices of 4 chips
 
                  fsdp
-        data   s0c0 s0c1     one sum of gradients a step crosses between s0 and s1;
+        data   s0c0 s0c1     one sum of gradients per step crosses between s0 and s1;
                s0c2 s0c3     parameters are gathered within each
                s1c0 s1c1
                s1c2 s1c3
@@ -65,7 +61,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None, slices_are_p
     Args:
       sizes: devices along each axis, absent = 1; one may be -1, all that remain.
       devices: default all.
-      slices_are_processes: whether each process stands for a slice, as on CPUs, which have none.
+      slices_are_processes: whether each process counts as a slice, as on CPUs, which have none.
 
     Raises:
       InputError: an unknown axis, sizes whose product is not the number of devices, a data axis that the
@@ -92,7 +88,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None, slices_are_p
 
 
 def number_of_slices(devices: Sequence, slices_are_processes=False) -> int:
-    """On how many TPU slices devices are; `slices_are_processes` as in `make_mesh`. Others have one."""
+    """Counts the TPU slices of devices; `slices_are_processes` as in `make_mesh`. Others have one."""
     if slices_are_processes:
         return len({device.process_index for device in devices})
     on_tpu = (device for device in devices if device.platform == "tpu")
@@ -100,7 +96,7 @@ def number_of_slices(devices: Sequence, slices_are_processes=False) -> int:
 
 
 def _shape(sizes: Mapping[str, int], devices: int) -> list[int]:
-    """`sizes` in the order of the axes, without -1; checked."""
+    """Returns `sizes` in the order of the axes, without -1; checked."""
     for axis in sizes:
         if axis not in MESH_AXES:
             raise InputError(f"unknown axis {axis!r}; known: {', '.join(MESH_AXES)}", field="mesh")
@@ -117,7 +113,7 @@ def _shape(sizes: Mapping[str, int], devices: int) -> list[int]:
 
 
 def axes_shardings(mesh: Mesh, axes, shapes) -> object:
-    """A `NamedSharding` for each array.
+    """Returns a `NamedSharding` for each array of a tree.
 
     Args:
       mesh: the devices.
@@ -145,29 +141,48 @@ def axes_shardings(mesh: Mesh, axes, shapes) -> object:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows [B, ...] split over data and fsdp."""
+    """Splits rows [B, ...] over data and fsdp."""
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """The mesh axes that a logical axis lies on."""
+    """Returns the mesh axes that split a logical axis."""
     return getattr(RULES, axis)
 
 
 def axis_parts(axis: str) -> int:
-    """In how many parts the mesh of the context (`jax.set_mesh`) splits a logical axis; 1 without one."""
+    """Returns the number of parts of a logical axis on the mesh of the context (`jax.set_mesh`); else 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
+def on_each_device(function: Callable, in_axes, out_axes, sizes: Mapping[str, int]) -> Callable:
+    """Maps a function over each device's part of its arrays, on the mesh of the context.
+
+    Args:
+      function: of arrays, to one array; it communicates nothing.
+      in_axes: logical axes of each argument.
+      out_axes: logical axes of the result.
+      sizes: logical axis -> its size, for those along which the mesh may split the arrays.
+
+    Returns:
+      The mapped function; `function` itself without a mesh, or where the mesh doesn't divide a size.
+    """
+    parts = {axis: axis_parts(axis) for axis in sizes}
+    if math.prod(parts.values()) == 1 or any(size % parts[axis] for axis, size in sizes.items()):
+        return function
+    specs = tuple(map(partition_spec, in_axes))
+    return jax.shard_map(function, in_specs=specs, out_specs=partition_spec(out_axes), check_vma=False)
+
+
 def platform() -> str:
-    """Of the context's mesh (`jax.set_mesh`), whose devices need not be there, or of the default devices."""
+    """Returns the platform of the context's mesh, whose devices may be absent, or of the default devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """Puts the same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -179,7 +194,7 @@ def constrain(array, axes: Sequence[str]):
 
 
 def mesh_of(params) -> contextlib.AbstractContextManager:
-    """The context of the mesh that parameters lie on: what runs in it is sharded like them."""
+    """Returns the context of the mesh that parameters are on: what runs in it is sharded like them."""
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
         return jax.set_mesh(cast(Mesh, sharding.mesh))

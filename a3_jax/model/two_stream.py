@@ -1,8 +1,8 @@
 """The two-stream decoder of A3 (arXiv 2601.13228), on one set of weights.
 
 Content rows start from token embeddings, query rows from one learned vector. Both go through the
-same blocks; keys and values come from the content rows only. What a row sees is an interval of
-those keys (`ordering.intervals`), so the model knows nothing of orders, groups or documents:
+same blocks; keys and values come from the content rows only. A row sees an interval of those keys
+(`ordering.intervals`), so the model knows nothing of orders, groups or documents:
 
     content rows  tokens, positions, start, limit --+-- q --> attention --> mlp --> content hidden
                                                     +-- k, v --^
@@ -24,12 +24,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from a3_jax.model.attention import FEW_ROWS, attention
 from a3_jax.model.attention_cached import append, cached_attention
-from a3_jax.model.attention_chunked import RESIDUALS
+from a3_jax.model.attention_chunked import RESIDUALS, AttentionArgs
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.layers import (
     ACTIVATIONS,
     embed,
-    gated_mlp,
     layer_norm,
     rms_norm,
     rotary_angles,
@@ -46,6 +45,7 @@ _BLOCK_INPUT = "block_input"
 _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
+    # To a policy attention is a loop, not a dot: what is kept of it has a name.
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
     ),
@@ -80,8 +80,8 @@ class Cache:
     """Keys and values of committed tokens: append-only, a slot is a commit.
 
     Attributes:
-      key, value: [L, B, K, S, H]: a head's keys stand next to each other.
-      length: [B] int32, slots in use. Setting it back forgets the slots behind it.
+      key, value: [L, B, K, S, H]: a head's keys are next to each other.
+      length: [B] int32, slots in use. Setting it back forgets the slots after it.
     """
 
     key: Any
@@ -103,7 +103,7 @@ class LayerConfig:
     """What differs from layer to layer besides weights, [L] each; the layer scan slices it.
 
     Attributes:
-      index: int32, the layer's place in the cache.
+      index: int32, the layer's index in the cache.
       window: int32, how many keys back a content row sees left to right, itself included.
       rotary_table: int32, row of `frequency_tables`; a table of zeros means no rotation.
     """
@@ -114,7 +114,7 @@ class LayerConfig:
 
 
 def layer_configs(config: ModelConfig) -> LayerConfig:
-    """The records of all layers, NumPy [L] each."""
+    """Returns the configs of all layers, NumPy int32 [L] each."""
     window, table = [], []
     local_table = int(config.local_rope_theta is not None)
     for layer in range(config.num_layers):
@@ -127,7 +127,7 @@ def layer_configs(config: ModelConfig) -> LayerConfig:
 
 
 def frequency_tables(config: ModelConfig):
-    """(radians per position, float32 [H / 2]; factor of cosines and sines) of each table.
+    """Returns (radians per position, float32 [H / 2]; factor of cosines and sines) of each table.
 
     The model's own; that of local layers, if they have a base of their own; zeros, if some layers are
     not rotated.
@@ -144,7 +144,7 @@ def frequency_tables(config: ModelConfig):
 
 @struct.dataclass
 class AttentionInputs:
-    """Where the rows of both sets stand, content rows first: the same for all layers.
+    """What the rows of both streams see and where they are, content rows first: the same for all layers.
 
     Attributes:
       start, limit: [B, R] int32, R = content rows + query rows.
@@ -158,13 +158,13 @@ class AttentionInputs:
 
 
 class Block(nn.Module):
-    """One layer over both row sets at once: each projection is one matrix product.
+    """One layer over both streams' rows at once: each projection is one matrix product.
 
     Attributes:
       content_rows: how many of the rows are content rows; they come first.
       first_output: the rows before it give keys and values only. 0, or `content_rows` in the last
         layer when just the query output is wanted.
-      few_rows: weights lie [out, in], see `prepare_cpu_decode_params`.
+      few_rows: weights are [out, in], see `prepare_cpu_decode_params`.
     """
 
     config: ModelConfig
@@ -175,103 +175,105 @@ class Block(nn.Module):
     first_output: int = 0
     few_rows: bool = False
 
-    def linear(self, name, axes, shape, inputs=1, bias=False):
-        """A function [B, T, in] -> [B, T, out] with the weight `name`, whose first `inputs` axes are "in"."""
-        product = self.product(name, axes, shape, inputs)
-        if not bias:
-            return product
-        added = _parameter(self, f"{name}_bias", axes[inputs:], shape[inputs:], 0.0).astype(self.dtype)
-        return lambda x: product(x) + added
-
-    def product(self, name, axes, shape, inputs):
-        fan_in = math.prod(shape[:inputs])
-        if self.few_rows:
-            axes, shape = (names[inputs:] + names[:inputs] for names in (axes, shape))
-        weight = _parameter(self, name, axes, shape, fan_in**-0.5).astype(self.dtype)
-        if not self.few_rows:
-            return lambda x: jnp.tensordot(x, weight, axes=inputs, precision=self.precision)
-        last = tuple(range(-inputs, 0))
-
-        def apply(x):
-            out = jnp.tensordot(weight, x, axes=(last, last), precision=self.precision)
-            return jnp.moveaxis(out, (-2, -1), (0, 1))
-
-        return apply
-
     @nn.compact
-    def __call__(self, carry, record: LayerConfig, geometry: AttentionInputs):
+    def __call__(self, carry, layer: LayerConfig, inputs: AttentionInputs):
         c = self.config
         x_BRD, cache = carry
         x_BRD = checkpoint_name(x_BRD, _BLOCK_INPUT)
         with jax.named_scope("attention"):
-            normed = self.norm_if("pre", "attn_norm", x_BRD)
-            attended, cache = self.attend(normed, cache, record, geometry)
-            x_BRD = x_BRD[:, self.first_output :] + self.norm_if("post", "attn_post_norm", attended)
+            normed_BRD = self.norm_if("pre", "attn_norm", x_BRD)
+            attended_BRD, cache = self.attend(normed_BRD, cache, layer, inputs)
+            # In the last layer content rows end here, when nobody wants their output: they gave their keys.
+            x_BRD = x_BRD[:, self.first_output :] + self.norm_if("post", "attn_post_norm", attended_BRD)
         with jax.named_scope("mlp"):
-            normed = self.norm_if("pre", "mlp_norm", x_BRD)
-            residual = normed if c.residual == "release" else x_BRD
-            x_BRD = residual + self.norm_if("post", "mlp_post_norm", self.mlp(normed))
+            normed_BRD = self.norm_if("pre", "mlp_norm", x_BRD)
+            residual_BRD = normed_BRD if c.residual == "release" else x_BRD
+            x_BRD = residual_BRD + self.norm_if("post", "mlp_post_norm", self.mlp(normed_BRD))
         return (constrain(x_BRD, ("batch", "length", "embed_act")), cache), None
 
-    def norm_if(self, place, name, x_BTD):
-        """The norm `name` of x if the model has one in this place, else x."""
-        return _norm(self, name, x_BTD) if self.config.norm_place in (place, "both") else x_BTD
+    def attend(self, x_BRD, cache, layer, inputs):
+        """Attention with output projection: [B, R, D] to [B, R - first_output, D], and the new cache."""
+        c, content, first = self.config, self.content_rows, self.first_output
+        # Both streams ask, content rows alone answer: no row ever sees the query vector of another.
+        content_BSD = x_BRD[:, :content]
+        query_BTNH = self.heads("q", x_BRD[:, first:], "heads", c.num_heads)
+        key_BSKH = self.heads("k", content_BSD, "kv_heads", c.num_kv_heads)
+        value_BSKH = self.heads("v", content_BSD, "kv_heads", c.num_kv_heads, normed=False)
+        if c.positions == "rotary":
+            cos_BRh, sin_BRh = inputs.cos[layer.rotary_table], inputs.sin[layer.rotary_table]
+            query_BTNH = rotate(query_BTNH, cos_BRh[:, first:], sin_BRh[:, first:])
+            key_BSKH = rotate(key_BSKH, cos_BRh[:, :content], sin_BRh[:, :content])
+        # A sliding window raises `start`. A query row's own token is not among its keys but counts as seen,
+        # as it does for the content row of the same token.
+        window_R = layer.window - (jnp.arange(inputs.limit.shape[1]) >= content)
+        start_BT = jnp.maximum(inputs.start, inputs.limit - window_R)[:, first:]
+        limit_BT = inputs.limit[:, first:]
+        args = AttentionArgs(c.attention_scale or c.head_size**-0.5, c.attention_softcap, self.precision)
+        if cache is not None:
+            # The new rows go after those in use; what padding leaves there is never read.
+            put = functools.partial(append, layer=layer.index, length_B=cache.length)
+            cache = cache.replace(key=put(cache.key, key_BSKH), value=put(cache.value, value_BSKH))
+        if cache is not None and query_BTNH.shape[1] <= FEW_ROWS:
+            out_BTNH = cached_attention(
+                query_BTNH, cache.key, cache.value, layer.index, start_BT, limit_BT, args
+            )
+        else:
+            if cache is not None:  # many rows, as in a prefill: one layer of the cache, [B, S, K, H]
+                key_BSKH, value_BSKH = (
+                    array_LBKSH[layer.index].astype(query_BTNH.dtype).swapaxes(1, 2)
+                    for array_LBKSH in (cache.key, cache.value)
+                )
+            out_BTNH = attention(query_BTNH, key_BSKH, value_BSKH, start_BT, limit_BT, args, self.attention)
+        axes, shape = ("heads", "head_size", "embed"), (c.num_heads, c.head_size, c.d_model)
+        return self.linear("o", out_BTNH, axes, shape, inputs=2, bias=c.out_bias), cache
 
     def mlp(self, x_BTD):
-        c, axes = self.config, ("embed", "mlp")
+        """Gated MLP (Shazeer, arXiv 2002.05202): down(act(gate(x)) * up(x)), or down(act(up(x)))."""
+        c, axes, activation = self.config, ("embed", "mlp"), ACTIVATIONS[self.config.activation]
         shape, bias = (c.d_model, c.mlp_size), c.mlp_bias
-        gate = self.linear("gate", axes, shape, bias=bias) if c.gated_mlp else None
-        up = self.linear("up", axes, shape, bias=bias)
-        down = self.linear("down", axes[::-1], shape[::-1], bias=bias)
-        return gated_mlp(x_BTD, gate, up, down, ACTIVATIONS[c.activation])
+        gate_BTF = self.linear("gate", x_BTD, axes, shape, bias=bias) if c.gated_mlp else None
+        up_BTF = self.linear("up", x_BTD, axes, shape, bias=bias)
+        hidden_BTF = activation(up_BTF) if gate_BTF is None else activation(gate_BTF) * up_BTF
+        return self.linear("down", hidden_BTF, axes[::-1], shape[::-1], bias=bias)
 
-    def head_norm(self, name, x_BTNH, heads):
-        """The norm of queries or keys over each head, over all of them together, or none."""
-        shape = {"none": None, "head": x_BTNH.shape[-1:], "full": x_BTNH.shape[-2:]}[self.config.qk_norm]
-        if shape is None:
-            return x_BTNH
-        return _norm(self, name, x_BTNH, (heads, "head_size")[-len(shape) :], shape)
-
-    def heads_of(self, name, x_BTD, axis, heads, normed=True):
-        """A projection to heads, [B, T, D] to [B, T, heads, H], with the norm that queries and keys have."""
+    def heads(self, name, x_BTD, axis, count, normed=True):
+        """A projection to heads, [B, T, D] to [B, T, count, H], with the norm that queries and keys have."""
         c = self.config
-        axes, shape = ("embed", axis, "head_size"), (c.d_model, heads, c.head_size)
-        x_BTNH = self.linear(name, axes, shape, bias=c.qkv_bias)(x_BTD)
-        return self.head_norm(f"{name}_norm", x_BTNH, axis) if normed else x_BTNH
+        axes, shape = ("embed", axis, "head_size"), (c.d_model, count, c.head_size)
+        x_BTNH = self.linear(name, x_BTD, axes, shape, bias=c.qkv_bias)
+        if not normed or c.qk_norm == "none":
+            return x_BTNH
+        over = {"head": 1, "full": 2}[c.qk_norm]  # each head by itself, or all of them together
+        return _norm(self, f"{name}_norm", x_BTNH, axes[-over:], shape[-over:])
 
-    def attend(self, x_BRD, cache, record, geometry):
-        """Attention with output projection: [B, R, D] to [B, R - first_output, D], and the new cache."""
-        c, first = self.config, self.first_output
-        content = x_BRD[:, : self.content_rows]
-        q = self.heads_of("q", x_BRD[:, first:], "heads", c.num_heads)
-        k = self.heads_of("k", content, "kv_heads", c.num_kv_heads)
-        v = self.heads_of("v", content, "kv_heads", c.num_kv_heads, normed=False)
-
-        if c.positions == "rotary":
-            cos, sin = geometry.cos[record.rotary_table], geometry.sin[record.rotary_table]
-            q = rotate(q, cos[:, first:], sin[:, first:])
-            k = rotate(k, cos[:, : self.content_rows], sin[:, : self.content_rows])
-        start = _windowed(geometry, record.window, self.content_rows)[:, first:]
-        limit, scale = geometry.limit[:, first:], c.attention_scale or c.head_size**-0.5
-        scoring = {"scale": scale, "logit_softcap": c.attention_softcap, "precision": self.precision}
-        if cache is not None:
-            cache = _append(cache, k, v, record.index)
-        if cache is not None and q.shape[1] <= FEW_ROWS:
-            out = cached_attention(q, cache.key, cache.value, record.index, start, limit, **scoring)
+    def linear(self, name, x, axes, shape, inputs=1, bias=False):
+        """Multiplies x [B, T, in] by the weight `name`, whose first `inputs` axes are "in": [B, T, out]."""
+        stored_axes, stored_shape = axes, shape
+        if self.few_rows:
+            stored_axes, stored_shape = (names[inputs:] + names[:inputs] for names in (axes, shape))
+        scale = math.prod(shape[:inputs]) ** -0.5
+        weight = _parameter(self, name, stored_axes, stored_shape, scale).astype(self.dtype)
+        if self.few_rows:  # weight [out, in] times x [B, T, in] is [out, B, T]
+            last = tuple(range(-inputs, 0))
+            out = jnp.tensordot(weight, x, axes=(last, last), precision=self.precision)
+            out = jnp.moveaxis(out, (-2, -1), (0, 1))
         else:
-            if cache is not None:
-                k, v = (_layer_keys(array, record.index, q.dtype) for array in (cache.key, cache.value))
-            out = attention(q, k, v, start, limit, implementation=self.attention, **scoring)
-        o_axes, o_shape = ("heads", "head_size", "embed"), (c.num_heads, c.head_size, c.d_model)
-        return self.linear("o", o_axes, o_shape, inputs=2, bias=c.out_bias)(out), cache
+            out = jnp.tensordot(x, weight, axes=inputs, precision=self.precision)
+        if not bias:
+            return out
+        return out + _parameter(self, f"{name}_bias", axes[inputs:], shape[inputs:], 0.0).astype(self.dtype)
+
+    def norm_if(self, where, name, x_BTD):
+        """The norm `name` of x if the model has one there ("pre" or "post"), else x."""
+        return _norm(self, name, x_BTD) if self.config.norm_place in (where, "both") else x_BTD
 
 
 class TwoStream(nn.Module):
     """The decoder as a Flax module; `run_rows` runs it with given parameters.
 
     Attributes:
-      dtype: of activations and matrix products; parameters are cast to it.
-      precision: of matrix products; `jax.lax.Precision.HIGHEST` for float32 proper on accelerators.
+      dtype: type of activations and matrix products; parameters are cast to it.
+      precision: that of matrix products; `jax.lax.Precision.HIGHEST` for float32 proper on accelerators.
       remat: what is kept for the backward pass, the rest being computed again: "none" (all of it),
         "dots" (matrix products and attention), "block" (each block's input), "offload" (the same, in
         the host's memory).
@@ -296,7 +298,7 @@ class TwoStream(nn.Module):
           content: rows with tokens, [B, T]. Without a cache, `start` and `limit` of all rows index these
             rows, so they must be sorted (`ordering.intervals.sort_order`). With a cache they are appended to
             it, but for those that see nothing (padding), which come last; `start` and `limit` index its
-            slots, of which there must be T behind its length.
+            slots, of which at least T must be free.
           query: rows without tokens, [B, Tq], or None.
           outputs: "query", "content" or "both"; work that feeds none of them is not done.
           cache: keys and values of earlier calls, or None.
@@ -310,43 +312,46 @@ class TwoStream(nn.Module):
             query = None
         c, rows = self.config, content.tokens.shape[1]
         x_BRD = self.embedded(content, query)
-        geometry = _geometry(c, content, query)
+        # Query rows need the content rows' keys in every layer, but not what the last layer makes of them.
         first_output = rows if outputs == "query" else 0
-        x_BRD, new_cache = self._layers(x_BRD, cache, geometry, rows, first_output)
+        x_BRD, cache = self._layers(x_BRD, cache, _attention_inputs(c, content, query), rows, first_output)
         with jax.named_scope("final_norm"):
-            hidden = _norm(self, "final_norm", x_BRD)
+            hidden_BRD = _norm(self, "final_norm", x_BRD)
+        if cache is not None:  # of the rows written, padding came last: it stays outside of the length
+            added_B = jnp.sum(content.limit > content.start, axis=1, dtype=jnp.int32)
+            cache = cache.replace(length=cache.length + added_B)
         return Outputs(
-            query=None if query is None else hidden[:, rows - first_output :],
-            content=None if first_output else hidden[:, :rows],
-            cache=_advanced(new_cache, content),
+            query=None if query is None else hidden_BRD[:, rows - first_output :],
+            content=None if first_output else hidden_BRD[:, :rows],
+            cache=cache,
         )
 
     def embedded(self, content, query):
-        """Embeddings of the content rows, then the vector for each query row, [B, R, D]; learned positions
-        are added to both."""
+        """Content rows' embeddings, then the vector per query row, [B, R, D]; both get learned positions."""
         c = self.config
-        table = _parameter(self, "embed", ("vocab", "embed"), (c.vocab_size, c.d_model), 0.02)
-        vector = _parameter(self, "query_embed", ("norm",), (c.d_model,), c.query_init_scale)
+        table_VD = _parameter(self, "embed", ("vocab", "embed"), (c.vocab_size, c.d_model), 0.02)
+        vector_D = _parameter(self, "query_embed", ("norm",), (c.d_model,), c.query_init_scale)
         if not c.tie_embeddings:  # declared with the rest, read by `logits`
             _parameter(self, "head", ("embed", "vocab"), (c.d_model, c.vocab_size), c.d_model**-0.5)
         with jax.named_scope("embed"):
-            x_BRD = embed(table, content.tokens, self.dtype)
+            x_BRD = embed(table_VD, content.tokens, self.dtype)
             if c.scale_embedding:
                 x_BRD = x_BRD * jnp.asarray(math.sqrt(c.d_model), self.dtype)
-        positions = content.positions
+        # All query rows start from the same vector: position and interval are what tells them apart.
+        positions_BR = content.positions
         if query is not None:
-            vectors = jnp.broadcast_to(vector.astype(self.dtype), (*query.positions.shape, c.d_model))
-            x_BRD = jnp.concatenate([x_BRD, vectors], axis=1)
-            positions = jnp.concatenate([positions, query.positions], axis=1)
+            vectors_BTD = jnp.broadcast_to(vector_D.astype(self.dtype), (*query.positions.shape, c.d_model))
+            x_BRD = jnp.concatenate([x_BRD, vectors_BTD], axis=1)
+            positions_BR = jnp.concatenate([positions_BR, query.positions], axis=1)
         if c.positions == "learned":
             shape = (c.max_length, c.d_model)
             learned = _parameter(self, "position_embed", ("length", "embed"), shape, 0.02)
-            x_BRD = x_BRD + learned[positions].astype(self.dtype)
+            x_BRD = x_BRD + learned[positions_BR].astype(self.dtype)
         return constrain(x_BRD, ("batch", "length", "embed_act"))
 
-    def _layers(self, x_BRD, cache, geometry, content_rows, first_output):
+    def _layers(self, x_BRD, cache, inputs, content_rows, first_output):
         """All blocks but the last in one scan or one by one; the last alone, as less of it may be wanted."""
-        records = layer_configs(self.config)
+        configs = layer_configs(self.config)
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -357,9 +362,11 @@ class TwoStream(nn.Module):
         carry = (x_BRD, cache)
         if self.few_rows:
             for layer in range(self.config.num_layers - 1):
-                record = jax.tree.map(lambda x, layer=layer: x[layer], records)
-                carry, _ = block(**arguments, name=_layer_name(layer))(carry, record, geometry)
+                layer_config = jax.tree.map(lambda x, layer=layer: x[layer], configs)
+                carry, _ = block(**arguments, name=f"layer_{layer}")(carry, layer_config, inputs)
         elif self.config.num_layers > 1:
+            # One traced block stands for all layers, weights stacked [L - 1, ...]: the time to compile does
+            # not grow with depth.
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -368,10 +375,10 @@ class TwoStream(nn.Module):
                 length=self.config.num_layers - 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            first_layers = jax.tree.map(lambda x: x[:-1], records)
-            carry, _ = scanned(**arguments, name="layers")(carry, first_layers, geometry)
+            first_layers = jax.tree.map(lambda x: x[:-1], configs)
+            carry, _ = scanned(**arguments, name="layers")(carry, first_layers, inputs)
         last_layer = block(**arguments, first_output=first_output, name="last_layer")
-        carry, _ = last_layer(carry, jax.tree.map(lambda x: x[-1], records), geometry)
+        carry, _ = last_layer(carry, jax.tree.map(lambda x: x[-1], configs), inputs)
         return carry
 
 
@@ -381,37 +388,32 @@ def default_dtype() -> str:
 
 
 def make_two_stream(config: ModelConfig, dtype: str) -> TwoStream:
-    """Makes the model in a dtype given by name; float32 implies full precision on accelerators too."""
+    """Makes the model for rows [B, T] in a dtype given by name; float32 implies full precision."""
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     return TwoStream(config, dtype=jnp.dtype(dtype), precision=precision)
 
 
 def prepare_cpu_decode_params(params, config: ModelConfig):
-    """The layers' parameters for a model with `few_rows`: each layer's weights by themselves, as [out, in].
+    """Returns the layers' parameters for a model with `few_rows`: each layer by itself, weights [out, in].
 
     On CPU a scan over layers copies each one's weights out of their stack, and a product of few rows with
     a weight [in, out] packs all of it first: together most of the time of a decoding step.
     """
+    inputs = dict.fromkeys(("q", "k", "v", "gate", "up", "down"), 1) | {"o": 2}  # norms and biases have none
+
+    def outputs_first(name, weight):
+        n = inputs.get(name, 0)
+        return jnp.moveaxis(weight, tuple(range(n)), tuple(range(-n, 0)))
+
     layers = {
-        _layer_name(layer): jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
+        f"layer_{layer}": jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
         for layer in range(config.num_layers - 1)
     }
     layers["last_layer"] = params["last_layer"]
-    return {name: _outputs_first(layer) for name, layer in layers.items()}
-
-
-def _outputs_first(layer):
-    """A layer's weights with their input axes (of "o" two) behind those of the output."""
-    inputs = dict.fromkeys(("q", "k", "v", "gate", "up", "down"), 1) | {"o": 2}
     return {
-        name: jnp.moveaxis(weight, tuple(range(n)), tuple(range(-n, 0)))
-        for name, weight in layer.items()
-        for n in [inputs.get(name, 0)]  # norms and biases have none
+        layer: {name: outputs_first(name, weight) for name, weight in weights.items()}
+        for layer, weights in layers.items()
     }
-
-
-def _layer_name(layer: int) -> str:
-    return f"layer_{layer}"
 
 
 def run_rows(
@@ -422,14 +424,22 @@ def run_rows(
     outputs: str = "query",
     cache: Cache | None = None,
 ) -> Outputs:
-    """`TwoStream.__call__` with the parameter tree `params`: a pure function of its arguments."""
+    """Runs `TwoStream.__call__` with the parameter tree `params`: a pure function of its arguments.
+
+    Args:
+      model: the module.
+      params: tree of arrays, see `init_params`.
+      content, query: rows [B, T] and [B, Tq].
+      outputs, cache: as in `TwoStream.__call__`.
+    """
     return cast(Outputs, model.apply({"params": params}, content, query, outputs, cache))
 
 
 def logits(params, config: ModelConfig, hidden, precision=None):
-    """Scores over the vocabulary, float32 [..., V], of hidden states [..., D] after the final norm."""
+    """Returns scores over the vocabulary, float32 [..., V], of final hidden states [..., D]."""
     if config.tie_embeddings:
         return logits_of_table(params["embed"], config, hidden, precision)
+    # Products of the computation's dtype, summed in float32: logits are never rounded.
     head_DV = params["head"].astype(hidden.dtype)
     scores = jnp.einsum(
         "...D,DV->...V", hidden, head_DV, precision=precision, preferred_element_type=jnp.float32
@@ -438,9 +448,9 @@ def logits(params, config: ModelConfig, hidden, precision=None):
 
 
 def logits_of_table(table_VD, config: ModelConfig, hidden, precision=None):
-    """The same, of a head that lies as an embedding table does.
+    """Returns `logits` [..., V] by a head that is laid out as an embedding table, [V, D].
 
-    The table comes first: with few rows CPUs then read it as it lies, and don't pack it.
+    The table comes first in the product: with few rows CPUs then read it in place, without packing it.
     """
     table_VD = table_VD.astype(hidden.dtype)
     scores = jnp.einsum(
@@ -450,28 +460,28 @@ def logits_of_table(table_VD, config: ModelConfig, hidden, precision=None):
 
 
 def init_params(config: ModelConfig, key, dtype=jnp.float32):
-    """A freshly drawn parameter tree (nested dicts of arrays of `dtype`)."""
+    """Draws a parameter tree: nested dicts of arrays of `dtype`, shapes as in `docs/formats.md`."""
     params = nn.unbox(jax.jit(functools.partial(_init, config))(key))
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32):
-    """The tree of `init_params` as `jax.ShapeDtypeStruct`s: nothing is computed."""
+    """Returns the tree of `init_params` as `jax.ShapeDtypeStruct`s: nothing is computed."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(_declared(config)))
 
 
 def logical_axes(config: ModelConfig):
-    """The tree of `init_params` with each array's axis names as a `PartitionSpec`."""
+    """Returns the tree of `init_params` with each array's axis names as a `PartitionSpec`."""
     return nn.get_partition_spec(_declared(config))
 
 
 def param_shardings(mesh, config: ModelConfig):
-    """The tree of `init_params` as `NamedSharding`s on a mesh."""
+    """Returns the tree of `init_params` as `NamedSharding`s on a mesh."""
     return axes_shardings(mesh, logical_axes(config), abstract_params(config))
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
-    """An empty cache for `slots` commits an example: sharded by example and kv head on a mesh."""
+    """Returns an empty cache, [L, B, K, slots, H], sharded by example and kv head on a mesh."""
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_size)
     axes = ("layers", "batch", "kv_heads", "length", "head_size")
     key, value = (constrain(jnp.zeros(shape, dtype), axes) for _ in range(2))
@@ -480,11 +490,12 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -
 
 @functools.lru_cache(maxsize=16)
 def _declared(config):
-    """What the model declares, boxed with its axis names; tracing it takes a third of a second."""
+    """Returns what the model declares, boxed with axis names; tracing it takes a third of a second."""
     return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
 
 def _init(config, key):
+    # The shapes of parameters don't depend on the rows: one of each stream is enough.
     one = jnp.zeros((1, 1), jnp.int32)
     content, query = (Rows(positions=one, start=one, limit=one, tokens=tokens) for tokens in (one, None))
     return TwoStream(config).init(key, content, query)["params"]
@@ -499,7 +510,7 @@ def _parameter(module: nn.Module, name, axes, shape, scale=None) -> jax.Array:
 
 
 def _norm(module, name, x, axes=("norm",), shape=None):
-    """The model's kind of norm, with the scale `name`, and a bias if it is LayerNorm."""
+    """Applies the model's kind of norm, with the scale `name`, and a bias if it is LayerNorm."""
     c = module.config
     shape, offset = shape or (c.d_model,), c.norm == "rms_offset"
     scale = _parameter(module, name, axes, shape, 0.0 if offset else None)
@@ -509,7 +520,8 @@ def _norm(module, name, x, axes=("norm",), shape=None):
 
 
 def _normal(scale, key, shape, dtype=jnp.float32):
-    """N(0, scale^2), drawn block by block: XLA compiles a small random draw three times faster on CPU."""
+    """Draws N(0, scale^2) block by block: XLA compiles a small random draw three times faster on CPU."""
+    # Each block has its own key, so the numbers don't depend on how the array is sharded.
     size = math.prod(shape)
     blocks = jnp.arange(-(-size // _DRAW_BLOCK))
     drawn = jax.lax.map(
@@ -518,41 +530,18 @@ def _normal(scale, key, shape, dtype=jnp.float32):
     return (scale * drawn.reshape(-1)[:size]).reshape(shape).astype(dtype)
 
 
-def _geometry(config, content, query) -> AttentionInputs:
-    sets = [content] if query is None else [content, query]
-    positions, start, limit = (
-        jnp.concatenate([getattr(rows, field) for rows in sets], axis=1)
+def _attention_inputs(config, content, query) -> AttentionInputs:
+    streams = [content] if query is None else [content, query]
+    positions_BR, start_BR, limit_BR = (
+        jnp.concatenate([getattr(rows, field) for rows in streams], axis=1)
         for field in ("positions", "start", "limit")
     )
     if config.positions == "learned":
-        return AttentionInputs(start=start, limit=limit, cos=None, sin=None)
+        return AttentionInputs(start=start_BR, limit=limit_BR, cos=None, sin=None)
+    # Made once, outside of the layers' scan, which picks its table by index.
     tables = []
     for frequencies, factor in frequency_tables(config):
-        cos, sin = rotary_angles(positions, frequencies)
+        cos, sin = rotary_angles(positions_BR, frequencies)
         tables.append((cos, sin) if factor == 1.0 else (factor * cos, factor * sin))
     cos, sin = (jnp.stack(parts) for parts in zip(*tables, strict=True))
-    return AttentionInputs(start=start, limit=limit, cos=cos, sin=sin)
-
-
-def _windowed(geometry, window, content_rows):
-    """`start` under a sliding window; a query row's own token, not among its keys, counts as seen."""
-    seen = window - (jnp.arange(geometry.limit.shape[1]) >= content_rows)
-    return jnp.maximum(geometry.start, geometry.limit - seen)
-
-
-def _append(cache, k_BTKH, v_BTKH, layer):
-    """The cache with the layer's new rows behind those in use; what padding leaves there is never read."""
-    put = functools.partial(append, layer=layer, length=cache.length)
-    return cache.replace(key=put(cache.key, k_BTKH), value=put(cache.value, v_BTKH))
-
-
-def _layer_keys(array, layer, dtype):
-    """One layer of the cache as attention takes it, [B, S, K, H]."""
-    return array[layer].astype(dtype).swapaxes(1, 2)
-
-
-def _advanced(cache, content):
-    if cache is None:
-        return None
-    added = jnp.sum(content.limit > content.start, axis=1, dtype=jnp.int32)
-    return cache.replace(length=cache.length + added)
+    return AttentionInputs(start=start_BR, limit=limit_BR, cos=cos, sin=sin)

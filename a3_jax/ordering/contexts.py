@@ -1,4 +1,4 @@
-"""What an example gives beforehand, and what it leaves out: drawn for each document of a row by itself.
+"""Tokens that an example gives beforehand, and those it leaves out: drawn for each document by itself.
 
 Of the n tokens of a document that are free (present, and not given anyway), a context of c = 3:
 
@@ -18,21 +18,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from a3_jax.ordering.segments import count, fractions, log_uniform, places, shuffle, uniform
+from a3_jax.ordering.segments import count, fractions, log_uniform, ordinals, shuffle, uniform
 
 _LEAST_MASKED = 1e-3
 
 
 class _Tokens(NamedTuple):
-    """Free tokens of all documents, [T] each: what a shape reads.
+    """Free tokens of all documents, [T] each: the input of a shape.
 
     Attributes:
-      place: among the free tokens of its document. count: n, of them all.
-      size: c. block: tokens a block.
-      part: random word of the document. scatter: place in a random order of its free tokens.
+      ordinal: index among the free tokens of its document.
+      count: n, the number of them.
+      size: c, tokens of the context.
+      block: tokens per block.
+      part: random word of the document.
+      scatter: index in a random order of its free tokens.
     """
 
-    place: np.ndarray
+    ordinal: np.ndarray
     count: np.ndarray
     size: np.ndarray
     block: np.ndarray
@@ -41,29 +44,30 @@ class _Tokens(NamedTuple):
 
 
 def _both(of: _Tokens):
+    # 0 to c of the c tokens at the beginning, the others at the end.
     left = uniform(of.size + 1, of.part)
-    return (of.place < left) | (of.place >= of.count - of.size + left)
+    return (of.ordinal < left) | (of.ordinal >= of.count - of.size + left)
 
 
 _SHAPES = {
-    "none": lambda of: np.zeros(of.place.shape, bool),
-    "prefix": lambda of: of.place < of.size,
-    "suffix": lambda of: of.place >= of.count - of.size,
+    "none": lambda of: np.zeros(of.ordinal.shape, bool),
+    "prefix": lambda of: of.ordinal < of.size,
+    "suffix": lambda of: of.ordinal >= of.count - of.size,
     "both": _both,
     "scattered": lambda of: of.scatter < of.size,
-    "blocks": lambda of: (of.place // of.block + uniform(2, of.part)) % 2 == 0,
+    "blocks": lambda of: (of.ordinal // of.block + uniform(2, of.part)) % 2 == 0,
 }
 CONTEXT_SHAPES = tuple(_SHAPES)
 
 
 def draw_context(shapes: Sequence[str], free, segment_ids, bits: np.random.Philox) -> np.ndarray:
-    """Which free tokens are given: of each document one shape, equally likely, and one size.
+    """Draws the free tokens that are given: one shape per document, equally likely, and one size.
 
     Args:
-      shapes: of `CONTEXT_SHAPES`, at least one.
+      shapes: names in `CONTEXT_SHAPES`, at least one.
       free: [T] bool.
       segment_ids: [T] int, packed document, 0 = padding.
-      bits: random words are taken from it.
+      bits: random source.
 
     Returns:
       [T] bool; nothing in documents of one free token.
@@ -72,13 +76,14 @@ def draw_context(shapes: Sequence[str], free, segment_ids, bits: np.random.Philo
     shape_words, size_words, part_words = bits.random_raw(3 * counts.size).reshape(3, -1)
     shape = uniform(len(shapes), shape_words)[segment_ids]
     tokens = _Tokens(
-        place=places(free, segment_ids),
+        ordinal=ordinals(free, segment_ids),
         count=counts[segment_ids],
         size=log_uniform(np.maximum(counts - 1, 0), size_words)[segment_ids],
         block=np.maximum(log_uniform(counts // 2, size_words), 1)[segment_ids],
         part=part_words[segment_ids],
         scatter=shuffle(np.where(free, segment_ids, 0), bits.random_raw(free.size)),
     )
+    # Every shape is made for all tokens and read where a document drew it: no loop over documents.
     context = np.zeros(free.shape, bool)
     for number, name in enumerate(shapes):
         context |= (shape == number) & _SHAPES[name](tokens)
@@ -86,17 +91,18 @@ def draw_context(shapes: Sequence[str], free, segment_ids, bits: np.random.Philo
 
 
 def draw_masked(free, segment_ids, bits: np.random.Philox) -> np.ndarray:
-    """Which free tokens are masked, each with the probability t that its document drew from (0.001, 1).
+    """Masks free tokens, each with the probability t that its document drew from (0.001, 1).
 
     Args:
       free: [T] bool, tokens that may be masked.
       segment_ids: [T] int, packed document, 0 = padding.
-      bits: random words are taken from it.
+      bits: random source.
 
     Returns:
       [T] float32: 1/t where masked, -1 at the other free tokens, 0 elsewhere. The sum over t of a
       document's masked tokens is n in the mean: their losses so weighted bound that of all n.
     """
+    # t is bounded from below, and so are the weights 1/t from above.
     drawn = fractions(bits.random_raw(int(segment_ids.max(initial=0)) + 1))
     share = (_LEAST_MASKED + (1 - _LEAST_MASKED) * drawn)[segment_ids]
     masked = fractions(bits.random_raw(free.size)) < share
@@ -104,23 +110,24 @@ def draw_masked(free, segment_ids, bits: np.random.Philox) -> np.ndarray:
 
 
 def draw_absent(share: float, free, segment_ids, bits: np.random.Philox) -> np.ndarray:
-    """Which free tokens are left out: in a share of the examples one span of each document.
+    """Draws the free tokens that are left out: in a share of the examples one span per document.
 
-    A span of n free tokens holds 1 to n / 2 of them, log-uniform, anywhere; given tokens that stand
-    between them stay.
+    A span of n free tokens holds 1 to n / 2 of them, log-uniform, anywhere; given tokens between them
+    stay.
 
     Args:
       share: probability that the example has any.
       free: [T] bool.
       segment_ids: [T] int, packed document, 0 = padding.
-      bits: random words are taken from it, as many whatever comes of it.
+      bits: random source; always consumes the same number of words.
 
     Returns:
       [T] bool; nothing in documents of one free token.
     """
     counts = count(free, segment_ids)
+    # One word for the example, a length and a beginning per document; decided by the first, all are drawn.
     words = bits.random_raw(1 + 2 * counts.size)
     lengths = log_uniform(counts // 2, words[1 : 1 + counts.size])
     firsts = uniform(counts - lengths + 1, words[1 + counts.size :])
-    behind = places(free, segment_ids) - firsts[segment_ids]
-    return free & (behind >= 0) & (behind < lengths[segment_ids]) & (fractions(words[0]) < share)
+    index = ordinals(free, segment_ids) - firsts[segment_ids]
+    return free & (index >= 0) & (index < lengths[segment_ids]) & (fractions(words[0]) < share)

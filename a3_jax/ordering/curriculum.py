@@ -15,7 +15,7 @@ from a3_jax.ordering.ranks import CONTEXTS, TRAINING_CONTEXTS, TRAINING_ORDERS
 OBJECTIVES = ("any_order", "ar", "masked_diffusion")
 SCHEDULES = ("linear", "cosine", "constant")
 
-PAPER_STEPS = 954  # a stage: four stages of 256 x 2048 tokens a step come to 2.0e9 tokens
+PAPER_STEPS = 954  # per stage: four stages of 256 x 2048 tokens per step are 2.0e9 tokens
 RELEASE_STEPS = 800
 RELEASE_WARMUP_STEPS = 50
 
@@ -25,13 +25,13 @@ class Order:
     """One component of a stage's mixture of orders.
 
     Attributes:
-      order: "l2r" (one token a group), "contiguous", "random" or "spread", see `ranks`.
-      group_sizes: drawn uniformly, one for an example; (1,) for l2r, else (4,) if left empty.
+      order: "l2r" (one token per group), "contiguous", "random" or "spread", see `ranks`.
+      group_sizes: drawn uniformly, one per example; (1,) for l2r, else (4,) if left empty.
       weight: relative share of the examples.
-      context_shapes: of a context that comes first and is not predicted, see `contexts`: drawn uniformly,
-        one for a document; () for no context.
+      context_shapes: shapes of a context that comes first and is not predicted, see `contexts`: drawn
+        uniformly, one per document; () for no context.
       context: how given tokens (context, BOS, prompts) are ranked: "flat" (one group), "l2r" (one token
-        a group, in reading order) or "group" (contiguous groups of the example's size).
+        per group, in reading order) or "group" (contiguous groups of the example's size).
     """
 
     order: str = "l2r"
@@ -118,10 +118,10 @@ class Stage:
 
 
 def paper_stages(steps: int | Sequence[int] = PAPER_STEPS) -> tuple[Stage, ...]:
-    """The paper's progressive adaptation, groups growing from one token to four, then any order.
+    """Returns the paper's progressive adaptation: groups grow from one token to four, then any order.
 
     Args:
-      steps: of each of the four stages, or one number for all (2.0e9 tokens in all at the paper's
+      steps: one number for each of the four stages, or one for all (2.0e9 tokens in all at the paper's
         batch of 256 x 2048, split evenly).
     """
     return _named_stages(
@@ -136,13 +136,13 @@ def paper_stages(steps: int | Sequence[int] = PAPER_STEPS) -> tuple[Stage, ...]:
 
 
 def release_stages(steps: int | Sequence[int] = RELEASE_STEPS) -> tuple[Stage, ...]:
-    """The six strategies of the authors' release, in its order, each trained as a run of its own.
+    """Returns the six strategies of the authors' release, in its order, each trained as a run of its own.
 
     Every stage warms up, decays linearly to zero and starts with a fresh optimiser; one order is
     drawn for a whole batch. The release has one truncated document in a row: use `packing=False`.
 
     Args:
-      steps: of each of the six stages, or one number for all.
+      steps: one number for each of the six stages, or one for all.
     """
     return _named_stages(
         {
@@ -182,7 +182,7 @@ def stages_from_config(stages: Sequence[Mapping]) -> tuple[Stage, ...]:
 
 
 def stages_done(stages: Sequence[Stage], step: int) -> list[int]:
-    """How many steps of each stage lie before a step; stages that a run left out count as done."""
+    """Returns each stage's number of steps before a step; stages that a run left out count as done."""
     done, left = [], step
     for stage in stages:
         done.append(min(left, stage.steps))
@@ -195,7 +195,7 @@ def total_steps(stages: Sequence[Stage]) -> int:
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, Stage, int]:
-    """The stage of a step, counted from 0 over all stages.
+    """Finds the stage of a step, counted from 0 over all stages.
 
     Returns:
       (index of the stage, stage, its first step).
@@ -209,7 +209,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, Stage, int]:
 
 
 def trained_context(stage: Stage) -> str | None:
-    """How a stage ranks the contexts it draws: "flat" or "l2r"; None: draws none, or not always so."""
+    """Returns how a stage ranks all contexts it draws, "flat" or "l2r"; None: draws none, or differs."""
     modes = {order.context for order in stage.orders if order.context_shapes}
     agreed = stage.objective == "any_order" and len(modes) == 1 and modes <= set(CONTEXTS)
     return modes.pop() if agreed else None

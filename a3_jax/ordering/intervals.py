@@ -30,7 +30,7 @@ class Bounds(NamedTuple):
 
 
 def sort_order(content_ranks, segment_ids):
-    """The permutation that sorts rows for `bounds`.
+    """Returns the permutation that sorts rows for `bounds`.
 
     Args:
       content_ranks: [..., T] int, lower = earlier; any values, compared within a segment only.
@@ -42,12 +42,13 @@ def sort_order(content_ranks, segment_ids):
     """
     xp = _numpy_of(content_ranks, segment_ids)
     segment_ids = xp.asarray(segment_ids)
+    # The last key sorts first. The sort is stable, which keeps a group's tokens in the given order.
     order = xp.lexsort((xp.asarray(content_ranks), segment_ids, segment_ids == 0), axis=-1)
     return order.astype(xp.int32)
 
 
 def take_rows(order, *arrays):
-    """Each array's rows ([..., T] or [..., T, D]) in the given order ([..., T]).
+    """Takes each array's rows ([..., T] or [..., T, D]) in the given order ([..., T]).
 
     One array in, one array out; several in, a tuple out.
     """
@@ -61,13 +62,13 @@ def take_rows(order, *arrays):
 
 
 def unsort(order, array):
-    """The inverse of `take_rows`: rows ([..., T] or [..., T, D]) back to where they came from."""
+    """Inverts `take_rows`: puts rows ([..., T] or [..., T, D]) back to where they came from."""
     xp = _numpy_of(order, array)
     return take_rows(xp.argsort(order, axis=-1), array)
 
 
 def bounds(content_ranks, query_ranks, segment_ids) -> Bounds:
-    """What each row may see, of rows sorted by `sort_order(content_ranks, segment_ids)`.
+    """Returns what each row may see, of rows sorted by `sort_order(content_ranks, segment_ids)`.
 
     A content row of rank r sees the content keys of its document with rank <= r; a query row of
     rank r those with rank < r (A3, arXiv 2601.13228, section 3). The two streams may follow
@@ -83,6 +84,7 @@ def bounds(content_ranks, query_ranks, segment_ids) -> Bounds:
     """
     xp = _numpy_of(content_ranks, query_ranks, segment_ids)
     content_ranks, query_ranks, segment_ids = xp.broadcast_arrays(content_ranks, query_ranks, segment_ids)
+    # Padding comes last, so its segment has to be the largest for the search; what it finds is not used.
     is_padding = segment_ids == 0
     segments = xp.where(is_padding, xp.iinfo(segment_ids.dtype).max, segment_ids)
     # Each of the three counts the keys of its document whose rank is below (or at) a threshold.
@@ -94,7 +96,7 @@ def bounds(content_ranks, query_ranks, segment_ids) -> Bounds:
 
 
 def _count_before(xp, segments, ranks, thresholds, at_threshold):
-    """How many of the sorted keys (segment, rank) come before (own segment, threshold), by bisection.
+    """Counts the sorted keys (segment, rank) that come before (own segment, threshold), by bisection.
 
     Args:
       segments, ranks: [..., T].  thresholds: [3, ..., T].  at_threshold: [3, ..., 1] bool, whether a
@@ -107,6 +109,8 @@ def _count_before(xp, segments, ranks, thresholds, at_threshold):
     low = xp.zeros(thresholds.shape, xp.int32)
     high = xp.full(thresholds.shape, length, xp.int32)
     all_segments, all_ranks = (xp.broadcast_to(array, thresholds.shape) for array in (segments, ranks))
+    # All rows and thresholds search at once. The range of one that is done is empty (low == high) and stays
+    # so; `searchsorted` would need keys in one number, and has no axis.
     for _ in range(length.bit_length()):
         middle = (low + high) // 2
         key = xp.minimum(middle, length - 1)
@@ -119,5 +123,5 @@ def _count_before(xp, segments, ranks, thresholds, at_threshold):
 
 
 def _numpy_of(*arrays):
-    """`jax.numpy` if any array is JAX's (traced or not), else NumPy."""
+    """Returns `jax.numpy` if any array is JAX's (traced or not), else NumPy."""
     return jnp if any(isinstance(array, jax.Array) for array in arrays) else np

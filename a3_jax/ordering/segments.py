@@ -1,8 +1,8 @@
 """Arithmetic over the documents of one packed row, all of them at once; NumPy, no loop over tokens.
 
-Documents stand one after the other, each in reading order; `segment_ids` says whose a slot is, 0 =
-padding. Values of a document are arrays [D + 1], to be indexed by segment: entry 0, padding's, means
-nothing. What is random comes from 64-bit words, so that the caller decides which words decide what.
+Documents follow each other, each in reading order; `segment_ids` says whose a slot is, 0 = padding.
+Values per document are arrays [D + 1], to be indexed by segment: entry 0, padding's, means nothing.
+Randomness comes in as 64-bit words, so that the caller decides which words decide what.
 """
 
 import numpy as np
@@ -11,17 +11,17 @@ _FRACTION = 2.0**-53  # of the top 53 bits of a word: a number in [0, 1)
 
 
 def fractions(words):
-    """[...] float64, uniform in [0, 1), from random words of the same shape (uint64)."""
+    """Returns [...] float64, uniform in [0, 1), from random words of the same shape (uint64)."""
     return (words >> np.uint64(11)) * _FRACTION
 
 
 def uniform(counts, words) -> np.ndarray:
-    """[...] int64: whole numbers in 0..count-1, each equally likely; counts are at least 1."""
+    """Draws [...] int64: whole numbers in 0..count-1, each equally likely; counts are at least 1."""
     return (fractions(words) * counts).astype(np.int64)
 
 
 def log_uniform(most, words) -> np.ndarray:
-    """[...] int64: whole numbers in 1..most; 0 where `most` is 0.
+    """Draws [...] int64: whole numbers in 1..most; 0 where `most` is 0.
 
     k has probability log(1 + 1/k) / log(1 + most): 1, 2 to 3, 4 to 7, ... are equally likely.
     """
@@ -30,16 +30,16 @@ def log_uniform(most, words) -> np.ndarray:
 
 
 def count(mask, segment_ids) -> np.ndarray:
-    """[D + 1] int64: slots of a mask ([T] bool) in each document."""
+    """Counts the slots of a mask ([T] bool) in each document: [D + 1] int64."""
     return np.bincount(segment_ids[mask], minlength=int(segment_ids.max(initial=0)) + 1)
 
 
-def places(mask, segment_ids) -> np.ndarray:
-    """[T] int64: how many slots of a mask stand before each slot in its own document.
+def ordinals(mask, segment_ids) -> np.ndarray:
+    """Counts the slots of a mask before each slot in its own document: [T] int64.
 
     segment_ids   1  1  1  1  2  2
     mask          1  0  1  1  0  1
-    places        0  1  1  2  0  0
+    ordinals      0  1  1  2  0  0
     """
     first = np.zeros(int(segment_ids.max(initial=0)) + 1, np.intp)
     first[segment_ids[::-1]] = np.arange(segment_ids.size)[::-1]
@@ -48,13 +48,13 @@ def places(mask, segment_ids) -> np.ndarray:
 
 
 def shuffle(segment_ids, words) -> np.ndarray:
-    """[T] int32: each slot's place in a random permutation of its own segment.
+    """Returns each slot's index in a random permutation of its own segment: [T] int32.
 
     One sort of 64-bit words (segment, random bits, slot): no two are equal, so every sorting
     algorithm gives the same answer, and the slot is read back from the sorted word.
 
     Args:
-      segment_ids: [T] int, 0 and up; slots of a segment may stand anywhere.
+      segment_ids: [T] int, 0 and up; slots of a segment may be anywhere.
       words: [T] uint64.
     """
     length = segment_ids.size
@@ -69,8 +69,9 @@ def shuffle(segment_ids, words) -> np.ndarray:
     words |= np.arange(length, dtype=np.uint64)
     words.sort()
     slots = (words & np.uint64((1 << slot_bits) - 1)).astype(np.intp)
+    # Sorted, segment s begins after all smaller ones: taken off, an index counts within its own segment.
     sizes = np.bincount(segment_ids)
-    first_place = np.cumsum(sizes) - sizes
-    order_places = np.empty(length, np.int32)
-    order_places[slots] = np.arange(length, dtype=np.int32)
-    return order_places - first_place.astype(np.int32)[segment_ids]
+    first = np.cumsum(sizes) - sizes
+    index = np.empty(length, np.int32)
+    index[slots] = np.arange(length, dtype=np.int32)
+    return index - first.astype(np.int32)[segment_ids]

@@ -44,8 +44,8 @@ def make_sampler(
     documents = [document for document in documents if len(document) > 1][:SAMPLES]
 
     def sample(step: int, params: Any) -> None:
-        from a3_jax.decoding.batched_decode import BlankRequest, DecodeRequest, decoding_params, fill
-        from a3_jax.decoding.options import GenerateOptions
+        from a3_jax.decoding.batched_decode import DecodeRequest, decoding_params, fill
+        from a3_jax.decoding.options import BlankRequest, GenerateOptions
 
         options = GenerateOptions(strategy="dynamic", context="flat", seed=seed)
         requests = [

@@ -8,7 +8,7 @@ Gradients of sums are added and divided once, by the weight of the whole batch: 
 different numbers of predicted tokens give the same step as one large batch.
 
 A stage may add a next-token loss of the content rows (`content_loss_weight`): then a step minimises
-(query sum + weight * content sum) / predicted tokens, and tells both losses apart.
+(query sum + weight * content sum) / predicted tokens, and reports both losses apart.
 """
 
 import dataclasses
@@ -54,37 +54,38 @@ def ar_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Arra
     """
     content, _ = _rows(batch)
     outputs = run_rows(model, params, content, outputs="content")
-    segments = batch["segment_ids"]
-    has_next = (segments != 0) & (_next_row(segments) == segments)
-    has_next = has_next.at[:, -1].set(False)  # what follows there is the row's own beginning
-    weights = _next_row(batch["weights"]) * has_next
-    return _loss(model, params, outputs.content, _next_row(batch["tokens"]), weights)
+    segments_BT = batch["segment_ids"]
+    has_next_BT = (segments_BT != 0) & (_next_row(segments_BT) == segments_BT)
+    has_next_BT = has_next_BT.at[:, -1].set(False)  # what follows there is the row's own beginning
+    weights_BT = _next_row(batch["weights"]) * has_next_BT
+    return _loss(model, params, outputs.content, _next_row(batch["tokens"]), weights_BT)
 
 
 def masked_loss(model: TwoStream, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Returns the cross-entropy of masked tokens given the rest, each over its document's t.
 
-    Content rows alone, which all see their whole document, as LLaDA (arXiv 2502.09992, equation 3) has
-    it; with `ModelConfig.logit_shift` the row before a token predicts it, but for the first.
+    Content rows alone, which all see their whole document, as in LLaDA (arXiv 2502.09992, equation 3);
+    with `ModelConfig.logit_shift` the row before a token predicts it, except for the first.
 
     Returns:
       (sum in nats, number of tokens that may be masked), float32 scalars: the mean is a bound.
     """
-    config, weights = model.config, batch["weights"]
-    masked = {**batch, "tokens": jnp.where(weights > 0, config.mask_token or 0, batch["tokens"])}
-    hidden = run_rows(model, params, _rows(masked)[0], outputs="content").content
+    # A weight is 1/t at masked tokens, -1 at those that might have been, and 0 elsewhere.
+    config, weights_BT = model.config, batch["weights"]
+    masked = {**batch, "tokens": jnp.where(weights_BT > 0, config.mask_token or 0, batch["tokens"])}
+    hidden_BTD = run_rows(model, params, _rows(masked)[0], outputs="content").content
     if config.logit_shift:
-        is_first = (batch["positions"] == 0)[..., None]
-        hidden = jnp.where(is_first, hidden, jnp.roll(hidden, 1, axis=1))
-    total, _ = _loss(model, params, hidden, batch["tokens"], jnp.maximum(weights, 0))
-    return total, jnp.sum(weights != 0, dtype=jnp.float32)
+        is_first_BT1 = (batch["positions"] == 0)[..., None]
+        hidden_BTD = jnp.where(is_first_BT1, hidden_BTD, jnp.roll(hidden_BTD, 1, axis=1))
+    total, _ = _loss(model, params, hidden_BTD, batch["tokens"], jnp.maximum(weights_BT, 0))
+    return total, jnp.sum(weights_BT != 0, dtype=jnp.float32)
 
 
 def mixed_loss(model: TwoStream, params, batch: Batch, content_loss_weight: float) -> tuple[jax.Array, Pairs]:
     """Returns the any-order loss, and the next-token loss of the content rows that may have one, in one pass.
 
     Returns:
-      (sum of both, the content rows' times `content_loss_weight`; each loss by itself).
+      (sum of both, the content rows' times `content_loss_weight`; each loss by itself): float32 scalars.
     """
     content, query = _rows(batch)
     outputs = run_rows(model, params, content, query, outputs="both")
@@ -98,17 +99,18 @@ def next_token_weights(batch: Batch) -> jax.Array:
 
     Those of examples in which every rank is the position: in a larger group, or in another order, a
     content row sees what it would have to predict. Of these, rows that are followed by the next
-    position of their own document, if the token there is predicted (what follows on the last row is the
-    first, of position 0).
+    position of their own document, if the token there is predicted.
 
         position   0  1  2  3  |  0  1  .        0  1  2  3  |  0  1  .
         rank       0  1  2  3  |  0  1  .        0  0  1  1  |  0  0  .
         weight     1  1  1  0  |  1  0  0        0  0  0  0  |  0  0  0
     """
-    positions, segments = batch["positions"], batch["segment_ids"]
-    in_reading_order = jnp.all((segments == 0) | (batch["ranks"] == positions), axis=1, keepdims=True)
-    is_next = (_next_row(segments) == segments) & (_next_row(positions) == positions + 1)
-    return _next_row(batch["weights"]) * (in_reading_order & is_next & (segments != 0))
+    positions_BT, segments_BT = batch["positions"], batch["segment_ids"]
+    at_position_BT = (segments_BT == 0) | (batch["ranks"] == positions_BT)
+    in_reading_order_B1 = jnp.all(at_position_BT, axis=1, keepdims=True)
+    # After the last row comes the first, of position 0, which follows nothing.
+    is_next_BT = (_next_row(segments_BT) == segments_BT) & (_next_row(positions_BT) == positions_BT + 1)
+    return _next_row(batch["weights"]) * (in_reading_order_B1 & is_next_BT & (segments_BT != 0))
 
 
 LOSSES: dict[str, Callable] = {
@@ -117,12 +119,12 @@ LOSSES: dict[str, Callable] = {
 
 
 def step_kind(stage: Stage) -> tuple[str, float]:
-    """Returns what makes a stage's step another program: (objective, content loss weight)."""
+    """Returns the settings of a stage that its program depends on: (objective, content loss weight)."""
     return stage.objective, stage.content_loss_weight
 
 
 def step_loss(objective: str, content_loss_weight: float = 0.0) -> Callable[..., tuple[jax.Array, Pairs]]:
-    """Returns what a step minimises: (model, params, batch) -> (sum in nats, the losses it consists of)."""
+    """Makes the function to minimise: (model, params, batch) -> (sum in nats, its losses), scalars."""
     if content_loss_weight:
         return functools.partial(mixed_loss, content_loss_weight=content_loss_weight)
 
@@ -141,13 +143,15 @@ def gradients(loss: Callable, params, batch: Batch, microbatches: int):
         gradient of the sum is divided by.
       params: parameter tree.
       batch: arrays [B, T]; B is a multiple of `microbatches`.
-      microbatches: how many pieces; activations of one piece are alive at a time.
+      microbatches: M, the number of pieces; activations of one piece are alive at a time.
 
     Returns:
       (pairs of the whole batch, gradient of the sum per predicted token).
     """
 
-    def split(array):  # row b goes to piece b % M: the rows of a device stay on it
+    def split(array):
+        # [B, T] -> [B / M, M, T] -> [M, B / M, T]: row b goes to piece b % M. A device has neighbouring
+        # rows, so that every piece has some of each device's, and none travels.
         return array.reshape(-1, microbatches, *array.shape[1:]).swapaxes(0, 1)
 
     def sums(piece):
@@ -157,6 +161,7 @@ def gradients(loss: Callable, params, batch: Batch, microbatches: int):
     if microbatches == 1:
         pairs, gradient = sums(batch)
     else:
+        # Sums start from zeros of the losses' structure, float32 whatever the gradients are in.
         pieces = jax.tree.map(split, batch)
         of_piece = jax.eval_shape(lambda: loss(params, jax.tree.map(lambda rows: rows[0], pieces))[1])
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (of_piece, params))
@@ -173,29 +178,32 @@ def train_step(model, optimizer, loss, microbatches, state: TrainState, batch: B
     So they do in a batch with nothing to predict, which counts as a step all the same.
 
     Args:
-      model, optimizer, microbatches: static; see `make_train_step`. loss: of `step_loss`.
-      state: is given up, its buffers are used again.
+      model, optimizer, microbatches: static; see `make_train_step`.
+      loss: a function made by `step_loss`.
+      state: donated: its buffers are used again.
       batch: arrays [B, T].
-      learning_rate: float32 scalar, traced: another rate is no other program.
+      learning_rate: float32 scalar, traced: a new rate compiles nothing.
 
     Returns:
       (new state, metrics), metrics being float32 scalars: `loss` in nats per predicted token (and
       `content_loss`, if there is one, in nats per content row that counts; 0 where none does),
       `grad_norm` before clipping, `tokens`: rows that are not padding, `predicted`: the weight of those
-      whose loss it is (at 0 there is no loss, and `loss` says nothing), `skipped`: how many steps in a
-      row, up to this one, had no finite loss and gradient.
+      whose loss it is (at 0 there is no loss, and `loss` means nothing), `skipped`: consecutive steps, up
+      to this one, without a finite loss and gradient.
     """
     pairs, gradient = gradients(
         lambda params, piece: loss(model, params, piece), state.params, batch, microbatches
     )
     losses = {name: total / _divisor(weight) for name, (total, weight) in pairs.items()}
     grad_norm = optax.tree.norm(gradient)
+    # The norm is finite only if every gradient is: one number to test, and one to log.
     finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
     predicted = pairs["loss"][1]
     learns = finite & (predicted != 0)  # momentum and weight decay alone would move the parameters too
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        # Chosen by `where`, not by a branch: the update is made in any case, and no device value is read.
         params, opt_state = jax.tree.map(
             functools.partial(jnp.where, learns), (params, opt_state), (state.params, state.opt_state)
         )
@@ -269,9 +277,9 @@ def _rows(batch):
     return content, Rows(positions=positions, start=start, limit=query_limit)
 
 
-def _loss(model, params, hidden, targets, weights):
+def _loss(model, params, hidden_BTD, targets_BT, weights_BT):
     c = model.config
     return cross_entropy(
-        hidden, params["embed" if c.tie_embeddings else "head"], targets, weights,
+        hidden_BTD, params["embed" if c.tie_embeddings else "head"], targets_BT, weights_BT,
         vocab_first=c.tie_embeddings, softcap=c.final_softcap, precision=model.precision,
     )  # fmt: skip

@@ -21,7 +21,7 @@ class Numerics:
     Attributes:
       in_a_row: consecutive skipped steps up to the last one; 0 after a step that counted.
       skipped: steps skipped since the run began.
-      rows_ahead: batches skipped for good by a roll-back: step s reads the rows of step s + this.
+      rows_ahead: batches skipped for good by rollbacks: step s reads the rows of step s + this.
     """
 
     in_a_row: Any
@@ -41,7 +41,7 @@ class TrainState:
       step: int32 scalar, replicated: optimiser steps done.
       params: float32 parameter tree.
       opt_state: optax state; moments are laid out as the parameters they belong to.
-      numerics: which steps were skipped.
+      numerics: counts of the steps that were skipped.
     """
 
     step: Any
@@ -51,7 +51,7 @@ class TrainState:
 
 
 def create(params, optimizer: optax.GradientTransformation, step: int = 0) -> TrainState:
-    """Makes a fresh state around given parameters."""
+    """Makes a fresh state, step an int32 scalar, around given parameters."""
     return TrainState(jnp.asarray(step, jnp.int32), params, optimizer.init(params), Numerics.create())
 
 
@@ -67,14 +67,19 @@ def init_state(
     """Makes a state where it will live: no device ever holds more than its share.
 
     Args:
+      config: the model's.
+      optimizer: made by `make_optimizer`.
+      mesh: the devices.
+      seed: the run's.
+      step: number of steps that count as done (int32 scalar), for a run that begins at a later stage.
       params: parameters to begin with; None draws them from `seed`.
-      step: number of steps that count as done, for a run that begins at a later stage.
     """
     shardings = state_shardings(config, optimizer, mesh)
     if params is None:
         make = jax.jit(lambda key: create(init_params(config, key), optimizer, step), out_shardings=shardings)
         return make(jax.random.key(seed))
     params = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), shardings.params)
+    # The parameters stay as they are: only what belongs to them is made by a program.
     rest = jax.jit(
         lambda params: dataclasses.replace(create(params, optimizer, step), params=None),
         out_shardings=dataclasses.replace(shardings, params=None),
@@ -98,6 +103,7 @@ def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation
     def moment_sharding(moment, param, sharding):
         if moment.shape == param.shape:
             return sharding
+        # A mean over one axis has the parameter's shape without it, and keeps the other axes' layout.
         for axis in range(param.ndim):
             if moment.shape == param.shape[:axis] + param.shape[axis + 1 :]:
                 left = (*sharding.spec[:axis], *sharding.spec[axis + 1 :])
