@@ -14,7 +14,6 @@ import pytest
 
 from a3_jax.checkpoints import manifest
 from a3_jax.checkpoints.a3_format import (
-    StepWriter,
     list_steps,
     load_checkpoint_tokenizer,
     load_meta,
@@ -23,6 +22,7 @@ from a3_jax.checkpoints.a3_format import (
 )
 from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, DamagedCheckpoint
+from a3_jax.checkpoints.step_writer import StepWriter
 from a3_jax.checkpoints.verify import verify
 from a3_jax.errors import InputError
 from a3_jax.tokenizer import bytes_tokenizer

@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_meanwhile(llama, tmp_path, capsys, monkeypatch, to
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("a3_jax.checkpoints.safetensors_writer._write_tensor", full)
-    monkeypatch.setattr("a3_jax.checkpoints.streaming.in_order", lambda array: array[..., :0])  # misfits
+    monkeypatch.setattr("a3_jax.checkpoints.stored_arrays.in_order", lambda array: array[..., :0])  # misfits
     assert "can't be written" in refused(capsys, llama, tmp_path / "out", f"--to={to}")
     assert not os.listdir(tmp_path)
 

@@ -24,7 +24,7 @@ import numpy as np
 from a3_jax.checkpoints.families import QUERY_TENSOR, tensor_table, tied_head
 from a3_jax.checkpoints.fingerprint import tree_names
 from a3_jax.checkpoints.hf_format import HFModel, open_hf
-from a3_jax.checkpoints.verified_restore import one_line
+from a3_jax.checkpoints.stored_arrays import one_line
 from a3_jax.errors import EXIT_FAILED, InputError, RunError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import parameter_count

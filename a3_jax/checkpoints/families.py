@@ -33,7 +33,7 @@ _WRAPPERS = r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LeafRule:
     """One line of a family's table.
 
     Attributes:
@@ -62,24 +62,26 @@ class Family:
       renamed: beginnings of names in the files of DiffuLLaMA and DiffuGPT, and what stands for them here.
     """
 
-    tensors: tuple[Row, ...]
-    layer_tensors: tuple[Row, ...]
+    tensors: tuple[LeafRule, ...]
+    layer_tensors: tuple[LeafRule, ...]
     prefix: str = "model."
     layer_prefix: str = "model.layers.{layer}."
-    head: Row = Row("lm_head.weight", "head", "V,D -> D,V")
+    head: LeafRule = LeafRule("lm_head.weight", "head", "V,D -> D,V")
     buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq", "rotary_emb.inv_freq")
     renamed: tuple[tuple[str, str], ...] = (("denoise_model.", "model."),)
 
 
-def _pair(name, leaf, axes, bias_axes, part=0) -> tuple[Row, Row]:
+def _pair(name, leaf, axes, bias_axes, part=0) -> tuple[LeafRule, LeafRule]:
     """A weight and its bias."""
-    return Row(f"{name}.weight", leaf, axes, part), Row(f"{name}.bias", f"{leaf}_bias", bias_axes, part)
+    return LeafRule(f"{name}.weight", leaf, axes, part), LeafRule(
+        f"{name}.bias", f"{leaf}_bias", bias_axes, part
+    )
 
 
-_QUERY = Row(QUERY_TENSOR, "query_embed", "1,1,D -> D")
+_QUERY = LeafRule(QUERY_TENSOR, "query_embed", "1,1,D -> D")
 _TENSORS = (
-    Row("model.embed_tokens.weight", "embed", "V,D -> V,D"),
-    Row("model.norm.weight", "final_norm", "D -> D"),
+    LeafRule("model.embed_tokens.weight", "embed", "V,D -> V,D"),
+    LeafRule("model.norm.weight", "final_norm", "D -> D"),
     _QUERY,
 )
 _PROJECTIONS = (
@@ -92,14 +94,14 @@ _PROJECTIONS = (
     *_pair("mlp.down_proj", "down", "D,F -> F,D", "D -> D"),
 )
 _HEAD_NORMS = (
-    Row("self_attn.q_norm.weight", "q_norm", "H -> H"),
-    Row("self_attn.k_norm.weight", "k_norm", "H -> H"),
+    LeafRule("self_attn.q_norm.weight", "q_norm", "H -> H"),
+    LeafRule("self_attn.k_norm.weight", "k_norm", "H -> H"),
 )
 _LLAMA = Family(
     tensors=_TENSORS,
     layer_tensors=(
-        Row("input_layernorm.weight", "attn_norm", "D -> D"),
-        Row("post_attention_layernorm.weight", "mlp_norm", "D -> D"),
+        LeafRule("input_layernorm.weight", "attn_norm", "D -> D"),
+        LeafRule("post_attention_layernorm.weight", "mlp_norm", "D -> D"),
         *_PROJECTIONS,
         *_HEAD_NORMS,
     ),
@@ -107,10 +109,10 @@ _LLAMA = Family(
 _GEMMA = Family(
     tensors=_TENSORS,
     layer_tensors=(
-        Row("input_layernorm.weight", "attn_norm", "D -> D"),
-        Row("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
-        Row("pre_feedforward_layernorm.weight", "mlp_norm", "D -> D"),
-        Row("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
+        LeafRule("input_layernorm.weight", "attn_norm", "D -> D"),
+        LeafRule("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
+        LeafRule("pre_feedforward_layernorm.weight", "mlp_norm", "D -> D"),
+        LeafRule("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
         *_PROJECTIONS,
         *_HEAD_NORMS,
     ),
@@ -118,10 +120,10 @@ _GEMMA = Family(
 _OLMO2 = Family(
     tensors=_TENSORS,
     layer_tensors=(
-        Row("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
-        Row("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
-        Row("self_attn.q_norm.weight", "q_norm", "NH -> N,H"),
-        Row("self_attn.k_norm.weight", "k_norm", "KH -> K,H"),
+        LeafRule("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
+        LeafRule("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
+        LeafRule("self_attn.q_norm.weight", "q_norm", "NH -> N,H"),
+        LeafRule("self_attn.k_norm.weight", "k_norm", "KH -> K,H"),
         *_PROJECTIONS,
     ),
 )
@@ -129,8 +131,8 @@ _GPT2 = Family(  # its matrices are stored [in, out]
     prefix="transformer.",
     layer_prefix="transformer.h.{layer}.",
     tensors=(
-        Row("transformer.wte.weight", "embed", "V,D -> V,D"),
-        Row("transformer.wpe.weight", "position_embed", "P,D -> P,D"),
+        LeafRule("transformer.wte.weight", "embed", "V,D -> V,D"),
+        LeafRule("transformer.wpe.weight", "position_embed", "P,D -> P,D"),
         *_pair("transformer.ln_f", "final_norm", "D -> D", "D -> D"),
         _QUERY,
     ),
@@ -151,18 +153,18 @@ _LLADA = Family(
     prefix="model.transformer.",
     layer_prefix="model.transformer.blocks.{layer}.",
     tensors=(
-        Row("model.transformer.wte.weight", "embed", "V,D -> V,D"),
-        Row("model.transformer.ln_f.weight", "final_norm", "D -> D"),
+        LeafRule("model.transformer.wte.weight", "embed", "V,D -> V,D"),
+        LeafRule("model.transformer.ln_f.weight", "final_norm", "D -> D"),
         _QUERY,
     ),
     layer_tensors=(
-        Row("attn_norm.weight", "attn_norm", "D -> D"), Row("ff_norm.weight", "mlp_norm", "D -> D"),
-        Row("q_proj.weight", "q", "NH,D -> D,N,H"), Row("k_proj.weight", "k", "KH,D -> D,K,H"),
-        Row("v_proj.weight", "v", "KH,D -> D,K,H"), Row("attn_out.weight", "o", "D,NH -> N,H,D"),
-        Row("ff_proj.weight", "gate", "F,D -> D,F"), Row("up_proj.weight", "up", "F,D -> D,F"),
-        Row("ff_out.weight", "down", "D,F -> F,D"),
+        LeafRule("attn_norm.weight", "attn_norm", "D -> D"), LeafRule("ff_norm.weight", "mlp_norm", "D -> D"),
+        LeafRule("q_proj.weight", "q", "NH,D -> D,N,H"), LeafRule("k_proj.weight", "k", "KH,D -> D,K,H"),
+        LeafRule("v_proj.weight", "v", "KH,D -> D,K,H"), LeafRule("attn_out.weight", "o", "D,NH -> N,H,D"),
+        LeafRule("ff_proj.weight", "gate", "F,D -> D,F"), LeafRule("up_proj.weight", "up", "F,D -> D,F"),
+        LeafRule("ff_out.weight", "down", "D,F -> F,D"),
     ),
-    head=Row("model.transformer.ff_out.weight", "head", "V,D -> D,V"),
+    head=LeafRule("model.transformer.ff_out.weight", "head", "V,D -> D,V"),
 )  # fmt: skip
 FAMILIES = {
     "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "smollm3": _LLAMA,
@@ -172,7 +174,7 @@ FAMILIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class LeafPart:
     """Where one stored tensor, or a part of one, lives in the parameter tree.
 
     Attributes:
@@ -207,14 +209,14 @@ class Tensor:
 
 
 @functools.cache
-def tensor_table(config: ModelConfig) -> dict[str, tuple[Tensor, ...]]:
+def tensor_table(config: ModelConfig) -> dict[str, tuple[LeafPart, ...]]:
     """Every tensor of a model by its name in the file, the embedding first, each with its parts."""
     family, tree = FAMILIES[config.family], abstract_params(config)
     rows = [(row, "", None) for row in (*family.tensors, family.head) if row.leaf in tree]
     for layer in range(config.num_layers):
         prefix = family.layer_prefix.format(layer=layer)
         rows += [(row, prefix, layer) for row in family.layer_tensors if row.leaf in tree["last_layer"]]
-    table: dict[str, tuple[Tensor, ...]] = {}
+    table: dict[str, tuple[LeafPart, ...]] = {}
     for row, prefix, layer in rows:
         tensor = _tensor(row, config, prefix, layer)
         table[tensor.name] = (*table.get(tensor.name, ()), tensor)
@@ -323,7 +325,7 @@ def _check_wrappers(names, config: ModelConfig, file) -> None:
             raise InputError(why, file=file, field=unknown[0])
 
 
-def _tensor(row: Row, config: ModelConfig, prefix: str = "", layer: int | None = None) -> Tensor:
+def _tensor(row: LeafRule, config: ModelConfig, prefix: str = "", layer: int | None = None) -> LeafPart:
     sizes = {
         "1": 1, "3": 3, "V": config.vocab_size, "D": config.d_model, "F": config.mlp_size,
         "H": config.head_size, "N": config.num_heads, "K": config.num_kv_heads, "P": config.max_length,
@@ -336,7 +338,7 @@ def _tensor(row: Row, config: ModelConfig, prefix: str = "", layer: int | None =
     if layer is not None:  # the last layer stands alone in the tree, those before it are stacked
         stacked = layer < config.num_layers - 1
         leaf, index = ("layers" if stacked else "last_layer", row.leaf), layer if stacked else None
-    return Tensor(
+    return LeafPart(
         name=prefix + row.name,
         shape=tuple(math.prod(sizes[axis] for axis in merged) for merged in stored),
         leaf=leaf,

@@ -3,7 +3,6 @@
 Written leaf by leaf, in pieces: a stacked leaf becomes a tensor a layer, one after the other.
 """
 
-import base64
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +13,11 @@ import numpy as np
 
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta
-from a3_jax.checkpoints.chunks import cut, index_of, pieces_of
+from a3_jax.checkpoints.chunks import cast, chunks_of, cut, index_of
 from a3_jax.checkpoints.export_ids import generation_config, with_special_ids
-from a3_jax.checkpoints.families import QUERY_TENSOR, Tensor
+from a3_jax.checkpoints.families import QUERY_TENSOR, LeafPart
 from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf
-from a3_jax.checkpoints.hf_format import CARD_FILE, FLOATS, SOURCE_CARD_FILE, cast, is_kept
+from a3_jax.checkpoints.hf_format import CARD_FILE, SOURCE_CARD_FILE, kept_bytes
 from a3_jax.checkpoints.model_card import Facts, model_card
 from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_tensors
 from a3_jax.errors import InputError
@@ -30,7 +29,7 @@ Read = Callable[[tuple[str, ...], tuple], np.ndarray]  # (path of a leaf, NumPy 
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class ExportPlan:
     """What a Hugging Face directory will hold.
 
     Attributes:
@@ -41,7 +40,7 @@ class Target:
 
     config: dict[str, Any]
     tensors: Mapping[str, TensorSpec]
-    parts: Mapping[str, tuple[Tensor, ...]]
+    parts: Mapping[str, tuple[LeafPart, ...]]
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +48,7 @@ class Target:
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
-def hf_target(meta: Meta, dtype=None, query_vector: bool = True) -> Target:
+def hf_target(meta: Meta, dtype=None, query_vector: bool = True) -> ExportPlan:
     """The directory that the model came from: its names, dtypes, architecture; else Llama's in float32.
 
     Args:
@@ -69,7 +68,7 @@ def hf_target(meta: Meta, dtype=None, query_vector: bool = True) -> Target:
 
 def make_target(
     model: ModelConfig, hf_config, tensors: Mapping[str, str], dtype, query_vector=True
-) -> Target:
+) -> ExportPlan:
     """A directory with the names and dtypes of `tensors` where they are known.
 
     Args:
@@ -92,13 +91,13 @@ def make_target(
         kind = np.dtype(dtype or jnp.dtype(dtypes.get(name, new)))
         specs[in_file.get(name, name)] = TensorSpec(kind, parts[name][0].shape)
         by_file[in_file.get(name, name)] = parts[name]
-    return Target(_config_to_write(hf_config, dtype), specs, by_file)
+    return ExportPlan(_config_to_write(hf_config, dtype), specs, by_file)
 
 
 def write_hf(
     directory,
     read: Read,
-    target: Target,
+    target: ExportPlan,
     meta: Meta,
     tokenizer: Tokenizer | None,
     max_shard_bytes=MAX_SHARD_BYTES,
@@ -112,7 +111,7 @@ def write_hf(
 
     Args:
       directory: is made; the caller makes the whole of it atomic.
-      read: gives a part of a leaf; `StoredParams.read` or `tree_reader`.
+      read: gives a part of a leaf; `TensorSource.read_leaf` or `tree_reader`.
       target: of `hf_target` or `release_target`.
       on_tensor: called with name and bytes of each tensor that was written.
       facts: for the card, what is known beside `meta`.
@@ -120,7 +119,7 @@ def write_hf(
     directory = as_path(directory)
     directory.mkdir(parents=True)
     write_tensors(
-        directory, target.tensors, lambda name: _read_pieces(name, target, read), max_shard_bytes, on_tensor
+        directory, target.tensors, lambda name: _read_chunks(name, target, read), max_shard_bytes, on_tensor
     )
     config = with_special_ids(target.config, meta, tokenizer)
     write_json(directory / CONFIG_FILE, config)
@@ -144,46 +143,20 @@ def tree_reader(params) -> Read:
     return read
 
 
-def _join(parts: tuple[Tensor, ...], leaves) -> np.ndarray:
-    """The inverse of `Tensor.to_leaf`: the stored tensor that consists of these leaves."""
+def _join(parts: tuple[LeafPart, ...], leaves) -> np.ndarray:
+    """The inverse of `LeafPart.to_leaf`: the stored tensor that consists of these leaves."""
     arrays = [leaf.transpose(np.argsort(part.order)) for part, leaf in zip(parts, leaves, strict=True)]
     first = parts[0]
     return (arrays[0] if first.part is None else np.stack(arrays, axis=first.part[0])).reshape(first.shape)
 
 
-def _read_pieces(name: str, target: Target, read: Read) -> Iterator[np.ndarray]:
+def _read_chunks(name: str, target: ExportPlan, read: Read) -> Iterator[np.ndarray]:
     """A tensor, cut along the first of its axes."""
     parts, spec = target.parts[name], target.tensors[name]
-    for piece in pieces_of(name, parts[0], spec.nbytes):
-        leaves = [read(part.leaf, index_of(part, piece)) for part in parts]
-        stored = _join(tuple(cut(part, piece) for part in parts), leaves)
+    for chunk in chunks_of(name, parts[0], spec.nbytes):
+        leaves = [read(part.leaf, index_of(part, chunk)) for part in parts]
+        stored = _join(tuple(cut(part, chunk) for part in parts), leaves)
         yield cast(stored, spec.dtype, name)
-
-
-def check_source(source: dict[str, Any], file) -> None:
-    """What a checkpoint, perhaps one from outside, keeps of a source is what `HFModel.source` gives.
-
-    Raises:
-      InputError: naming the part that is not.
-    """
-    for part in ("config", "tensors", "files"):
-        if not isinstance(source.get(part), dict):
-            raise InputError("expected an object", file=file, field=f"source.{part}")
-    sums = source.get("sha256", {})  # a checkpoint from memory has none
-    if not isinstance(sums, dict) or not all(isinstance(sum_, str) for sum_ in sums.values()):
-        raise InputError("expected sums by file name", file=file, field="source.sha256")
-    dtypes = [dtype.name for dtype in FLOATS]
-    for name, dtype in source["tensors"].items():
-        if dtype not in dtypes:
-            why = f"{str(dtype)[:60]!r} is no parameter dtype; known: {', '.join(dtypes)}"
-            raise InputError(why, file=file, field=f"source.tensors: {name[:200]}")
-    for name, content in source["files"].items():
-        if not is_kept(name):  # it might be code, or stand in for the weights
-            raise InputError(f"{name[:60]!r} is no name for a file to keep", file=file, field="source.files")
-        try:
-            _bytes_of(content)
-        except (TypeError, KeyError, ValueError) as error:
-            raise InputError("neither text nor base64", file=file, field=f"source.files: {name}") from error
 
 
 def with_dtype(meta: Meta, dtype) -> Meta:
@@ -269,8 +242,4 @@ def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def _write_kept_files(directory, files) -> None:
     for name, content in files.items():
-        (directory / name).write_bytes(_bytes_of(content))
-
-
-def _bytes_of(content) -> bytes:
-    return content.encode("utf-8") if isinstance(content, str) else base64.b64decode(content["base64"])
+        (directory / name).write_bytes(kept_bytes(content))

@@ -6,14 +6,12 @@ import json
 import math
 from typing import Any
 
-from a3_jax.checkpoints.a3_format import Meta, load_meta
+from a3_jax.checkpoints.a3_format import META, META_FILE, Meta, load_meta
 from a3_jax.checkpoints.export_ids import one_or_all
 from a3_jax.checkpoints.families import tensor_table
-from a3_jax.checkpoints.hf_export import check_source
-from a3_jax.checkpoints.hf_format import open_hf
+from a3_jax.checkpoints.hf_format import check_source, open_hf
 from a3_jax.checkpoints.loading import a3_tokenizer, find_checkpoint, hf_tokenizer
-from a3_jax.checkpoints.manifest import Leaf, read_manifest
-from a3_jax.checkpoints.orbax_items import META, META_FILE, PARAMS
+from a3_jax.checkpoints.manifest import PARAMS, Leaf, read_manifest
 from a3_jax.errors import InputError
 from a3_jax.ordering.curriculum import stages_done, stages_from_config
 from a3_jax.tables import print_table

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3_jax.checkpoints.a3_format import (
+    META,
+    META_FILE,
+    A3Source,
     Meta,
     is_a3,
     latest_step,
@@ -15,8 +18,9 @@ from a3_jax.checkpoints.a3_format import (
     load_meta,
     load_params,
 )
+from a3_jax.checkpoints.chunks import FLOATS, TensorSource, read_tree
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
-from a3_jax.checkpoints.hf_format import FLOATS, open_hf, read_params
+from a3_jax.checkpoints.hf_format import HFSource, check_source, open_hf
 from a3_jax.checkpoints.safetensors_io import has_tensors
 from a3_jax.checkpoints.special_tokens import source_eos_ids, with_all_eos
 from a3_jax.errors import InputError, check_seed, nearest
@@ -74,8 +78,39 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
     meta = Meta(model.config, source=model.source())
     tokenizer = hf_tokenizer(directory, meta)
     shardings = None if mesh is None else param_shardings(mesh, model.config)
-    params = read_params(model, dtype, seed, lambda path, leaf: _place(path, leaf, shardings))
+
+    def place(path, leaf):
+        if shardings is None:
+            return jnp.asarray(leaf)
+        sharding: Any = shardings
+        for key in path:
+            sharding = sharding[key]
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    params = read_tree(HFSource(model, dtype, seed), place)
     return Checkpoint(params, model.config, tokenizer, meta)
+
+
+def open_source(
+    path, dtype=None, seed: int = 0, allow_nonfinite: bool = False
+) -> tuple[TensorSource, Meta, Tokenizer | None]:
+    """Checks what `open_checkpoint` opens, and reads nothing of its parameters yet.
+
+    Args:
+      path, dtype, seed: as `open_checkpoint` takes them.
+      allow_nonfinite: NaN and infinity are no error.
+    """
+    directory, is_hf = find_checkpoint(path)
+    if not is_hf:
+        meta = load_meta(directory)
+        if meta.source is not None:
+            check_source(meta.source, directory / META / META_FILE)
+        return A3Source(directory, dtype, allow_nonfinite), meta, a3_tokenizer(directory, meta)
+    model = open_hf(directory)
+    model.warn()
+    source = HFSource(model, dtype, seed, allow_nonfinite)
+    meta = Meta(model.config, source=model.source())
+    return source, meta, hf_tokenizer(directory, meta)
 
 
 def check_has_orders(checkpoint: Checkpoint, path) -> None:
@@ -152,11 +187,3 @@ def a3_tokenizer(directory, meta: Meta) -> Tokenizer | None:
       InputError: as `hf_tokenizer`.
     """
     return with_all_eos(load_checkpoint_tokenizer(directory), meta, directory, is_a3=True)
-
-
-def _place(path, leaf: np.ndarray, shardings):
-    if shardings is None:
-        return jnp.asarray(leaf)
-    for key in path:
-        shardings = shardings[key]
-    return jax.make_array_from_callback(leaf.shape, shardings, lambda index: leaf[index])

@@ -10,14 +10,19 @@ The text is the only one that says the same: one that parses but is written othe
 import concurrent.futures
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import ml_dtypes  # noqa: F401  gives NumPy the name bfloat16
+import numpy as np
 
 from a3_jax.errors import EXIT_STORAGE, DamagedCheckpoint, InputError, RunError
 from a3_jax.paths import POINTER_BYTES, POINTER_MESSAGE, as_path, is_pointer, write_text
 
 MANIFEST_FILE = "manifest.json"
+ITEMS = PARAMS, TRAIN = "params", "train"  # of arrays
 FORMAT_VERSION = 2
 SMALL = 1 << 20  # bytes of a file that every reader checks whole
 _READ_AT_ONCE, _THREADS = 1 << 22, 8
@@ -36,6 +41,10 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: str
     fingerprint: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 _SECONDS_BETWEEN_LINES = 10
 
 
-class Progress:
+class ConversionProgress:
     """Bytes done of a total; a context manager.
 
     Args:

@@ -8,11 +8,11 @@ before the norm. One set of weights is two models under the two, so only a model
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.hf_config import RELEASE_ARCHITECTURE
-from a3_jax.checkpoints.hf_export import Target, config_to_hf, make_target
+from a3_jax.checkpoints.hf_export import ExportPlan, config_to_hf, make_target
 from a3_jax.errors import InputError
 
 
-def release_target(meta: Meta, dtype=None) -> Target:
+def release_target(meta: Meta, dtype=None) -> ExportPlan:
     """A directory of the authors' class: its state dict whole, with query vector and a tied head.
 
     Of the source's `config.json` what is not the model's shape goes along, such as ids of special tokens.

@@ -5,9 +5,8 @@ from typing import Any
 
 from a3_jax.checkpoints.info import fingerprint
 from a3_jax.checkpoints.loading import CHECKPOINTS
-from a3_jax.checkpoints.manifest import read_manifest
+from a3_jax.checkpoints.manifest import PARAMS, read_manifest
 from a3_jax.checkpoints.model_card import HELD_OUT, Facts
-from a3_jax.checkpoints.orbax_items import PARAMS
 from a3_jax.errors import InputError
 from a3_jax.paths import absolute, parse_json, read_text
 

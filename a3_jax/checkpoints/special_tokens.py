@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from a3_jax.checkpoints.a3_format import META, META_FILE
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
-from a3_jax.checkpoints.orbax_items import META, META_FILE
 from a3_jax.errors import InputError
 from a3_jax.paths import as_path, parse_json
 from a3_jax.tokenizer import GENERATION_FILE, Tokenizer, eos_ids_in

@@ -3,18 +3,14 @@
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from a3_jax.checkpoints.a3_format import is_a3
-from a3_jax.checkpoints.fingerprint import tree_name, tree_names
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
 from a3_jax.checkpoints.loading import CHECKPOINTS
-from a3_jax.checkpoints.manifest import MANIFEST_FILE, find_damage, read_manifest, step_of
-from a3_jax.checkpoints.orbax_items import ITEMS
+from a3_jax.checkpoints.manifest import ITEMS, MANIFEST_FILE, Manifest, find_damage, read_manifest, step_of
 from a3_jax.checkpoints.safetensors_io import has_tensors, list_tensors
-from a3_jax.checkpoints.verified_restore import damaged_leaves, one_line, silence_reads_in_flight
+from a3_jax.checkpoints.stored_arrays import damaged_leaves, list_arrays, one_line, open_array
 from a3_jax.errors import InputError
 from a3_jax.paths import absolute, as_path, read_json, snapshot_hint
 from a3_jax.runtime.lease import is_alive
@@ -69,7 +65,6 @@ def verify(path) -> list[Verdict]:
 def verify_a3(directory) -> Verdict:
     """Every file by its checksum, every array by its fingerprint."""
     directory = absolute(directory)
-    silence_reads_in_flight()
     try:
         manifest = read_manifest(directory)
     except InputError as error:
@@ -122,62 +117,43 @@ def _verify_step(directory, may_be_written: bool) -> Verdict:
     return verify_a3(directory)
 
 
-def _verify_item(directory, manifest, item, known) -> list[InputError]:
+def _verify_item(directory, manifest: Manifest, item: str, known: bool) -> list[InputError]:
     """Reads the arrays of an item, `AT_ONCE` bytes at a time.
 
     Args:
       known: a file is damaged, so what can't be read needs no other explanation.
     """
+
+    def unreadable(error: BaseException, field: str) -> InputError:
+        reason = "a file is damaged" if known else one_line(error)
+        return InputError(f"can't be read: {reason}", file=directory, field=field)
+
+    stored = manifest.item(item)
     try:
-        stored = ocp.StandardCheckpointHandler().metadata(directory / item).tree
-        names = [name for name in tree_names(stored) if name in manifest.item(item)]
+        there = list_arrays(directory / item)
     except Exception as error:  # they share no type
-        return _unreadable(error, directory, item, known)
+        return [unreadable(error, item)]
     problems: list[InputError] = [
         InputError("is missing", file=directory, field=f"{item}/{name}")
-        for name in manifest.item(item).keys() - set(names)
+        for name in stored
+        if name not in there
     ]
-    for group in _groups(tree_names(stored), names):
-        problems += _verify_leaves(directory, manifest, item, stored, group, known)
-    return problems
-
-
-def _verify_leaves(directory, manifest, item, stored, names, known) -> list[InputError]:
-    def target(path, leaf):
-        wanted = tree_name(path) in names
-        return 0 if wanted else ocp.PLACEHOLDER
-
-    tree = jax.tree_util.tree_map_with_path(target, stored)
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # 64 bits stay 64
-    try:
-        args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy)
-        restored = ocp.PyTreeCheckpointHandler().restore(directory / item, args=args)
-    except Exception as error:
-        if len(names) == 1:
-            return _unreadable(error, directory, f"{item}/{names[0]}", known)
-        return [
-            problem
-            for name in names
-            for problem in _verify_leaves(directory, manifest, item, stored, [name], known)
-        ]
-    leaves = tree_names(restored)
-    return [*damaged_leaves(directory, manifest, item, {name: leaves[name] for name in names})]
-
-
-def _groups(stored, names) -> list[list[str]]:
-    groups, size = [[]], 0
-    for name in names:
-        leaf_bytes = stored[name].dtype.itemsize
-        for length in stored[name].shape:
-            leaf_bytes *= length
-        if groups[-1] and size + leaf_bytes > AT_ONCE:
+    groups: list[list[str]] = [[]]
+    for name in (name for name in there if name in stored):
+        if groups[-1] and sum(stored[it].nbytes for it in (*groups[-1], name)) > AT_ONCE:
             groups.append([])
-            size = 0
         groups[-1].append(name)
-        size += leaf_bytes
-    return groups
-
-
-def _unreadable(error, directory, field, known) -> list[InputError]:
-    reason = "a file is damaged" if known else one_line(error)
-    return [InputError(f"can't be read: {reason}", file=directory, field=field)]
+    for group in groups:
+        reads, arrays = {}, {}
+        for name in group:
+            try:
+                reads[name] = open_array(directory / item, name, stored[name]).read()
+            except InputError as error:
+                problems.append(unreadable(error.__cause__ or error, f"{item}/{name}"))
+        for name, read in reads.items():
+            try:
+                arrays[name] = np.asarray(read.result())
+            except Exception as error:
+                problems.append(unreadable(error, f"{item}/{name}"))
+        problems += damaged_leaves(directory, manifest, item, arrays)
+    return problems
