@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from a3_jax.checkpoints.a3_format import list_steps
+from a3_jax.checkpoints.inspect import verify
 from a3_jax.checkpoints.manifest import MANIFEST_FILE
 from a3_jax.checkpoints.step_writer import StepWriter
-from a3_jax.checkpoints.verify import verify
 from tests.checkpoint_fixtures import restore_newest, save
 from tests.checkpoint_kill_child import MOMENTS
 

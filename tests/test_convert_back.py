@@ -11,14 +11,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from a3_jax.checkpoints import chunks, manifest
-from a3_jax.checkpoints.a3_format import A3Source, Meta, load_meta, load_params, save_checkpoint
-from a3_jax.checkpoints.conversion import convert
+from a3_jax.checkpoints.a3_format import Meta, load_meta, load_params, save_checkpoint
+from a3_jax.checkpoints.conversion import A3Source, convert
 from a3_jax.checkpoints.fingerprint import tree_names
-from a3_jax.checkpoints.hf_export import hf_target, tree_reader, write_hf
+from a3_jax.checkpoints.hf_export import plan_hf_export, plan_release_export, tree_reader, write_hf
 from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.checkpoints.manifest import DamagedCheckpoint
-from a3_jax.checkpoints.release_format import release_target
-from a3_jax.checkpoints.safetensors_io import list_tensors
+from a3_jax.checkpoints.safetensors import list_tensors
 from a3_jax.cli import main
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
@@ -80,7 +79,7 @@ def test_pieces_make_up_the_tensors(tmp_path, monkeypatch, name):
     params = tiny.params(config)
     meta = Meta(config, source={"config": hf_fields(name, **changes), "tensors": {}, "files": {}})
     save_checkpoint(tmp_path / "a3", params, meta)
-    found, target = A3Source(tmp_path / "a3"), hf_target(meta)
+    found, target = A3Source(tmp_path / "a3"), plan_hf_export(meta)
     write_hf(tmp_path / "whole", tree_reader(params), target, meta, None)
     opened, sizes, told = collections.Counter(), [], []
     open_leaf = A3Source._open
@@ -209,8 +208,8 @@ def test_what_their_class_is_not_is_refused(tmp_path, capsys):
         ({"qkv_bias": True}, "model.qkv_bias"),
     ):
         with pytest.raises(InputError, match=field):
-            release_target(Meta(release_config(**changes)))
-    release_target(Meta(release_config(qkv_bias=True, out_bias=True, mlp_bias=True)))
+            plan_release_export(Meta(release_config(**changes)))
+    plan_release_export(Meta(release_config(qkv_bias=True, out_bias=True, mlp_bias=True)))
 
 
 def test_a_release_model_goes_to_hf_as_what_it_is(tmp_path):

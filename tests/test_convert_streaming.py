@@ -16,15 +16,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from a3_jax.checkpoints import chunks, destination, directories, hf_format, stored_arrays
+from a3_jax.checkpoints import chunk_writer, chunks, directories, hf_format
 from a3_jax.checkpoints.a3_format import load_params, save_checkpoint
-from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.fingerprint import fingerprints, hexadecimal, tree_names
-from a3_jax.checkpoints.host_checksum import sums_of_part
-from a3_jax.checkpoints.loading import open_checkpoint, open_source
+from a3_jax.checkpoints.conversion import convert, open_source
+from a3_jax.checkpoints.fingerprint import fingerprints, hexadecimal, sums_of_part, tree_names
+from a3_jax.checkpoints.inspect import verify
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.checkpoints.manifest import list_files, read_manifest
 from a3_jax.checkpoints.step_writer import StepWriter
-from a3_jax.checkpoints.verify import verify
 from a3_jax.cli import main
 from a3_jax.errors import InputError
 from tests.tiny_families import write_family
@@ -81,7 +80,7 @@ def test_a_transposed_copy_is_numpys():
     array = np.arange(40 * 6 * 5, dtype=np.float32).reshape(40, 6, 5)
     for order in [(0, 1, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0), (0, 2, 1)]:
         for view in (array.transpose(order), array.transpose(order)[None], array[:, :1].transpose(order)):
-            copy = stored_arrays.in_order(view)
+            copy = chunk_writer.in_order(view)
             assert copy.flags.c_contiguous
             np.testing.assert_array_equal(copy, view)
 
@@ -235,13 +234,13 @@ def test_a_disk_that_is_too_small(hf, tmp_path, monkeypatch, to, dtype, size):
         assert pathlib.Path(place) == tmp_path
         return usage._replace(free=numbers * size - 1)
 
-    monkeypatch.setattr(destination.shutil, "disk_usage", ask)
+    monkeypatch.setattr(directories.shutil, "disk_usage", ask)
     with pytest.raises(
         InputError, match=f"too small: {numbers * size:,} bytes .* {numbers * size - 1:,} are"
     ):
         convert(hf, tmp_path / "new" / "dst", to=to, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(destination.shutil, "disk_usage", lambda place: usage._replace(free=numbers * size))
+    monkeypatch.setattr(directories.shutil, "disk_usage", lambda place: usage._replace(free=numbers * size))
     convert(hf, tmp_path / "new" / "dst", to=to, dtype=dtype)
 
 
@@ -249,7 +248,7 @@ def test_progress_is_told_on_standard_error(hf, tmp_path, monkeypatch, capsys):
     """Plain lines where there is no terminal, each some seconds after the last one."""
     assert main(["convert", str(hf), str(tmp_path / "a"), "--no-check"]) == 0
     assert "%" not in capsys.readouterr().err
-    monkeypatch.setattr("a3_jax.checkpoints.progress._SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr("a3_jax.checkpoints.conversion._SECONDS_BETWEEN_LINES", -1)
     for to, name in (("a3", "b"), ("hf", "c")):
         assert main(["convert", str(hf), str(tmp_path / name), f"--to={to}", "--no-check"]) == 0
         out, err = capsys.readouterr()
@@ -261,9 +260,9 @@ def test_progress_is_told_on_standard_error(hf, tmp_path, monkeypatch, capsys):
 CHILD = """
 import os, signal, sys
 import tests.conftest
-from a3_jax.checkpoints import hf_export, stored_arrays
+from a3_jax.checkpoints import hf_export, chunk_writer
 from a3_jax.checkpoints.conversion import convert
-owner, name = (stored_arrays._Writer, "write") if sys.argv[3] == "a3" else (hf_export, "cast")
+owner, name = (chunk_writer._Writer, "write") if sys.argv[3] == "a3" else (hf_export, "cast")
 function, left = getattr(owner, name), iter(range(20, -1, -1))
 def counted(*args, **kwargs):
     if next(left) == 0:
@@ -303,7 +302,7 @@ def test_a_failure_in_a_thread_is_one_line_and_leaves_nothing(hf, tmp_path, monk
     def fail(writer, parts):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stored_arrays._Writer, "write", fail)
+    monkeypatch.setattr(chunk_writer._Writer, "write", fail)
     with pytest.raises(InputError, match="dst: can't be written: No space left on device"):
         convert(hf, tmp_path / "dst")
     assert list(tmp_path.iterdir()) == []

@@ -8,10 +8,10 @@ import shutil
 import jax
 import pytest
 
-from a3_jax.checkpoints import safetensors_io
+from a3_jax.checkpoints import safetensors
 from a3_jax.checkpoints.a3_format import Meta, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.info import describe
+from a3_jax.checkpoints.inspect import describe
 from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.cli import main
 from a3_jax.model.sharding import make_mesh
@@ -48,7 +48,7 @@ def unread(monkeypatch):
     def refuse(self):
         raise AssertionError(f"{self.name} was read")
 
-    monkeypatch.setattr(safetensors_io.StoredTensor, "read", refuse)
+    monkeypatch.setattr(safetensors.StoredTensor, "read", refuse)
 
 
 def test_a_hugging_face_directory(hf, capsys, unread):

@@ -6,22 +6,18 @@
     train/         optimiser state and counters (orbax); training only
     manifest.json  written last: sizes and checksums of the files, fingerprints of the arrays
 
-A directory without a manifest is no checkpoint. Arrays are read straight to where they will live, each
+A directory without a manifest is not a checkpoint. Arrays are read straight to where they will live, each
 process its own part, and compared with their fingerprints there.
 """
 
 import dataclasses
 import json
-import threading
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 
-from a3_jax.checkpoints.chunks import TensorSource, cast, index_of, placed
 from a3_jax.checkpoints.directories import new_directory
 from a3_jax.checkpoints.fingerprint import hexadecimal, start_fingerprints, tree_name, tree_names
 from a3_jax.checkpoints.manifest import (
@@ -39,7 +35,11 @@ from a3_jax.checkpoints.manifest import (
     step_of,
     write_manifest,
 )
-from a3_jax.checkpoints.stored_arrays import check_same_tree, describe, open_array, restore_items, unreadable
+from a3_jax.checkpoints.stored_arrays import (
+    check_same_tree,
+    restore_items,
+    shape_and_dtype,
+)
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import abstract_params, param_shardings
@@ -54,14 +54,14 @@ FORMAT = "a3"
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a checkpoint says of itself, `meta/a3.json`.
+    """A checkpoint's description of itself, `meta/a3.json`.
 
     Attributes:
       model: the config of the parameter tree.
       source: of a model that came from Hugging Face: its `config` (verbatim), `tensors` (name to
         dtype) and `files` (the other files, by name; see `hf_files`). None otherwise.
       step, stage: optimiser steps done and the stage's name; None outside of training.
-      context: how given tokens were ranked in training, "flat" or "l2r"; None: not trained with any.
+      context: how given tokens were ranked in training, "flat" or "l2r"; None: it was trained without any.
       run_config: the resolved run.
       versions: of the software that wrote it.
     """
@@ -80,16 +80,12 @@ class Meta:
 
 
 def is_a3(directory) -> bool:
-    """Whether a directory is an A3 checkpoint, be it a damaged one."""
+    """Returns whether a directory is an A3 checkpoint, even a damaged one."""
     return (as_path(directory) / META / META_FILE).exists()
 
 
 def load_meta(directory) -> Meta:
-    """What the checkpoint in a directory says of itself.
-
-    Raises:
-      InputError: it is none, is damaged, or was written by a newer format.
-    """
+    """Reads the description of the checkpoint in a directory."""
     file = as_path(directory) / META / META_FILE
     if is_a3(directory) or (as_path(directory) / MANIFEST_FILE).exists():
         raise_damage(directory, read_manifest(directory), deep=True, only=f"{META}/")
@@ -119,11 +115,7 @@ def load_meta(directory) -> Meta:
 
 
 def load_checkpoint_tokenizer(directory) -> Tokenizer | None:
-    """The tokenizer of an A3 checkpoint, None where it has none.
-
-    Raises:
-      InputError: it is damaged.
-    """
+    """Reads the tokenizer of an A3 checkpoint; None if it has none."""
     place, manifest = as_path(directory) / TOKENIZER, read_manifest(directory)
     raise_damage(directory, manifest, deep=True, only=f"{TOKENIZER}/")
     written = any(name.startswith(f"{TOKENIZER}/") for name in manifest.files)
@@ -131,7 +123,7 @@ def load_checkpoint_tokenizer(directory) -> Tokenizer | None:
 
 
 def load_params(directory, mesh=None, dtype=None):
-    """The parameter tree of an A3 checkpoint, on its devices.
+    """Reads the parameter tree of an A3 checkpoint onto its devices.
 
     Args:
       directory: the checkpoint.
@@ -167,95 +159,18 @@ def load_params(directory, mesh=None, dtype=None):
     return restore_items(directory, targets, alone)[PARAMS]
 
 
-class A3Source(TensorSource):
-    """An A3 checkpoint, read by chunk: hardly more than a leaf is in memory.
-
-    A leaf lies in zarr chunks as large as what one device held when it was written: often all of it. Whoever
-    wants a layer decodes whole ones, so those of a leaf are kept until other leaves are read.
-    """
-
-    def __init__(self, directory, dtype=None, allow_nonfinite: bool = True):
-        """Checks a checkpoint before anything of it is used: every file of the parameters by its checksum.
-
-        A fingerprint says nothing more of arrays that are decoded from these files, and to compute one takes
-        longer than to read.
-
-        Args:
-          directory: the checkpoint.
-          dtype: of all leaves; None: as stored.
-          allow_nonfinite: reads NaN and infinity too.
-        """
-        directory = absolute(directory)
-        config, manifest = load_meta(directory).model, read_manifest(directory)
-        raise_damage(directory, manifest)
-        raise_damage(directory, manifest, deep=True, only=f"{PARAMS}/")
-        self.stored = manifest.item(PARAMS)
-        check_same_tree(self.stored, abstract_params(config), directory / PARAMS)
-        self._dtype, self._lock, self._opened = dtype, threading.Lock(), {}
-        dtypes = {
-            tuple(name.split("/")): np.dtype(dtype or jnp.dtype(leaf.dtype))
-            for name, leaf in self.stored.items()
-        }
-        super().__init__(directory, config, dtypes, allow_nonfinite)
-        order = {path: number for number, path in enumerate(self.leaves)}
-        self.chunks = sorted(self.chunks, key=lambda chunk: order[self._table[chunk.name][0].leaf])
-
-    def read(self, chunk):
-        for part in self._table[chunk.name]:
-            yield placed(part, chunk, self.read_leaf(part.leaf, index_of(part, chunk)))
-
-    def read_leaf(self, path, index=()):
-        with self._lock:
-            array = self._read(path, index)
-        array = cast(array, self._dtype, f"{PARAMS}/{'/'.join(path)}", self.directory)
-        return self._check_finite(array, path, None)
-
-    def params(self):
-        return load_params(self.directory)
-
-    def _whole_tensor(self, path, layer):
-        name = f"{PARAMS}/{'/'.join(path)}"
-        return name, self.directory, cast(self._read(path), self._dtype, name, self.directory)
-
-    def _read(self, path, index=()) -> np.ndarray:
-        name = "/".join(path)
-        if name not in self._opened:
-            self._make_room(name)
-            self._opened[name] = self._open(name)
-        try:
-            return self._opened[name][index].read().result()
-        except Exception as error:  # tensorstore's errors share no type
-            raise unreadable(self.directory / PARAMS, name, error) from error
-
-    def _make_room(self, name: str) -> None:
-        """Keeps the leaves in memory together no larger than the largest one: the longest unused go."""
-        most = max(leaf.nbytes for leaf in self.stored.values())
-        wanted = {**self._opened, name: None}
-        while len(wanted) > 1 and sum(self.stored[it].nbytes for it in wanted) > most:
-            oldest = next(iter(wanted))
-            del wanted[oldest], self._opened[oldest]
-
-    def _open(self, name: str):
-        """Opens an array with a cache of its own that goes with it."""
-        cache = {"cache_pool": {"total_bytes_limit": 2 * self.stored[name].nbytes + (1 << 20)}}
-        return open_array(self.directory / PARAMS, name, self.stored[name], ts.Context(cache))
-
-
 def save_checkpoint(directory, params, meta: Meta, tokenizer: Tokenizer | None = None) -> None:
     """Writes a checkpoint that is no step of a run, whole or not at all.
 
     Args:
       directory: absent or empty.
       params: the parameter tree, NumPy or jax arrays of any dtype and sharding.
-
-    Raises:
-      InputError: `directory` is a file or has something in it.
     """
     handler = ocp.CompositeCheckpointHandler(handler_registry=handlers())
     with new_directory(directory) as temporary, ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(absolute(temporary), args=save_items(params, meta, tokenizer))
         leaves = named_leaves(params)
-        described = {name: describe(leaf) for name, leaf in leaves.items()}
+        described = {name: shape_and_dtype(leaf) for name, leaf in leaves.items()}
         files = read_checksums(temporary, list_files(temporary))
         write_manifest(temporary, make_manifest(files, described, start_fingerprints(leaves)))
 
@@ -269,7 +184,7 @@ def finish_checkpoint(directory, manifest: Manifest, meta, tokenizer) -> None:
 
 
 def named_leaves(params, train_state=None) -> dict[str, Any]:
-    """By their names in a manifest."""
+    """Returns the leaves by their names in a manifest."""
     items = {PARAMS: params} if train_state is None else {PARAMS: params, TRAIN: train_state}
     return {f"{item}/{name}": leaf for item, tree in items.items() for name, leaf in tree_names(tree).items()}
 
@@ -285,10 +200,9 @@ def make_manifest(files, described, sums) -> Manifest:
 
 
 def list_steps(checkpoints_dir) -> list[int]:
-    """The finished steps in a run's `checkpoints` directory, ascending.
+    """Returns the finished steps in a run's `checkpoints` directory, ascending.
 
-    Empty directories, those of writers that were interrupted and those whose manifest is damaged don't
-    count.
+    Empty directories, those of interrupted writers, and those with a damaged manifest don't count.
     """
     return [
         step
@@ -298,7 +212,7 @@ def list_steps(checkpoints_dir) -> list[int]:
 
 
 def step_directories(checkpoints_dir) -> list[int]:
-    """The numbers of all directories that are named like a step, ascending."""
+    """Returns the numbers of all directories that are named like a step, ascending."""
     place = as_path(checkpoints_dir)
     paths = place.iterdir() if place.is_dir() else ()
     return sorted(step for path in paths if (step := step_of(path)) is not None and path.is_dir())
@@ -313,12 +227,12 @@ def is_finished_step(directory) -> bool:
 
 
 def latest_step(checkpoints_dir) -> int | None:
-    """The newest finished step, or None."""
+    """Returns the newest finished step, or None."""
     return max(list_steps(checkpoints_dir), default=None)
 
 
 def with_manifest(directory) -> list[int]:
-    """Steps that were finished once, be they damaged by now; the newest first."""
+    """Returns the steps that were finished once, even if they are damaged now; the newest first."""
     steps = step_directories(directory)
     return [step for step in reversed(steps) if (as_path(directory) / str(step) / MANIFEST_FILE).exists()]
 
@@ -348,7 +262,7 @@ class _TextFilesRestore(ocp.args.CheckpointArgs):
 
 
 def handlers():
-    """Which orbax handler writes and reads which item."""
+    """Returns orbax's handlers of all items."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in (META, TOKENIZER):
         text_files = _TextFiles()
@@ -370,7 +284,7 @@ def save_items(params, meta, tokenizer, train_state=None) -> ocp.args.Composite:
 
 
 def write_description(directory, meta, tokenizer) -> None:
-    """Writes what `save_items` tells orbax to write beside the arrays: `meta` and `tokenizer`."""
+    """Writes what orbax writes of `save_items` beside the arrays: `meta` and `tokenizer`."""
     for item, texts in _texts(meta, tokenizer).items():
         (directory / item).mkdir(parents=True, exist_ok=True)
         _TextFiles().save(directory / item, texts)
@@ -385,7 +299,7 @@ def _texts(meta, tokenizer) -> "dict[str, _TextFilesSave]":
 
 
 def portable(tree):
-    """Scalars of one device as NumPy: orbax refuses them where there are several processes."""
+    """Turns scalars on one device into NumPy arrays: with several processes orbax refuses them."""
 
     def convert(leaf):
         scalar = isinstance(leaf, jax.Array) and leaf.ndim == 0 and leaf.is_fully_addressable
@@ -395,5 +309,5 @@ def portable(tree):
 
 
 def without_numpy_scalars(tree):
-    """`np.int64(1)` as an array of rank 0, which orbax can read back."""
+    """Turns NumPy scalars, such as `np.int64(1)`, into arrays of rank 0, which can be read back."""
     return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf, tree)

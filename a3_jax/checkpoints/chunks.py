@@ -1,8 +1,8 @@
 """A model's parameters in chunks that can be read, checked and written one by one.
 
 A chunk is some rows of a tensor as Hugging Face stores it, and with them whole zarr chunks of the leaves that
-the tensor is part of: whoever writes it, in whatever order, meets nobody else in the same zarr chunk. Both
-formats are read as a `TensorSource`, by chunk; a conversion passes chunks on, `read_tree` assembles leaves.
+the tensor is part of: threads and processes that write chunks never share a zarr chunk. Both formats are read
+as a `TensorSource`, by chunk; a conversion passes chunks on, `read_tree` assembles leaves.
 """
 
 import abc
@@ -89,19 +89,11 @@ class TensorSource(abc.ABC):
 
     @abc.abstractmethod
     def read(self, chunk: TensorChunk) -> Parts:
-        """Reads the parts of leaves that a chunk consists of, in the dtypes of `leaves`.
-
-        Raises:
-          InputError: it can't be read, or has values that can't be kept.
-        """
+        """Reads the parts of leaves that a chunk consists of, in the dtypes of `leaves`."""
 
     @abc.abstractmethod
     def read_leaf(self, path: Path, index=()) -> np.ndarray:
-        """Reads a part of a leaf by NumPy's basic index, as stored: what `hf_export.write_hf` reads with.
-
-        Raises:
-          InputError: as `read`.
-        """
+        """Reads a part of a leaf by NumPy's basic index, as stored: what `hf_export.write_hf` reads with."""
 
     @abc.abstractmethod
     def params(self) -> Any:
@@ -235,7 +227,7 @@ def index_of(part: LeafPart, chunk: TensorChunk) -> tuple[int | slice, ...]:
 
 
 def placed(part: LeafPart, chunk: TensorChunk, array: np.ndarray) -> tuple[Path, tuple[int, ...], np.ndarray]:
-    """Returns path, first index, and the array with all axes of a part of a leaf that lacks its layer's."""
+    """Returns path, first index, and array of a part of a leaf; a part of one layer gets the layer's axis."""
     begin = tuple(at if isinstance(at, int) else at.start for at in index_of(part, chunk))
     return part.leaf, begin, array if part.layer is None else array[None]
 
@@ -246,11 +238,7 @@ def index_at(begin: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...
 
 
 def cast(array: np.ndarray, dtype, name: str, file=None) -> np.ndarray:
-    """Converts an array to another float type; None: as it is.
-
-    Raises:
-      InputError: a finite number that the type can't hold.
-    """
+    """Converts an array to another float type; None: as it is."""
     if dtype is None or array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):

@@ -1,34 +1,46 @@
-"""Checkpoints of either format, converted into each other, a piece of a tensor at a time."""
+"""Conversion of checkpoints between the formats, by chunk."""
 
+import concurrent.futures
 import dataclasses
+import datetime
+import hashlib
 import logging
-from collections.abc import Sequence
+import re
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 
-from a3_jax.checkpoints.a3_format import Meta, finish_checkpoint, load_params
+from a3_jax.checkpoints.a3_format import META, META_FILE, Meta, finish_checkpoint, load_meta, load_params
 from a3_jax.checkpoints.check import Checked, check_conversion, is_checked
-from a3_jax.checkpoints.chunks import TensorSource
-from a3_jax.checkpoints.destination import check_space, shared_directory
-from a3_jax.checkpoints.directories import check_free, new_directory
-from a3_jax.checkpoints.hf_export import ExportPlan, hf_target, with_dtype, write_hf
-from a3_jax.checkpoints.loading import open_source, parse_dtype
-from a3_jax.checkpoints.progress import ConversionProgress
-from a3_jax.checkpoints.release_format import release_target
-from a3_jax.checkpoints.run_facts import run_facts
-from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES
-from a3_jax.checkpoints.source_hashes import Hashing, compare_sha256, read_sha256_list, sha256_of
-from a3_jax.checkpoints.stored_arrays import write_params
+from a3_jax.checkpoints.chunk_writer import write_params
+from a3_jax.checkpoints.chunks import TensorSource, cast, index_of, placed
+from a3_jax.checkpoints.directories import check_free, check_space, new_directory, shared_directory
+from a3_jax.checkpoints.hf_export import ExportPlan, plan_hf_export, plan_release_export, with_dtype, write_hf
+from a3_jax.checkpoints.hf_format import HFSource, check_source, open_hf
+from a3_jax.checkpoints.loading import a3_tokenizer, find_checkpoint, hf_tokenizer, parse_dtype
+from a3_jax.checkpoints.manifest import PARAMS, raise_damage, read_manifest
+from a3_jax.checkpoints.model_card import run_facts
+from a3_jax.checkpoints.safetensors import MAX_SHARD_BYTES
+from a3_jax.checkpoints.stored_arrays import check_same_tree, open_array, unreadable
 from a3_jax.errors import InputError, check_seed, nearest
-from a3_jax.paths import as_path
+from a3_jax.model.two_stream import abstract_params
+from a3_jax.paths import absolute, as_path, read_text
 from a3_jax.runtime.coordination import gather_and_decide, run_on_all, run_on_process_zero
 from a3_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("a3", "hf", "release")
+_SECONDS_BETWEEN_LINES = 10
+_READ_AT_ONCE, _HASH_THREADS = 1 << 22, 2
+_SHA256_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def convert(
@@ -45,8 +57,8 @@ def convert(
 ) -> Checked | None:
     """Writes a checkpoint in the other format, or the same one in another dtype.
 
-    Some pieces of tensors are in memory at a time, and towards Hugging Face a leaf of the parameter tree:
-    never the model. A Hugging Face model without query vector gets one drawn from `seed`. The way back keeps
+    A few chunks are in memory at a time, and towards Hugging Face a leaf of the parameter tree: never the
+    model. A Hugging Face model without query vector gets one drawn from `seed`. The way back keeps
     the source's tensor names, dtypes, architecture and other files, and adds the vector. In a run of several
     processes all make the call; to A3 each reads and writes its share.
 
@@ -65,7 +77,7 @@ def convert(
         before anything is written. Without, the sums are recorded all the same.
 
     Returns:
-      What the check found; None without, and in processes other than the first.
+      The check's summary; None without a check, and in processes other than the first.
 
     Raises:
       InputError: a source that can't be converted, a `dst` that is in use, a disk that is too small, or a
@@ -99,6 +111,102 @@ def convert(
     checked: list[Checked | None] = []
     run_on_process_zero("convert", lambda: checked.append(_to_hf(job, export, max_shard_bytes)))
     return checked[0] if checked else None
+
+
+def open_source(
+    path, dtype=None, seed: int = 0, allow_nonfinite: bool = False
+) -> tuple[TensorSource, Meta, Tokenizer | None]:
+    """Checks what `open_checkpoint` opens, and reads nothing of its parameters yet.
+
+    Args:
+      path, dtype, seed: as `open_checkpoint` takes them.
+      allow_nonfinite: NaN and infinity are no error.
+    """
+    directory, is_hf = find_checkpoint(path)
+    if not is_hf:
+        meta = load_meta(directory)
+        if meta.source is not None:
+            check_source(meta.source, directory / META / META_FILE)
+        return A3Source(directory, dtype, allow_nonfinite), meta, a3_tokenizer(directory, meta)
+    model = open_hf(directory)
+    model.warn()
+    source = HFSource(model, dtype, seed, allow_nonfinite)
+    meta = Meta(model.config, source=model.source())
+    return source, meta, hf_tokenizer(directory, meta)
+
+
+class A3Source(TensorSource):
+    """An A3 checkpoint, read by chunk: hardly more than a leaf is in memory.
+
+    The zarr chunks of a leaf are as large as what one device held when it was written: often all of it. To
+    read a layer, whole ones are decoded, so those of a leaf are kept until other leaves are read.
+    """
+
+    def __init__(self, directory, dtype=None, allow_nonfinite: bool = True):
+        """Checks a checkpoint before anything of it is used: every file of the parameters by its checksum.
+
+        A fingerprint says nothing more of arrays that are decoded from these files, and to compute one takes
+        longer than to read.
+
+        Args:
+          directory: the checkpoint.
+          dtype: of all leaves; None: as stored.
+          allow_nonfinite: reads NaN and infinity too.
+        """
+        directory = absolute(directory)
+        config, manifest = load_meta(directory).model, read_manifest(directory)
+        raise_damage(directory, manifest)
+        raise_damage(directory, manifest, deep=True, only=f"{PARAMS}/")
+        self.stored = manifest.item(PARAMS)
+        check_same_tree(self.stored, abstract_params(config), directory / PARAMS)
+        self._dtype, self._lock, self._opened = dtype, threading.Lock(), {}
+        dtypes = {
+            tuple(name.split("/")): np.dtype(dtype or jnp.dtype(leaf.dtype))
+            for name, leaf in self.stored.items()
+        }
+        super().__init__(directory, config, dtypes, allow_nonfinite)
+        order = {path: number for number, path in enumerate(self.leaves)}
+        self.chunks = sorted(self.chunks, key=lambda chunk: order[self._table[chunk.name][0].leaf])
+
+    def read(self, chunk):
+        for part in self._table[chunk.name]:
+            yield placed(part, chunk, self.read_leaf(part.leaf, index_of(part, chunk)))
+
+    def read_leaf(self, path, index=()):
+        with self._lock:
+            array = self._read(path, index)
+        array = cast(array, self._dtype, f"{PARAMS}/{'/'.join(path)}", self.directory)
+        return self._check_finite(array, path, None)
+
+    def params(self):
+        return load_params(self.directory)
+
+    def _whole_tensor(self, path, layer):
+        name = f"{PARAMS}/{'/'.join(path)}"
+        return name, self.directory, cast(self._read(path), self._dtype, name, self.directory)
+
+    def _read(self, path, index=()) -> np.ndarray:
+        name = "/".join(path)
+        if name not in self._opened:
+            self._make_room(name)
+            self._opened[name] = self._open(name)
+        try:
+            return self._opened[name][index].read().result()
+        except Exception as error:  # tensorstore's errors share no type
+            raise unreadable(self.directory / PARAMS, name, error) from error
+
+    def _make_room(self, name: str) -> None:
+        """Keeps the leaves in memory together no larger than the largest one: the longest unused go."""
+        most = max(leaf.nbytes for leaf in self.stored.values())
+        wanted = {**self._opened, name: None}
+        while len(wanted) > 1 and sum(self.stored[it].nbytes for it in wanted) > most:
+            oldest = next(iter(wanted))
+            del wanted[oldest], self._opened[oldest]
+
+    def _open(self, name: str):
+        """Opens an array with a cache of its own that goes with it."""
+        cache = {"cache_pool": {"total_bytes_limit": 2 * self.stored[name].nbytes + (1 << 20)}}
+        return open_array(self.directory / PARAMS, name, self.stored[name], ts.Context(cache))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +272,7 @@ def _to_hf(job: _Conversion, export: ExportPlan, max_shard_bytes: int) -> Checke
 
 
 def _plan_export(meta: Meta, to: str, dtype, query_vector: bool) -> ExportPlan:
-    return release_target(meta, dtype) if to == "release" else hf_target(meta, dtype, query_vector)
+    return plan_release_export(meta, dtype) if to == "release" else plan_hf_export(meta, dtype, query_vector)
 
 
 def _compare(source: TensorSource, sha256) -> dict[str, str]:
@@ -187,3 +295,129 @@ def _merge_sums(own: dict[str, str]) -> dict[str, str]:
     return gather_and_decide(
         "convert", own, lambda all_: dict(sorted(item for one in all_ for item in one.items()))
     )
+
+
+class Hashing:
+    """SHA-256 of files, computed in threads beside other work; a context manager.
+
+    Args:
+      files: in the order in which they will be read otherwise.
+    """
+
+    def __init__(self, files: Sequence[Any]):
+        self._stopped = threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(_HASH_THREADS, "a3_sha256")
+        self._sums = {as_path(file).name: self._pool.submit(self._sha256, file) for file in files}
+
+    def result(self) -> dict[str, str]:
+        """Waits for all files, and returns name -> 64 hexadecimal digits."""
+        return {name: sum_.result() for name, sum_ in self._sums.items()}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _sha256(self, file) -> str:
+        digest = hashlib.sha256()
+        try:
+            with as_path(file).open("rb") as opened:
+                while not self._stopped.is_set() and (piece := opened.read(_READ_AT_ONCE)):
+                    digest.update(piece)
+        except OSError as error:
+            raise InputError(f"can't be read: {error.strerror or error}", file=file) from error
+        return digest.hexdigest()
+
+
+def sha256_of(files: Sequence[Any]) -> dict[str, str]:
+    """Returns `Hashing.result` of files, with no other work beside it."""
+    with Hashing(files) as hashing:
+        return hashing.result()
+
+
+def read_sha256_list(file) -> dict[str, str]:
+    """Reads what `sha256sum FILE...` printed, by the last part of each name."""
+    sums: dict[str, str] = {}
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _SHA256_LINE.fullmatch(line.rstrip())
+        if match is None:
+            why = "not a line of sha256sum: 64 hexadecimal digits, two spaces, a name"
+            raise InputError(why, file=file, line=number)
+        digits, name = match[1].lower(), match[2].rsplit("/", 1)[-1]
+        if sums.setdefault(name, digits) != digits:
+            raise InputError(f"{name} has another sum in an earlier line", file=file, line=number)
+    return sums
+
+
+def compare_sha256(directory, found: Mapping[str, str], wanted: Mapping[str, str], listed_in) -> None:
+    """Checks that every file that is read is in a list, with its sum.
+
+    Args:
+      found, wanted: by file name; `wanted` may have more.
+    """
+    for name, digits in found.items():
+        if name not in wanted:
+            raise InputError(f"is not listed in {listed_in}", file=as_path(directory) / name)
+        if wanted[name] != digits:
+            raise InputError(
+                f"its SHA-256 is {digits}, {listed_in} says {wanted[name]}", file=as_path(directory) / name
+            )
+
+
+class ConversionProgress:
+    """Shows bytes done of a total on standard error: a live line on a terminal, plain lines elsewhere.
+
+    Args:
+      what: is done, in a word.
+      total: bytes.
+    """
+
+    def __init__(self, what: str, total: int):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as Bar
+
+        self._what, self._total, self._done = what, max(total, 1), 0
+        self._began = self._told = time.monotonic()
+        self._bar = None
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), TaskProgressColumn(), BarColumn(bar_width=20))
+            speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, *speed, console=console, transient=True)
+            self._task = self._bar.add_task(what, total=self._total)
+
+    def add(self, nbytes: int) -> None:
+        """Counts more bytes as done."""
+        self._done += nbytes
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+        elif now - self._told > _SECONDS_BETWEEN_LINES and self._done:
+            self._told = now
+            rate = self._done / (now - self._began)
+            left = datetime.timedelta(seconds=round((self._total - self._done) / rate))
+            done = (
+                f"{100 * self._done / self._total:.0f} %  {self._what}  {rate / 1e6:,.1f} MB/s  {left} left"
+            )
+            print(done, file=sys.stderr, flush=True)
+
+    def __enter__(self):
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self._bar is not None:
+            self._bar.stop()

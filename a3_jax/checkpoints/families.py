@@ -1,16 +1,16 @@
 """The tensors of each model family as a table: name in the file, leaf of the parameter tree, axes.
 
-A row such as
+A rule such as
 
     "self_attn.q_proj.weight"  ->  leaf "q",  "NH,D -> D,N,H"
 
 says that the stored matrix has the merged axes N and H (output features) before D, and that the leaf
 is the same numbers with axes D, N, H. A digit is an axis that several leaves share: of "D,3NH" each of
-three rows takes its part. Rotary halves are those of Hugging Face checkpoints in the model too, so no
-row moves numbers inside a head.
+three rules takes its part. Rotary halves are those of Hugging Face checkpoints in the model too, so no
+rule moves numbers inside a head.
 
-A table has a row for everything that any model of the family has; those that count are the rows whose
-leaf is in the parameter tree of the config.
+A table has a rule for everything that any model of the family has; those apply whose leaf is in the
+parameter tree of the config.
 """
 
 import dataclasses
@@ -57,9 +57,9 @@ class Family:
       prefix: of all names but the head's, which files of a model without head leave out.
       layer_prefix: of the tensors of a layer, with `{layer}`.
       tensors, layer_tensors: outside of layers, the embedding first, and in each.
-      head: the row of the output matrix, stored where it is not tied to the embedding.
+      head: the rule of the output matrix, stored where it is not tied to the embedding.
       buffers: patterns of names that hold no parameters and are passed over.
-      renamed: beginnings of names in the files of DiffuLLaMA and DiffuGPT, and what stands for them here.
+      renamed: beginnings of names in the files of DiffuLLaMA and DiffuGPT, and what replaces them here.
     """
 
     tensors: tuple[LeafRule, ...]
@@ -72,7 +72,7 @@ class Family:
 
 
 def _pair(name, leaf, axes, bias_axes, part=0) -> tuple[LeafRule, LeafRule]:
-    """A weight and its bias."""
+    """Returns the rules of a weight and its bias."""
     return LeafRule(f"{name}.weight", leaf, axes, part), LeafRule(
         f"{name}.bias", f"{leaf}_bias", bias_axes, part
     )
@@ -197,11 +197,11 @@ class LeafPart:
 
     @property
     def leaf_shape(self) -> tuple[int, ...]:
-        """Of the leaf, or of its slice of one layer."""
+        """Returns the shape of the leaf, or of its slice of one layer."""
         return self.to_leaf(np.broadcast_to(np.int8(0), self.shape)).shape
 
     def to_leaf(self, stored: np.ndarray) -> np.ndarray:
-        """The leaf (or its slice of one layer) of a stored tensor; a view."""
+        """Returns the leaf, or its slice of one layer, as a view of a stored tensor."""
         return self._part_of(stored.reshape(self.split)).transpose(self.order)
 
     def _part_of(self, array):
@@ -210,7 +210,7 @@ class LeafPart:
 
 @functools.cache
 def tensor_table(config: ModelConfig) -> dict[str, tuple[LeafPart, ...]]:
-    """Every tensor of a model by its name in the file, the embedding first, each with its parts."""
+    """Returns every tensor of a model by its name in the file, the embedding first, each with its parts."""
     family, tree = FAMILIES[config.family], abstract_params(config)
     rows = [(row, "", None) for row in (*family.tensors, family.head) if row.leaf in tree]
     for layer in range(config.num_layers):
@@ -224,22 +224,22 @@ def tensor_table(config: ModelConfig) -> dict[str, tuple[LeafPart, ...]]:
 
 
 def embedding(config: ModelConfig) -> str:
-    """The name of the embedding."""
+    """Returns the name of the embedding."""
     return FAMILIES[config.family].tensors[0].name
 
 
 def tied_head(config: ModelConfig) -> str | None:
-    """The output matrix that a file may repeat although it is tied: the embedding under a second name."""
+    """Returns the output matrix that a file may repeat although it is tied to the embedding."""
     return FAMILIES[config.family].head.name if config.tie_embeddings else None
 
 
 def shape_of(name: str, config: ModelConfig) -> tuple[int, ...]:
-    """The shape of a stored tensor, the tied head among them."""
+    """Returns the shape of a stored tensor, which may be the tied head."""
     return tensor_table(config)[embedding(config) if name == tied_head(config) else name][0].shape
 
 
 def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
-    """The tensors of a file by the names of the table, known buffers left out.
+    """Returns the tensors of a file by the names of the table, without known buffers.
 
     A tied matrix that is stored as the head alone is the embedding.
 
@@ -248,10 +248,7 @@ def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
       file: names the checkpoint in errors.
 
     Returns:
-      Name in the table -> name in the file; unknown names stand for themselves.
-
-    Raises:
-      InputError: a tensor that is there with and without the prefix.
+      Name in the table -> name in the file; an unknown name is its own.
     """
     family, found = FAMILIES[config.family], {}
     for name in names:
@@ -267,7 +264,7 @@ def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
 
 
 def _full_name(name: str, config: ModelConfig) -> str:
-    """The name in the table of a stored tensor; one that isn't known stands for itself."""
+    """Returns the table's name of a stored tensor; an unknown one as it is."""
     family = FAMILIES[config.family]
     tried = [name, *(prefix + name for prefix in (family.prefix, "model."))]
     tried += [new + name.removeprefix(old) for old, new in family.renamed if name.startswith(old)]
@@ -279,14 +276,11 @@ def _is_known(name: str, config: ModelConfig) -> bool:
 
 
 def check_names(names, config: ModelConfig, file) -> None:
-    """Every parameter is there, and nothing but parameters.
+    """Checks that a file has every parameter, and nothing else.
 
     Args:
       names: of `table_names`. The query vector may be absent.
       file: names the checkpoint in errors.
-
-    Raises:
-      InputError: naming the first tensor that is missing or unknown, or what all of them are wrapped in.
     """
     _check_wrappers(names, config, file)
     head = FAMILIES[config.family].head.name
@@ -335,7 +329,7 @@ def _tensor(row: LeafRule, config: ModelConfig, prefix: str = "", layer: int | N
     part = (split.index("3"), row.part) if "3" in split else None
     whole = [axis for axis in split if axis != "3"]
     leaf, index = (row.leaf,), None
-    if layer is not None:  # the last layer stands alone in the tree, those before it are stacked
+    if layer is not None:  # the last layer is alone in the tree, those before it are stacked
         stacked = layer < config.num_layers - 1
         leaf, index = ("layers" if stacked else "last_layer", row.leaf), layer if stacked else None
     return LeafPart(

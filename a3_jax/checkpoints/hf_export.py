@@ -1,6 +1,6 @@
 """Parameters as a Hugging Face directory, which transformers opens.
 
-Written leaf by leaf, in pieces: a stacked leaf becomes a tensor a layer, one after the other.
+Written leaf by leaf, in chunks: a stacked leaf becomes one tensor per layer.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ import numpy as np
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.chunks import cast, chunks_of, cut, index_of
-from a3_jax.checkpoints.export_ids import generation_config, with_special_ids
 from a3_jax.checkpoints.families import QUERY_TENSOR, LeafPart
 from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf
 from a3_jax.checkpoints.hf_format import CARD_FILE, SOURCE_CARD_FILE, kept_bytes
 from a3_jax.checkpoints.model_card import Facts, model_card
-from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_tensors
+from a3_jax.checkpoints.safetensors import MAX_SHARD_BYTES, TensorSpec, write_tensors
+from a3_jax.checkpoints.special_tokens import generation_config, with_special_ids
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig, RopeScaling
 from a3_jax.paths import as_path, write_json, write_text
@@ -30,11 +30,11 @@ Read = Callable[[tuple[str, ...], tuple], np.ndarray]  # (path of a leaf, NumPy 
 
 @dataclasses.dataclass(frozen=True)
 class ExportPlan:
-    """What a Hugging Face directory will hold.
+    """The contents of a Hugging Face directory to be written.
 
     Attributes:
       config: of `config.json`.
-      tensors: dtype and shape by name in the file, those of one leaf behind each other.
+      tensors: dtype and shape by name in the file, those of one leaf one after the other.
       parts: what each consists of in the parameter tree.
     """
 
@@ -44,32 +44,64 @@ class ExportPlan:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Returns the bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
-def hf_target(meta: Meta, dtype=None, query_vector: bool = True) -> ExportPlan:
-    """The directory that the model came from: its names, dtypes, architecture; else Llama's in float32.
+def plan_hf_export(meta: Meta, dtype=None, query_vector: bool = True) -> ExportPlan:
+    """Plans the directory that the model came from: its names, dtypes, architecture; else Llama's in float32.
 
     Args:
       dtype: of all tensors instead.
       query_vector: False leaves it out: the plain left-to-right model.
-
-    Raises:
-      InputError: it came from none and is no Llama.
     """
     if meta.source is None:
-        return make_target(meta.model, config_to_hf(meta.model), {}, dtype, query_vector)
+        return _plan_export(meta.model, config_to_hf(meta.model), {}, dtype, query_vector)
     hf_config = meta.source["config"]
     if meta.model.mask_token != hf_config.get("mask_token_id"):  # it was trained to fill masks here
         hf_config = {**hf_config, **_mask_fields(meta.model)}
-    return make_target(meta.model, hf_config, meta.source["tensors"], dtype, query_vector)
+    return _plan_export(meta.model, hf_config, meta.source["tensors"], dtype, query_vector)
 
 
-def make_target(
+def plan_release_export(meta: Meta, dtype=None) -> ExportPlan:
+    """Plans a directory of the authors' PyTorch class: all of its state dict, a tied head too.
+
+    Its block adds the MLP to the normed state, where the paper's and the pretrained model's adds it to the
+    state before the norm. The same weights are two models under the two blocks, so only a model that was
+    trained with `residual="release"` can go there. Fields of the source's `config.json` that don't describe
+    the model's shape go along, such as ids of special tokens.
+
+    Args:
+      dtype: of all tensors; None: the source's, float32 where there is none.
+    """
+    model, source = meta.model, meta.source or {"config": {}, "tensors": {}}
+    if model.residual != "release":
+        raise InputError(
+            f"{model.residual!r}: {RELEASE_ARCHITECTURE} adds the MLP to the normed state, so there these "
+            "weights are another model; only those trained with residual='release' can be written for it",
+            field="model.residual",
+        )
+    fields = config_to_hf(model)
+    if model.num_heads * model.head_size != model.d_model:
+        raise InputError(
+            f"{model.head_size}: {RELEASE_ARCHITECTURE} has heads of d_model / num_heads = "
+            f"{model.d_model / model.num_heads:g}", field="model.head_size",
+        )  # fmt: skip
+    had = families.table_names(source["tensors"], model)
+    dtypes = {name: source["tensors"][in_file] for name, in_file in had.items()}
+    usual = dtypes.get(families.embedding(model), "float32")
+    names = [*families.tensor_table(model), families.tied_head(model)]
+    tensors = {name: dtypes.get(name, usual) for name in names if name is not None}
+    others = {  # transformers 5 has two fields by other names
+        name: value for name, value in source["config"].items() if name not in ("dtype", "rope_parameters")
+    }  # fmt: skip
+    return _plan_export(model, {**others, **fields, "torch_dtype": usual}, tensors, dtype)
+
+
+def _plan_export(
     model: ModelConfig, hf_config, tensors: Mapping[str, str], dtype, query_vector=True
 ) -> ExportPlan:
-    """A directory with the names and dtypes of `tensors` where they are known.
+    """Plans a directory with the names and dtypes of `tensors` where they are known.
 
     Args:
       tensors: name in a file -> dtype. A tied head that is among them is written too.
@@ -97,7 +129,7 @@ def make_target(
 def write_hf(
     directory,
     read: Read,
-    target: ExportPlan,
+    plan: ExportPlan,
     meta: Meta,
     tokenizer: Tokenizer | None,
     max_shard_bytes=MAX_SHARD_BYTES,
@@ -107,21 +139,21 @@ def write_hf(
     """Fills a directory: safetensors, config, tokenizer, the source's other files, a model card.
 
     The source's own card is written beside ours, as `README.source.md`. Ids of BOS and EOS that config and
-    `generation_config.json` lack are added: see `export_ids`.
+    `generation_config.json` lack are added: see `special_tokens`.
 
     Args:
       directory: is made; the caller makes the whole of it atomic.
-      read: gives a part of a leaf; `TensorSource.read_leaf` or `tree_reader`.
-      target: of `hf_target` or `release_target`.
+      read: returns a part of a leaf; `TensorSource.read_leaf` or `tree_reader`.
+      plan: of `plan_hf_export` or `plan_release_export`.
       on_tensor: called with name and bytes of each tensor that was written.
       facts: for the card, what is known beside `meta`.
     """
     directory = as_path(directory)
     directory.mkdir(parents=True)
     write_tensors(
-        directory, target.tensors, lambda name: _read_chunks(name, target, read), max_shard_bytes, on_tensor
+        directory, plan.tensors, lambda name: _read_chunks(name, plan, read), max_shard_bytes, on_tensor
     )
-    config = with_special_ids(target.config, meta, tokenizer)
+    config = with_special_ids(plan.config, meta, tokenizer)
     write_json(directory / CONFIG_FILE, config)
     files = {} if meta.source is None else dict(meta.source["files"])
     source_card = files.pop(CARD_FILE, None)
@@ -131,11 +163,11 @@ def write_hf(
         files |= tokenizer.files()
     files[GENERATION_FILE] = generation_config(config, meta, tokenizer)
     _write_kept_files(directory, {name: text for name, text in files.items() if text is not None})
-    write_text(directory / CARD_FILE, model_card(meta, config, target.tensors, tokenizer, facts))
+    write_text(directory / CARD_FILE, model_card(meta, config, plan.tensors, tokenizer, facts))
 
 
 def tree_reader(params) -> Read:
-    """What `write_hf` reads with, from a parameter tree in memory."""
+    """Returns a reader for `write_hf` of a parameter tree in memory."""
 
     def read(path, index=()):
         return np.asarray(functools.reduce(lambda tree, key: tree[key], path, params)[index])
@@ -144,15 +176,15 @@ def tree_reader(params) -> Read:
 
 
 def _join(parts: tuple[LeafPart, ...], leaves) -> np.ndarray:
-    """The inverse of `LeafPart.to_leaf`: the stored tensor that consists of these leaves."""
+    """Returns the stored tensor that consists of these leaves: the inverse of `LeafPart.to_leaf`."""
     arrays = [leaf.transpose(np.argsort(part.order)) for part, leaf in zip(parts, leaves, strict=True)]
     first = parts[0]
     return (arrays[0] if first.part is None else np.stack(arrays, axis=first.part[0])).reshape(first.shape)
 
 
-def _read_chunks(name: str, target: ExportPlan, read: Read) -> Iterator[np.ndarray]:
-    """A tensor, cut along the first of its axes."""
-    parts, spec = target.parts[name], target.tensors[name]
+def _read_chunks(name: str, plan: ExportPlan, read: Read) -> Iterator[np.ndarray]:
+    """Reads a tensor, cut along the first of its axes."""
+    parts, spec = plan.parts[name], plan.tensors[name]
     for chunk in chunks_of(name, parts[0], spec.nbytes):
         leaves = [read(part.leaf, index_of(part, chunk)) for part in parts]
         stored = _join(tuple(cut(part, chunk) for part in parts), leaves)
@@ -160,7 +192,7 @@ def _read_chunks(name: str, target: ExportPlan, read: Read) -> Iterator[np.ndarr
 
 
 def with_dtype(meta: Meta, dtype) -> Meta:
-    """What a checkpoint says of itself once all its parameters have another dtype."""
+    """Returns a checkpoint's description once all its parameters have another dtype."""
     if meta.source is None:
         return meta
     tensors = dict.fromkeys(meta.source["tensors"], np.dtype(dtype).name)
@@ -169,12 +201,9 @@ def with_dtype(meta: Meta, dtype) -> Meta:
 
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """A `config.json` for a model that came from no Hugging Face directory: Llama's.
+    """Returns Llama's `config.json` for a model that came from no Hugging Face directory.
 
     Rotary fields are those of transformers 4, which 5 reads too.
-
-    Raises:
-      InputError: the model has switches that Llama has not.
     """
     fields = {
         "architectures": [RELEASE_ARCHITECTURE if config.residual == "release" else "LlamaForCausalLM"],
@@ -208,7 +237,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
 
 def _mask_fields(model: ModelConfig) -> dict[str, Any]:
-    """The fields of a `config.json` that make a model one of masked diffusion; none if it isn't."""
+    """Returns the fields of a `config.json` that mark a model of masked diffusion; none if it isn't one."""
     if model.mask_token is None:
         return {}
     return {"mask_token_id": model.mask_token, "logit_shift": model.logit_shift}

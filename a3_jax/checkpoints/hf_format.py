@@ -24,7 +24,7 @@ from a3_jax.checkpoints.chunks import (
 )
 from a3_jax.checkpoints.families import QUERY_TENSOR, LeafPart
 from a3_jax.checkpoints.hf_config import CONFIG_FILE, read_config
-from a3_jax.checkpoints.safetensors_io import INDEX_FILE, StoredTensor, list_tensors
+from a3_jax.checkpoints.safetensors import INDEX_FILE, StoredTensor, list_tensors
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.paths import as_path, is_file_name, read_json
@@ -36,7 +36,7 @@ _KEPT_FILES = (  # licences ask that they and notices go along
     "NOTICE", "NOTICE.md", "USE_POLICY.md",
 )  # fmt: skip
 _COMPARED_BYTES = 1 << 24  # of each of two tensors
-_MAX_KEPT_BYTES = 1 << 25  # a file; the largest tokenizers have 20 MB
+_MAX_KEPT_BYTES = 1 << 25  # per file; the largest tokenizers have 20 MB
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ class HFModel:
     unread: list[str]
 
     def warn(self) -> None:
-        """Names the fields of `config.json` that were left aside."""
+        """Warns of the fields of `config.json` that were ignored."""
         if self.unread:
             message = "%s: left aside are fields that change nothing in transformers' model either: %s"
             logger.warning(message, self.directory / CONFIG_FILE, ", ".join(self.unread)[:500])
 
     def source(self) -> dict[str, Any]:
-        """What `Meta.source` keeps, so that the way back gives the same names, dtypes and files."""
+        """Returns what `Meta.source` keeps, so that the way back gives the same names, dtypes and files."""
         files = _read_kept_files(self.directory)
         if SOURCE_CARD_FILE in files:  # it was written by `hf_export`, so its card is ours
             files[CARD_FILE] = files.pop(SOURCE_CARD_FILE)
@@ -74,11 +74,7 @@ class HFModel:
 
 
 def open_hf(directory) -> HFModel:
-    """Checks a Hugging Face directory against its config.
-
-    Raises:
-      InputError: what is missing, damaged, contradicting or not supported, by file and tensor.
-    """
+    """Checks a Hugging Face directory against its config."""
     directory = as_path(directory)
     hf_config = read_json(directory / CONFIG_FILE)
     config, unread = read_config(hf_config, directory / CONFIG_FILE)
@@ -107,11 +103,7 @@ def _check_tensor(tensor: StoredTensor, shape) -> None:
 
 
 def check_tied(model: HFModel) -> None:
-    """Compares a tied head that is stored all the same with the embedding, a few rows at a time.
-
-    Raises:
-      InputError: it is another one.
-    """
+    """Compares a tied head that is stored all the same with the embedding, a few rows at a time."""
     head = model.stored.get(families.tied_head(model.config) or "")
     if head is None:
         return
@@ -195,7 +187,7 @@ class HFSource(TensorSource):
     def _drawn_query(self) -> np.ndarray:
         """Draws the query vector, [D], of a model that has none, with a warning, once.
 
-        It is one that the source might have stored, so that every way of reading gives the same.
+        It is rounded as if the source had stored it, so that every way of reading returns the same.
         """
         if self._query is None:
             config = self.config
@@ -210,7 +202,7 @@ class HFSource(TensorSource):
 
 
 def _read_kept_files(directory) -> dict[str, Any]:
-    """Files that go along unread, by name: text as a string, others as {"base64": ...}."""
+    """Reads the files that go along unread, by name: text as a string, others as {"base64": ...}."""
     files = {}
     for path in kept_files(directory):
         if path.stat().length > _MAX_KEPT_BYTES:
@@ -229,7 +221,7 @@ def kept_files(directory) -> list[Any]:
 
 
 def is_kept(name: str) -> bool:
-    """Whether a file goes along: of those that are read, and of those that an A3 checkpoint says to write."""
+    """Returns whether a file of this name may go along, when it is read and when it is written."""
     fits = any(fnmatch.fnmatchcase(name, pattern) for pattern in _KEPT_FILES)
     return fits and is_file_name(name) and name not in (CONFIG_FILE, INDEX_FILE)
 

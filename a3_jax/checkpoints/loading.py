@@ -8,9 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3_jax.checkpoints.a3_format import (
-    META,
-    META_FILE,
-    A3Source,
     Meta,
     is_a3,
     latest_step,
@@ -18,10 +15,10 @@ from a3_jax.checkpoints.a3_format import (
     load_meta,
     load_params,
 )
-from a3_jax.checkpoints.chunks import FLOATS, TensorSource, read_tree
+from a3_jax.checkpoints.chunks import FLOATS, read_tree
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
-from a3_jax.checkpoints.hf_format import HFSource, check_source, open_hf
-from a3_jax.checkpoints.safetensors_io import has_tensors
+from a3_jax.checkpoints.hf_format import HFSource, open_hf
+from a3_jax.checkpoints.safetensors import has_tensors
 from a3_jax.checkpoints.special_tokens import source_eos_ids, with_all_eos
 from a3_jax.errors import InputError, check_seed, nearest
 from a3_jax.model.config import ModelConfig
@@ -62,9 +59,6 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
       dtype: of the parameters, a name or NumPy dtype; None: as stored.
       seed: draws the query vector of a Hugging Face model that has none, 0 to 2^32 - 1.
       mesh: where the parameters go, by the model's sharding rules; None: the first device.
-
-    Raises:
-      InputError: no checkpoint, or one that is damaged or not supported.
     """
     check_seed(seed)
     directory, is_hf = find_checkpoint(path)
@@ -91,35 +85,10 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
     return Checkpoint(params, model.config, tokenizer, meta)
 
 
-def open_source(
-    path, dtype=None, seed: int = 0, allow_nonfinite: bool = False
-) -> tuple[TensorSource, Meta, Tokenizer | None]:
-    """Checks what `open_checkpoint` opens, and reads nothing of its parameters yet.
-
-    Args:
-      path, dtype, seed: as `open_checkpoint` takes them.
-      allow_nonfinite: NaN and infinity are no error.
-    """
-    directory, is_hf = find_checkpoint(path)
-    if not is_hf:
-        meta = load_meta(directory)
-        if meta.source is not None:
-            check_source(meta.source, directory / META / META_FILE)
-        return A3Source(directory, dtype, allow_nonfinite), meta, a3_tokenizer(directory, meta)
-    model = open_hf(directory)
-    model.warn()
-    source = HFSource(model, dtype, seed, allow_nonfinite)
-    meta = Meta(model.config, source=model.source())
-    return source, meta, hf_tokenizer(directory, meta)
-
-
 def check_has_orders(checkpoint: Checkpoint, path) -> None:
     """Refuses a published model of masked diffusion where any-order or left-to-right streams are wanted.
 
     One that was trained here may have all of them.
-
-    Raises:
-      InputError: its streams were never trained.
     """
     if checkpoint.config.mask_token is not None and checkpoint.meta.step is None:
         why = "a model of masked diffusion, which has no any-order and no left-to-right stream"
@@ -127,11 +96,7 @@ def check_has_orders(checkpoint: Checkpoint, path) -> None:
 
 
 def find_checkpoint(path) -> tuple[Any, bool]:
-    """The directory that a checkpoint argument means, and whether it is a Hugging Face one.
-
-    Raises:
-      InputError: it means none.
-    """
+    """Finds the directory that a checkpoint argument means, and whether it is a Hugging Face one."""
     path = as_path(path)
     if not path.exists():
         raise InputError("no such checkpoint directory", file=path)
@@ -154,11 +119,7 @@ def find_checkpoint(path) -> tuple[Any, bool]:
 
 
 def parse_dtype(dtype) -> np.dtype | None:
-    """A dtype that parameters may have, by name.
-
-    Raises:
-      InputError: any other.
-    """
+    """Returns a dtype that parameters may have, by name."""
     if dtype is None:
         return None
     names = [known.name for known in FLOATS]
@@ -171,19 +132,11 @@ def parse_dtype(dtype) -> np.dtype | None:
 
 
 def hf_tokenizer(directory, meta: Meta) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, None where it has none.
-
-    Raises:
-      InputError: it is damaged, or an id that ends a text is outside the vocabulary of the model of `meta`.
-    """
+    """Reads the tokenizer of a Hugging Face directory; None if it has none."""
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     return with_all_eos(tokenizer, meta, directory, is_a3=False)
 
 
 def a3_tokenizer(directory, meta: Meta) -> Tokenizer | None:
-    """The tokenizer of an A3 checkpoint, with every id that ends a text; None where it has none.
-
-    Raises:
-      InputError: as `hf_tokenizer`.
-    """
+    """Reads the tokenizer of an A3 checkpoint, with every id that ends a text; None if it has none."""
     return with_all_eos(load_checkpoint_tokenizer(directory), meta, directory, is_a3=True)

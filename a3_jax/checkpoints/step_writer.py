@@ -43,9 +43,9 @@ from a3_jax.checkpoints.manifest import (
 from a3_jax.checkpoints.stored_arrays import (
     check_same_dtypes,
     check_same_tree,
-    describe,
     one_line,
     restore_items,
+    shape_and_dtype,
 )
 from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.paths import absolute
@@ -124,11 +124,11 @@ class StepWriter:
         try:
             params, train_state = portable(params), portable(train_state)
             leaves = named_leaves(params, train_state)
-            described = {name: describe(leaf) for name, leaf in leaves.items()}
+            described = {name: shape_and_dtype(leaf) for name, leaf in leaves.items()}
             sums = start_fingerprints(leaves)  # before the next step may take the arrays
             args = save_items(params, dataclasses.replace(meta, step=step), tokenizer, train_state)
             self._checkpointer.save(place, args=args)
-        except Exception as error:  # what fails at once is told like what fails later
+        except Exception as error:  # what fails at once is reported like what fails later
             problem = error
         arguments = (step, started, described, sums, problem)
         self._thread = threading.Thread(target=self._finish, args=arguments, name="a3_save")
@@ -136,7 +136,7 @@ class StepWriter:
         return True
 
     def failure(self) -> SaveFailed | None:
-        """The failure of the last save, once: as soon as it is known, without waiting for it."""
+        """Returns the failure of the last save, once: as soon as it is known, without waiting for it."""
         failure, self._failure = self._failure, None
         return failure
 
@@ -152,11 +152,11 @@ class StepWriter:
             raise failure
 
     def latest_step(self) -> int | None:
-        """The newest finished step, or None. A step that is still being written doesn't count."""
+        """Returns the newest finished step, or None. A step that is still being written doesn't count."""
         return latest_step(self.directory)
 
     def restore(self, step: int, params, train_state):
-        """The parameters and training state of a step.
+        """Reads the parameters and training state of a step.
 
         Args:
           step: one that exists.
@@ -185,10 +185,10 @@ class StepWriter:
         return restored[PARAMS], restored[TRAIN]
 
     def restore_newest(self, params, train_state, at_most: int | None = None):
-        """As `restore`, of the newest step that is intact.
+        """Reads the newest step that is intact, as `restore` does.
 
-        Damaged steps that are newer than it are renamed `STEP.damaged` and told of. If no step is
-        intact all stay where they are: a run that began anew would hide what was lost.
+        Damaged steps that are newer than it are renamed `STEP.damaged` and reported. If no step
+        is intact all stay where they are: a run that began anew would hide what was lost.
 
         Args:
           at_most: newer steps are passed over.
@@ -246,7 +246,7 @@ class StepWriter:
             self._thread = None
 
     def _run_on_process_zero(self, what: str, action: Callable[[], Any]) -> Any:
-        """`action`, which changes the directory, in process 0."""
+        """Runs `action`, which changes the directory, in process 0."""
 
         def checked():
             self._may_write()
@@ -255,12 +255,12 @@ class StepWriter:
         return run_on_process_zero(what, checked)
 
     def _barrier(self, **_) -> None:
-        """Of orbax, which calls it twice in a save: all have written, process 0 has put it together."""
+        """Waits for all processes; orbax calls it twice per save, after writing and after finalising."""
         self._barriers += 1
         barrier("barrier")
 
     def _finish(self, step, started, described, sums, problem) -> None:
-        """The background: waits for orbax, then process 0 writes the manifest if all is well everywhere."""
+        """Waits for orbax in the background; then process 0 writes the manifest, if all is well."""
         place, files = self.directory / str(step), {}
         try:
             if problem is None:
@@ -279,22 +279,22 @@ class StepWriter:
                 "problem": [not isinstance(problem, OSError), one_line(problem)] if problem else None,
                 "files": {name: dataclasses.astuple(file) for name, file in files.items()},
             }
-            told = gather_and_decide(
+            failure = gather_and_decide(
                 "saved", mine, lambda all_: self._commit(step, started, described, sums, all_)
             )
         except Exception as error:  # another process is gone
-            problem, told = error, one_line(error)
-        if told is not None:
-            self._failure = SaveFailed(f"step {step} could not be saved: {told}")
+            problem, failure = error, one_line(error)
+        if failure is not None:
+            self._failure = SaveFailed(f"step {step} could not be saved: {failure}")
             self._failure.__cause__ = problem
 
-    def _commit(self, step, started, described, sums, told) -> str | None:
-        """Process 0: makes the step exist, and removes old ones; gives what went wrong, first the storage."""
+    def _commit(self, step, started, described, sums, reports) -> str | None:
+        """Makes the step exist and removes old ones, in process 0; returns what went wrong, storage first."""
         place, finished = self.directory / str(step), False
         try:
-            _, problem = min((one["problem"] for one in told if one["problem"]), default=(False, None))
+            _, problem = min((one["problem"] for one in reports if one["problem"]), default=(False, None))
             if problem is None:
-                files = {name: File(*file) for one in told for name, file in one["files"].items()}
+                files = {name: File(*file) for one in reports for name, file in one["files"].items()}
                 files |= read_checksums(place, set(list_files(place)) - files.keys())
                 self._may_write()  # last: checksums take a while
                 write_manifest(place, make_manifest(files, described, sums))
@@ -340,7 +340,7 @@ class StepWriter:
             self._warn(f"step {step} can't be removed: {one_line(error)}")
 
     def _warn(self, message: str) -> None:
-        """Says so, the first time."""
+        """Prints a warning, the first time."""
         if not self._warned:
             print(f"a3: warning: {message}", file=sys.stderr)
         self._warned = True
@@ -358,7 +358,7 @@ class StepWriter:
 
 
 def _remember_writes(handler, writes: list[Any]):
-    """`handler`; puts the writes of a save into a list: if one fails, orbax forgets the others."""
+    """Returns `handler`, which now lists the writes of a save: if one fails, orbax forgets the others."""
     begin = handler.async_save
 
     async def async_save(*args, **kwargs):
@@ -370,7 +370,7 @@ def _remember_writes(handler, writes: list[Any]):
 
 
 def _is_news(record) -> bool:
-    """False of the traceback that orbax prints of a failed save, which `SaveFailed` tells of."""
+    """Returns False for orbax's traceback of a failed save, which `SaveFailed` reports."""
     return "in background save thread" not in record.getMessage()
 
 
@@ -382,7 +382,7 @@ def _make_directory(path) -> None:
 
 
 def _make_room(place) -> bool:
-    """Whether a step is there; what is there but is none is removed."""
+    """Returns whether a step exists; whatever else has its place is removed."""
     if is_finished_step(place):
         return True
     if place.exists():
