@@ -19,8 +19,8 @@ import numpy as np
 
 from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.destination import check_space
-from a3_jax.checkpoints.hf_export import hf_target, write_hf
+from a3_jax.checkpoints.directories import check_space
+from a3_jax.checkpoints.hf_export import plan_hf_export, write_hf
 from a3_jax.model.two_stream import abstract_params
 from benchmarks.fresh_process import fresh_process
 from benchmarks.measurement import Row, note, ratio
@@ -70,7 +70,7 @@ def make_model(directory, model, seed: int) -> None:
         shape = np.broadcast_to(np.int8(0), leaf.shape)[index].shape
         return (SCALE * rng.standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16)
 
-    write_hf(directory, read, hf_target(meta, "bfloat16"), meta, None, SHARD_BYTES)
+    write_hf(directory, read, plan_hf_export(meta, "bfloat16"), meta, None, SHARD_BYTES)
 
 
 def disk_task(task: str, source: str, target: str):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a3_jax.checkpoints.a3_format import Meta, StepWriter
+from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.manifest import Manifest, list_files, read_checksums, read_manifest, write_manifest
+from a3_jax.checkpoints.step_writer import StepWriter
 from a3_jax.model.config import ModelConfig
 from a3_jax.tokenizer import bytes_tokenizer
 from tests import tiny

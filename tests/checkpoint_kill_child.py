@@ -14,20 +14,20 @@ import jax
 
 import tests.conftest  # noqa: F401  as in the tests
 from a3_jax import paths
-from a3_jax.checkpoints import a3_format
+from a3_jax.checkpoints import step_writer
 from tests.checkpoint_fixtures import save
 
 SHARES = [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.05]
 CALLS = [  # before the nth call of a function in the save, in whichever thread
-    (a3_format, "start_fingerprints", 0),
-    (a3_format, "list_files", 0),
-    (a3_format, "read_checksums", 0),
-    (a3_format, "write_manifest", 0),
+    (step_writer, "start_fingerprints", 0),
+    (step_writer, "list_files", 0),
+    (step_writer, "read_checksums", 0),
+    (step_writer, "write_manifest", 0),
     (paths.uuid, "uuid4", 0),  # for the manifest's temporary file
-    (a3_format.StepWriter, "_prune", 0),
-    (a3_format, "_remove", 0),  # of step 0, which is one too many
-    (a3_format.ocp.StandardCheckpointHandler, "finalize", 0),
-    (a3_format.ocp.StandardCheckpointHandler, "finalize", 1),
+    (step_writer.StepWriter, "_prune", 0),
+    (step_writer, "_remove", 0),  # of step 0, which is one too many
+    (step_writer.ocp.StandardCheckpointHandler, "finalize", 0),
+    (step_writer.ocp.StandardCheckpointHandler, "finalize", 1),
 ]
 MOMENTS = [*SHARES, *CALLS]
 
@@ -49,7 +49,7 @@ def die_in(owner, name, calls):
 
 def child(run, moment, seconds):
     """Saves once to warm up (step 1, if it isn't there), then step 2."""
-    with a3_format.StepWriter(run, keep=2) as writer:
+    with step_writer.StepWriter(run, keep=2) as writer:
         for step in (0, 1):
             save(writer, step)
         writer.wait()

@@ -17,9 +17,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from a3_jax.checkpoints import a3_format, verified_restore
-from a3_jax.checkpoints.a3_format import SaveFailed, StepWriter, list_steps
+from a3_jax.checkpoints import step_writer, stored_arrays
+from a3_jax.checkpoints.a3_format import list_steps
 from a3_jax.checkpoints.manifest import DamagedCheckpoint
+from a3_jax.checkpoints.step_writer import SaveFailed, StepWriter
 from a3_jax.runtime.coordination import barrier
 from tests.checkpoint_fixtures import META
 
@@ -89,10 +90,10 @@ def story(run, mesh, second):
         yield "again", writer.save(3, tree(mesh, 3), state(mesh, 3), META)
         yield "restored", try_to_restore(writer, mesh)
         if second:
-            a3_format.read_checksums, read_checksums = full, a3_format.read_checksums
+            step_writer.read_checksums, read_checksums = full, step_writer.read_checksums
         yield "full", try_to_save(writer, mesh, 4)
         if second:
-            a3_format.read_checksums = read_checksums
+            step_writer.read_checksums = read_checksums
             ocp.StandardCheckpointHandler.async_save = full_later
         yield "full in orbax", try_to_save(writer, mesh, 4)
         ocp.StandardCheckpointHandler.async_save = ASYNC_SAVE
@@ -103,14 +104,14 @@ def story(run, mesh, second):
         barrier("test")
         yield "restored", try_to_restore(writer, mesh)
         if second:
-            check = verified_restore.raise_damage
+            check = stored_arrays.raise_damage
 
             def find_damage_alone(directory, *args, **kwargs):
                 if directory.name == "5":
                     raise DamagedCheckpoint("seen by one alone", file=directory, step=5)
                 check(directory, *args, **kwargs)
 
-            verified_restore.raise_damage = find_damage_alone
+            stored_arrays.raise_damage = find_damage_alone
         yield "saved", try_to_save(writer, mesh, 5)
         yield "restored", try_to_restore(writer, mesh)
         yield "steps", list_steps(run)

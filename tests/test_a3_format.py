@@ -7,10 +7,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from a3_jax.checkpoints import a3_format
+from a3_jax.checkpoints import step_writer
 from a3_jax.checkpoints.a3_format import (
     Meta,
-    StepWriter,
     latest_step,
     list_steps,
     load_checkpoint_tokenizer,
@@ -19,6 +18,7 @@ from a3_jax.checkpoints.a3_format import (
     save_checkpoint,
 )
 from a3_jax.checkpoints.loading import open_checkpoint
+from a3_jax.checkpoints.step_writer import StepWriter
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh
 from a3_jax.model.two_stream import param_shardings
@@ -167,7 +167,7 @@ class FailingHandler(ocp.StandardCheckpointHandler):
 
 @pytest.fixture
 def failing_writer(tmp_path, monkeypatch):
-    monkeypatch.setattr(a3_format.ocp, "StandardCheckpointHandler", FailingHandler)
+    monkeypatch.setattr(step_writer.ocp, "StandardCheckpointHandler", FailingHandler)
     writer = StepWriter(tmp_path / "checkpoints", keep=2)
     monkeypatch.undo()
     yield writer

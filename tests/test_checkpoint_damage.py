@@ -14,16 +14,16 @@ import pytest
 
 from a3_jax.checkpoints import manifest
 from a3_jax.checkpoints.a3_format import (
-    StepWriter,
     list_steps,
     load_checkpoint_tokenizer,
     load_meta,
     load_params,
     save_checkpoint,
 )
+from a3_jax.checkpoints.inspect import verify
 from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, DamagedCheckpoint
-from a3_jax.checkpoints.verify import verify
+from a3_jax.checkpoints.step_writer import StepWriter
 from a3_jax.errors import InputError
 from a3_jax.tokenizer import bytes_tokenizer
 from tests.checkpoint_fixtures import META, assert_same, params, restore_newest, train_state, write_run

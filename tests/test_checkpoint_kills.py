@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from a3_jax.checkpoints.a3_format import StepWriter, list_steps
+from a3_jax.checkpoints.a3_format import list_steps
+from a3_jax.checkpoints.inspect import verify
 from a3_jax.checkpoints.manifest import MANIFEST_FILE
-from a3_jax.checkpoints.verify import verify
+from a3_jax.checkpoints.step_writer import StepWriter
 from tests.checkpoint_fixtures import restore_newest, save
 from tests.checkpoint_kill_child import MOMENTS
 

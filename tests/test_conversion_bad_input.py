@@ -252,7 +252,7 @@ def test_failure_while_writing_leaves_nothing(hf, tmp_path, to, monkeypatch):
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    target = "orbax_items._TextFiles.save" if to == "a3" else "hf_export._write_kept_files"
+    target = "a3_format._TextFiles.save" if to == "a3" else "hf_export._write_kept_files"
     monkeypatch.setattr(f"a3_jax.checkpoints.{target}", fail)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="no space"):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from a3_jax.checkpoints import conversion, directories
-from a3_jax.checkpoints.info import describe
+from a3_jax.checkpoints.inspect import describe
 from a3_jax.cli import main
 from tests.tiny_families import edit_config, write_family
 
@@ -60,8 +60,8 @@ def test_a_disk_that_fills_up_meanwhile(llama, tmp_path, capsys, monkeypatch, to
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("a3_jax.checkpoints.safetensors_writer._write_tensor", full)
-    monkeypatch.setattr("a3_jax.checkpoints.streaming.in_order", lambda array: array[..., :0])  # misfits
+    monkeypatch.setattr("a3_jax.checkpoints.safetensors._write_tensor", full)
+    monkeypatch.setattr("a3_jax.checkpoints.chunk_writer.in_order", lambda array: array[..., :0])  # misfits
     assert "can't be written" in refused(capsys, llama, tmp_path / "out", f"--to={to}")
     assert not os.listdir(tmp_path)
 

@@ -15,8 +15,7 @@ from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.hf_config import config_from_hf
 from a3_jax.checkpoints.hf_export import config_to_hf
 from a3_jax.checkpoints.loading import open_checkpoint
-from a3_jax.checkpoints.safetensors_io import list_tensors
-from a3_jax.checkpoints.safetensors_writer import TensorSpec, write_tensors
+from a3_jax.checkpoints.safetensors import TensorSpec, list_tensors, write_tensors
 from a3_jax.model.config import PRESETS, ModelConfig, RopeScaling
 from a3_jax.model.sharding import make_mesh
 from a3_jax.model.two_stream import abstract_params

@@ -12,14 +12,12 @@ from safetensors.numpy import load_file
 
 from a3_jax.checkpoints import chunks, manifest
 from a3_jax.checkpoints.a3_format import Meta, load_meta, load_params, save_checkpoint
-from a3_jax.checkpoints.conversion import convert
+from a3_jax.checkpoints.conversion import A3Source, convert
 from a3_jax.checkpoints.fingerprint import tree_names
-from a3_jax.checkpoints.hf_export import hf_target, tree_reader, write_hf
+from a3_jax.checkpoints.hf_export import plan_hf_export, plan_release_export, tree_reader, write_hf
 from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.checkpoints.manifest import DamagedCheckpoint
-from a3_jax.checkpoints.release_format import release_target
-from a3_jax.checkpoints.safetensors_io import list_tensors
-from a3_jax.checkpoints.stored_params import StoredParams, open_params
+from a3_jax.checkpoints.safetensors import list_tensors
 from a3_jax.cli import main
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
@@ -59,7 +57,7 @@ def stored(tmp_path_factory):
 
 
 def test_parts_of_leaves(stored):
-    params, found = load_params(stored), open_params(stored)
+    params, found = load_params(stored), A3Source(stored)
     for path, index in (
         (("layers", "q"), (1,)),
         (("layers", "gate"), (2, slice(None), slice(3, 7))),
@@ -68,7 +66,7 @@ def test_parts_of_leaves(stored):
         (("final_norm",), ()),
     ):
         leaf = tree_reader(params)(path)
-        part = found.read(path, index)
+        part = found.read_leaf(path, index)
         assert part.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(part, leaf[index])
 
@@ -81,17 +79,15 @@ def test_pieces_make_up_the_tensors(tmp_path, monkeypatch, name):
     params = tiny.params(config)
     meta = Meta(config, source={"config": hf_fields(name, **changes), "tensors": {}, "files": {}})
     save_checkpoint(tmp_path / "a3", params, meta)
-    found, target = open_params(tmp_path / "a3"), hf_target(meta)
+    found, target = A3Source(tmp_path / "a3"), plan_hf_export(meta)
     write_hf(tmp_path / "whole", tree_reader(params), target, meta, None)
     opened, sizes, told = collections.Counter(), [], []
-    open_leaf = StoredParams._open
-    monkeypatch.setattr(
-        StoredParams, "_open", lambda self, leaf: opened.update([leaf]) or open_leaf(self, leaf)
-    )
-    monkeypatch.setattr(chunks, "PIECE_BYTES", 700)
+    open_leaf = A3Source._open
+    monkeypatch.setattr(A3Source, "_open", lambda self, leaf: opened.update([leaf]) or open_leaf(self, leaf))
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 700)
 
     def read(path, index=()):
-        part = found.read(path, index)
+        part = found.read_leaf(path, index)
         sizes.append(part.nbytes)
         return part
 
@@ -110,10 +106,10 @@ def test_pieces_make_up_the_tensors(tmp_path, monkeypatch, name):
 
 
 def test_leaves_in_memory_are_never_more_than_the_largest(stored):
-    found = open_params(stored)
+    found = A3Source(stored)
     sizes = {name: leaf.nbytes for name, leaf in tree_names(load_params(stored)).items()}
     for name in [*sizes, *reversed(sizes)]:
-        found.read(tuple(name.split("/")))
+        found.read_leaf(tuple(name.split("/")))
         assert name in found._opened
         assert sum(sizes[it] for it in found._opened) <= max(sizes.values())
 
@@ -133,7 +129,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys, monkeypatch, how):
     file = max((tmp_path / "a3" / "params").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
     file.unlink() if how == "gone" else damage(file, how)
     with pytest.raises(DamagedCheckpoint, match=file.name):
-        open_params(tmp_path / "a3")
+        A3Source(tmp_path / "a3")
     assert main(["convert", str(tmp_path / "a3"), str(tmp_path / "hf"), "--to=hf"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and file.name in err
@@ -144,7 +140,7 @@ def test_bit_for_bit_in_pieces(tmp_path, monkeypatch):
     """There and back, by rows, in shards."""
     tensors = write_tiny_llama(tmp_path / "hf", num_layers=3, dtype="bfloat16", query_embed=True)
     convert(tmp_path / "hf", tmp_path / "a3")
-    monkeypatch.setattr(chunks, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
     convert(tmp_path / "a3", tmp_path / "back", to="hf", max_shard_bytes=20_000)
     back = read_all(tmp_path / "back")
     assert back.keys() == tensors.keys()
@@ -212,8 +208,8 @@ def test_what_their_class_is_not_is_refused(tmp_path, capsys):
         ({"qkv_bias": True}, "model.qkv_bias"),
     ):
         with pytest.raises(InputError, match=field):
-            release_target(Meta(release_config(**changes)))
-    release_target(Meta(release_config(qkv_bias=True, out_bias=True, mlp_bias=True)))
+            plan_release_export(Meta(release_config(**changes)))
+    plan_release_export(Meta(release_config(qkv_bias=True, out_bias=True, mlp_bias=True)))
 
 
 def test_a_release_model_goes_to_hf_as_what_it_is(tmp_path):

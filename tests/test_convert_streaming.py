@@ -16,14 +16,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from a3_jax.checkpoints import chunks, conversion_sources, destination, directories, streaming
-from a3_jax.checkpoints.a3_format import StepWriter, load_params, save_checkpoint
-from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.fingerprint import fingerprints, hexadecimal, tree_names
-from a3_jax.checkpoints.host_checksum import sums_of_part
+from a3_jax.checkpoints import chunk_writer, chunks, directories, hf_format
+from a3_jax.checkpoints.a3_format import load_params, save_checkpoint
+from a3_jax.checkpoints.conversion import convert, open_source
+from a3_jax.checkpoints.fingerprint import fingerprints, hexadecimal, sums_of_part, tree_names
+from a3_jax.checkpoints.inspect import verify
 from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.checkpoints.manifest import list_files, read_manifest
-from a3_jax.checkpoints.verify import verify
+from a3_jax.checkpoints.step_writer import StepWriter
 from a3_jax.cli import main
 from a3_jax.errors import InputError
 from tests.tiny_families import write_family
@@ -46,8 +46,8 @@ def a3(hf):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """As if each tensor were large: several pieces a tensor, several chunks a piece."""
-    monkeypatch.setattr(chunks, "PIECE_BYTES", 4096)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(chunks, "ZARR_CHUNK_BYTES", 1000)
 
 
 def same_trees(actual, expected):
@@ -80,28 +80,28 @@ def test_a_transposed_copy_is_numpys():
     array = np.arange(40 * 6 * 5, dtype=np.float32).reshape(40, 6, 5)
     for order in [(0, 1, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0), (0, 2, 1)]:
         for view in (array.transpose(order), array.transpose(order)[None], array[:, :1].transpose(order)):
-            copy = streaming.in_order(view)
+            copy = chunk_writer.in_order(view)
             assert copy.flags.c_contiguous
             np.testing.assert_array_equal(copy, view)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_pieces_cover_each_leaf_once_in_whole_chunks(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "PIECE_BYTES", 700)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 150)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(chunks, "ZARR_CHUNK_BYTES", 150)
     write_family(tmp_path / "hf", family)
-    source = conversion_sources.open_source(tmp_path / "hf", None, 0, allow_nonfinite=False)
+    source = open_source(tmp_path / "hf")[0]
     seen = {path: np.zeros(leaf.shape, int) for path, leaf in source.leaves.items()}
-    for piece in source.pieces:
-        for path, begin, array in source.read(piece):
+    for chunk in source.chunks:
+        for path, begin, array in source.read(chunk):
             place = tuple(slice(first, first + size) for first, size in zip(begin, array.shape))
             seen[path][place] += 1
             leaf = source.leaves[path]
             assert array.dtype == leaf.dtype and array.nbytes <= 4096
-            for cut, whole, chunk in zip(place, leaf.shape, leaf.chunks):
-                assert cut.start % chunk == 0 and (cut.stop % chunk == 0 or cut.stop == whole)
+            for cut, whole, size in zip(place, leaf.shape, leaf.zarr_chunks):
+                assert cut.start % size == 0 and (cut.stop % size == 0 or cut.stop == whole)
     assert all((count == 1).all() for count in seen.values())
-    assert max(sum(p.name == piece.name for p in source.pieces) for piece in source.pieces) > 3
+    assert max(sum(c.name == chunk.name for c in source.chunks) for chunk in source.chunks) > 3
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float16"), ("gpt2", None), ("gemma3", None)])
@@ -157,7 +157,7 @@ def test_one_layer(tmp_path):
 
 def test_hugging_face_to_itself_is_not_read_as_a_whole(hf, tmp_path, monkeypatch):
     """Tensor after tensor: with the same bytes, and no parameter tree."""
-    monkeypatch.setattr(conversion_sources, "read_params", None)
+    monkeypatch.setattr(hf_format, "read_tree", None)
     convert(hf, tmp_path / "again", to="hf")
     convert(tmp_path / "again", tmp_path / "a3")
     same_trees(load_params(tmp_path / "a3"), open_checkpoint(hf).params)
@@ -234,13 +234,13 @@ def test_a_disk_that_is_too_small(hf, tmp_path, monkeypatch, to, dtype, size):
         assert pathlib.Path(place) == tmp_path
         return usage._replace(free=numbers * size - 1)
 
-    monkeypatch.setattr(destination.shutil, "disk_usage", ask)
+    monkeypatch.setattr(directories.shutil, "disk_usage", ask)
     with pytest.raises(
         InputError, match=f"too small: {numbers * size:,} bytes .* {numbers * size - 1:,} are"
     ):
         convert(hf, tmp_path / "new" / "dst", to=to, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(destination.shutil, "disk_usage", lambda place: usage._replace(free=numbers * size))
+    monkeypatch.setattr(directories.shutil, "disk_usage", lambda place: usage._replace(free=numbers * size))
     convert(hf, tmp_path / "new" / "dst", to=to, dtype=dtype)
 
 
@@ -248,7 +248,7 @@ def test_progress_is_told_on_standard_error(hf, tmp_path, monkeypatch, capsys):
     """Plain lines where there is no terminal, each some seconds after the last one."""
     assert main(["convert", str(hf), str(tmp_path / "a"), "--no-check"]) == 0
     assert "%" not in capsys.readouterr().err
-    monkeypatch.setattr("a3_jax.checkpoints.progress._SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr("a3_jax.checkpoints.conversion._SECONDS_BETWEEN_LINES", -1)
     for to, name in (("a3", "b"), ("hf", "c")):
         assert main(["convert", str(hf), str(tmp_path / name), f"--to={to}", "--no-check"]) == 0
         out, err = capsys.readouterr()
@@ -260,9 +260,9 @@ def test_progress_is_told_on_standard_error(hf, tmp_path, monkeypatch, capsys):
 CHILD = """
 import os, signal, sys
 import tests.conftest
-from a3_jax.checkpoints import hf_export, streaming
+from a3_jax.checkpoints import hf_export, chunk_writer
 from a3_jax.checkpoints.conversion import convert
-owner, name = (streaming._Writer, "write") if sys.argv[3] == "a3" else (hf_export, "cast")
+owner, name = (chunk_writer._Writer, "write") if sys.argv[3] == "a3" else (hf_export, "cast")
 function, left = getattr(owner, name), iter(range(20, -1, -1))
 def counted(*args, **kwargs):
     if next(left) == 0:
@@ -302,7 +302,7 @@ def test_a_failure_in_a_thread_is_one_line_and_leaves_nothing(hf, tmp_path, monk
     def fail(writer, parts):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(streaming._Writer, "write", fail)
+    monkeypatch.setattr(chunk_writer._Writer, "write", fail)
     with pytest.raises(InputError, match="dst: can't be written: No space left on device"):
         convert(hf, tmp_path / "dst")
     assert list(tmp_path.iterdir()) == []
@@ -329,21 +329,21 @@ PROCESS = """
 import os, sys
 from a3_jax.runtime.distributed import join
 join()
-from a3_jax.checkpoints import conversion_sources, chunks
+from a3_jax.checkpoints import chunks, hf_format
 from a3_jax.checkpoints.conversion import convert
 from a3_jax.errors import InputError
-chunks.PIECE_BYTES = 2048
-read, names = conversion_sources.HFSource.read, []
-def counted(source, piece):
-    names.append(piece.name)
-    return read(source, piece)
-conversion_sources.HFSource.read = counted
+chunks.CHUNK_BYTES = 2048
+read, names = hf_format.HFSource.read, []
+def counted(source, chunk):
+    names.append(chunk.name)
+    return read(source, chunk)
+hf_format.HFSource.read = counted
 convert(sys.argv[1], sys.argv[2])
 print("read", len(names), os.path.isdir(sys.argv[2]))
 convert(sys.argv[2], sys.argv[3], to="hf")
 print("there", os.path.isdir(sys.argv[3]))
 if os.environ["A3_PROCESS_ID"] == "1":
-    conversion_sources.HFSource.read = None
+    hf_format.HFSource.read = None
 try:
     convert(sys.argv[1], sys.argv[2] + "-2")
 except (InputError, TypeError) as error:

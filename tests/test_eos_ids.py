@@ -11,7 +11,7 @@ import pytest
 
 from a3_jax.checkpoints.a3_format import load_params, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.info import describe
+from a3_jax.checkpoints.inspect import describe
 from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.cli import main
 from a3_jax.data.prepared_manifest import read_manifest

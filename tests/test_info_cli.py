@@ -8,11 +8,11 @@ import shutil
 import jax
 import pytest
 
-from a3_jax.checkpoints import safetensors_io
+from a3_jax.checkpoints import safetensors
 from a3_jax.checkpoints.a3_format import Meta, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.hf_format import open_hf, read_params
-from a3_jax.checkpoints.info import describe
+from a3_jax.checkpoints.inspect import describe
+from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.cli import main
 from a3_jax.model.sharding import make_mesh
 from a3_jax.model.two_stream import param_shardings
@@ -48,7 +48,7 @@ def unread(monkeypatch):
     def refuse(self):
         raise AssertionError(f"{self.name} was read")
 
-    monkeypatch.setattr(safetensors_io.StoredTensor, "read", refuse)
+    monkeypatch.setattr(safetensors.StoredTensor, "read", refuse)
 
 
 def test_a_hugging_face_directory(hf, capsys, unread):
@@ -141,9 +141,9 @@ def test_the_fingerprint_is_that_of_the_parameters(hf, tmp_path):
     convert(hf, tmp_path / "wide", dtype="float32")
     assert len({describe(tmp_path / name)["fingerprint"] for name in ("a3", "other", "wide")}) == 3
 
-    model = open_hf(hf)
+    model = open_checkpoint(hf)
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
-    sharded = jax.device_put(read_params(model), param_shardings(mesh, model.config))
+    sharded = jax.device_put(model.params, param_shardings(mesh, model.config))
     save_checkpoint(tmp_path / "mesh", sharded, Meta(model.config))
     assert describe(tmp_path / "mesh")["fingerprint"] == found
 

@@ -10,11 +10,9 @@ import yaml
 
 from a3_jax.checkpoints.a3_format import Meta, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
-from a3_jax.checkpoints.hf_export import hf_target
-from a3_jax.checkpoints.info import describe
-from a3_jax.checkpoints.model_card import Facts, model_card
-from a3_jax.checkpoints.release_format import release_target
-from a3_jax.checkpoints.run_facts import run_facts
+from a3_jax.checkpoints.hf_export import plan_hf_export, plan_release_export
+from a3_jax.checkpoints.inspect import describe
+from a3_jax.checkpoints.model_card import Facts, model_card, run_facts
 from a3_jax.ordering.curriculum import paper_stages
 from a3_jax.tokenizer import bytes_tokenizer
 from tests import tiny
@@ -38,7 +36,7 @@ FACTS = Facts(
 
 
 def card(meta, facts=None, tokenizer=None, target=None):
-    target = target or hf_target(meta)
+    target = target or plan_hf_export(meta)
     return model_card(meta, target.config, target.tensors, tokenizer, facts)
 
 
@@ -66,7 +64,7 @@ def test_front_matter():
     assert found["library_name"] == "a3_jax" and found["base_model"] == "somebody/Tiny-1B"
     assert "a3" in found["tags"] and "license" not in found
     assert front_matter(card(Meta(tiny.CONFIG))).keys() == {"library_name", "tags"}
-    plain = card(trained(), target=hf_target(trained(), query_vector=False))
+    plain = card(trained(), target=plan_hf_export(trained(), query_vector=False))
     assert front_matter(plain)["library_name"] == "transformers" and "a3" not in front_matter(plain)["tags"]
 
 
@@ -124,12 +122,12 @@ def test_a_query_vector_that_was_drawn_says_so():
     assert "not trained" not in card(trained())
     has_one = {**SOURCE, "tensors": {"model.query_embed": "float32"}}
     assert "not trained" not in card(Meta(tiny.CONFIG, has_one))
-    assert "not trained" not in card(converted, target=hf_target(converted, query_vector=False))
+    assert "not trained" not in card(converted, target=plan_hf_export(converted, query_vector=False))
 
 
 def test_the_authors_residual_is_told():
     meta = Meta(dataclasses.replace(tiny.CONFIG, residual="release"), step=3)
-    for target in (release_target(meta), hf_target(meta)):
+    for target in (plan_release_export(meta), plan_hf_export(meta)):
         text = card(meta, target=target)
         assert "**Residual.**" in text and "from llama_xlnet import" in text and "AutoModel" not in text
     assert "**Residual.**" not in card(trained()) and "AutoModel" in card(trained())

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from a3_jax.checkpoints.a3_format import Meta, StepWriter
+from a3_jax.checkpoints.a3_format import Meta
+from a3_jax.checkpoints.step_writer import StepWriter
 from a3_jax.errors import InputError
 from a3_jax.model.sharding import make_mesh
 from a3_jax.ordering.curriculum import Stage

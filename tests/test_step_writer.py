@@ -13,10 +13,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from a3_jax.checkpoints import a3_format
-from a3_jax.checkpoints.a3_format import SaveFailed, StepWriter, latest_step, list_steps
+from a3_jax.checkpoints import step_writer
+from a3_jax.checkpoints.a3_format import latest_step, list_steps
 from a3_jax.checkpoints.fingerprint import fingerprints, tree_names
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, DamagedCheckpoint, read_manifest
+from a3_jax.checkpoints.step_writer import SaveFailed, StepWriter
 from a3_jax.errors import EXIT_STORAGE, InputError, RunError
 from a3_jax.paths import as_path
 from tests.checkpoint_fixtures import META, assert_same, params, restore_newest, save, train_state, write_run
@@ -65,8 +66,8 @@ def test_events_that_can_not_be_written(place):
 
 def test_the_manifest_makes_the_step(place, monkeypatch):
     """While the manifest isn't written there is no step, and the loop was not kept waiting."""
-    write, go = a3_format.write_manifest, threading.Event()
-    monkeypatch.setattr(a3_format, "write_manifest", lambda *args: go.wait(30) and write(*args))
+    write, go = step_writer.write_manifest, threading.Event()
+    monkeypatch.setattr(step_writer, "write_manifest", lambda *args: go.wait(30) and write(*args))
     with StepWriter(place) as writer:
         assert save(writer, 1)
         assert (writer.latest_step(), writer.failure()) == (None, None)
@@ -160,13 +161,13 @@ def test_discard_after(place):
 def test_keep_deletes_nothing_when_the_newest_is_damaged(place, monkeypatch, capsys):
     """The newest is damaged as soon as it is written: the old ones stay, and it is told."""
     write_run(place, (1, 2), keep=2)
-    write = a3_format.write_manifest
+    write = step_writer.write_manifest
 
     def write_and_damage(directory, manifest):
         write(directory, manifest)
         flip(largest_file(place / "3"))
 
-    monkeypatch.setattr(a3_format, "write_manifest", write_and_damage)
+    monkeypatch.setattr(step_writer, "write_manifest", write_and_damage)
     events = []
     with StepWriter(place, keep=2, on_event=lambda name, **_: events.append(name)) as writer:
         save(writer, 3)
@@ -209,7 +210,7 @@ def test_a_directory_that_is_another_runs_by_now(place):
 def test_a_lease_that_goes_within_the_commit(place, monkeypatch, moment):
     """While the checksums are taken, or between the manifest and the removals: nothing is removed."""
     write_run(place)
-    before, lost, action = files(place), [], getattr(a3_format, moment)
+    before, lost, action = files(place), [], getattr(step_writer, moment)
 
     def may_write():
         if lost:
@@ -220,7 +221,7 @@ def test_a_lease_that_goes_within_the_commit(place, monkeypatch, moment):
         lost.append(True)
         return result
 
-    monkeypatch.setattr(a3_format, moment, then_lost)
+    monkeypatch.setattr(step_writer, moment, then_lost)
     with StepWriter(place, keep=1, may_write=may_write) as writer:
         save(writer, 3)
         with pytest.raises(SaveFailed, match="another run took over"):
@@ -237,7 +238,7 @@ def test_storage_that_fails_while_old_steps_are_removed(place, monkeypatch, caps
     def fails(*_, **__):
         raise RunError(EXIT_STORAGE, "can't be read: Input/output error")
 
-    monkeypatch.setattr(a3_format, "raise_damage", fails)
+    monkeypatch.setattr(step_writer, "raise_damage", fails)
     with StepWriter(place, keep=1) as writer:
         save(writer, 3)
         writer.wait()
@@ -252,7 +253,7 @@ def test_an_old_step_that_stays_makes_the_new_one_no_worse(place, monkeypatch, c
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     with StepWriter(place, keep=1) as writer:
-        monkeypatch.setattr(a3_format, "_remove", busy)
+        monkeypatch.setattr(step_writer, "_remove", busy)
         save(writer, 3)
         writer.wait()
     assert latest_step(place) == 3
@@ -293,7 +294,7 @@ def test_a_failure_is_known_without_waiting(place, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(a3_format, "write_manifest", fail)
+    monkeypatch.setattr(step_writer, "write_manifest", fail)
     events = []
     with StepWriter(place, on_event=lambda name, **fields: events.append((name, fields["step"]))) as writer:
         assert save(writer, 1)

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from a3_jax.checkpoints import verify as module
+from a3_jax.checkpoints import inspect as module
 from a3_jax.checkpoints.a3_format import save_checkpoint
 from a3_jax.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from a3_jax.cli import main

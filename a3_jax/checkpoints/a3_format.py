@@ -6,30 +6,26 @@
     train/         optimiser state and counters (orbax); training only
     manifest.json  written last: sizes and checksums of the files, fingerprints of the arrays
 
-A directory without a manifest is no checkpoint. Arrays are read straight to where they will live, each
+A directory without a manifest is not a checkpoint. Arrays are read straight to where they will live, each
 process its own part, and compared with their fingerprints there.
 """
 
-import contextlib
 import dataclasses
-import itertools
-import logging
-import sys
-import threading
-import time
-from collections.abc import Callable
+import json
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from a3_jax.checkpoints.directories import new_directory
 from a3_jax.checkpoints.fingerprint import hexadecimal, start_fingerprints, tree_name, tree_names
 from a3_jax.checkpoints.manifest import (
     FORMAT_VERSION,
+    ITEMS,
     MANIFEST_FILE,
-    DamagedCheckpoint,
-    File,
+    PARAMS,
+    TRAIN,
     Leaf,
     Manifest,
     list_files,
@@ -39,45 +35,33 @@ from a3_jax.checkpoints.manifest import (
     step_of,
     write_manifest,
 )
-from a3_jax.checkpoints.orbax_items import (
-    META,
-    META_FILE,
-    PARAMS,
-    TOKENIZER,
-    TRAIN,
-    handlers,
-    portable,
-    save_items,
-    without_numpy_scalars,
-)
-from a3_jax.checkpoints.verified_restore import (
-    check_same_dtypes,
+from a3_jax.checkpoints.stored_arrays import (
     check_same_tree,
-    describe,
-    one_line,
-    read_items,
+    restore_items,
+    shape_and_dtype,
 )
-from a3_jax.errors import EXIT_STORAGE, InputError, RunError
+from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.two_stream import abstract_params, param_shardings
 from a3_jax.paths import absolute, as_path, read_json
-from a3_jax.runtime.coordination import TIMEOUT_SECONDS, barrier, gather_and_decide, run_on_process_zero
 from a3_jax.runtime.versions import software_versions
 from a3_jax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
+META_FILE = "a3.json"
+META, TOKENIZER = "meta", "tokenizer"
 FORMAT = "a3"
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a checkpoint says of itself, `meta/a3.json`.
+    """A checkpoint's description of itself, `meta/a3.json`.
 
     Attributes:
       model: the config of the parameter tree.
       source: of a model that came from Hugging Face: its `config` (verbatim), `tensors` (name to
         dtype) and `files` (the other files, by name; see `hf_files`). None otherwise.
       step, stage: optimiser steps done and the stage's name; None outside of training.
-      context: how given tokens were ranked in training, "flat" or "l2r"; None: not trained with any.
+      context: how given tokens were ranked in training, "flat" or "l2r"; None: it was trained without any.
       run_config: the resolved run.
       versions: of the software that wrote it.
     """
@@ -96,16 +80,12 @@ class Meta:
 
 
 def is_a3(directory) -> bool:
-    """Whether a directory is an A3 checkpoint, be it a damaged one."""
+    """Returns whether a directory is an A3 checkpoint, even a damaged one."""
     return (as_path(directory) / META / META_FILE).exists()
 
 
 def load_meta(directory) -> Meta:
-    """What the checkpoint in a directory says of itself.
-
-    Raises:
-      InputError: it is none, is damaged, or was written by a newer format.
-    """
+    """Reads the description of the checkpoint in a directory."""
     file = as_path(directory) / META / META_FILE
     if is_a3(directory) or (as_path(directory) / MANIFEST_FILE).exists():
         raise_damage(directory, read_manifest(directory), deep=True, only=f"{META}/")
@@ -135,11 +115,7 @@ def load_meta(directory) -> Meta:
 
 
 def load_checkpoint_tokenizer(directory) -> Tokenizer | None:
-    """The tokenizer of an A3 checkpoint, None where it has none.
-
-    Raises:
-      InputError: it is damaged.
-    """
+    """Reads the tokenizer of an A3 checkpoint; None if it has none."""
     place, manifest = as_path(directory) / TOKENIZER, read_manifest(directory)
     raise_damage(directory, manifest, deep=True, only=f"{TOKENIZER}/")
     written = any(name.startswith(f"{TOKENIZER}/") for name in manifest.files)
@@ -147,7 +123,7 @@ def load_checkpoint_tokenizer(directory) -> Tokenizer | None:
 
 
 def load_params(directory, mesh=None, dtype=None):
-    """The parameter tree of an A3 checkpoint, on its devices.
+    """Reads the parameter tree of an A3 checkpoint onto its devices.
 
     Args:
       directory: the checkpoint.
@@ -180,7 +156,7 @@ def load_params(directory, mesh=None, dtype=None):
         return {PARAMS: target}
 
     alone = all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings))
-    return read_items(directory, targets, alone)[PARAMS]
+    return restore_items(directory, targets, alone)[PARAMS]
 
 
 def save_checkpoint(directory, params, meta: Meta, tokenizer: Tokenizer | None = None) -> None:
@@ -189,38 +165,60 @@ def save_checkpoint(directory, params, meta: Meta, tokenizer: Tokenizer | None =
     Args:
       directory: absent or empty.
       params: the parameter tree, NumPy or jax arrays of any dtype and sharding.
-
-    Raises:
-      InputError: `directory` is a file or has something in it.
     """
     handler = ocp.CompositeCheckpointHandler(handler_registry=handlers())
     with new_directory(directory) as temporary, ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(absolute(temporary), args=save_items(params, meta, tokenizer))
-        leaves = _leaves(params)
-        described = {name: describe(leaf) for name, leaf in leaves.items()}
+        leaves = named_leaves(params)
+        described = {name: shape_and_dtype(leaf) for name, leaf in leaves.items()}
         files = read_checksums(temporary, list_files(temporary))
-        write_manifest(temporary, _manifest(files, described, start_fingerprints(leaves)))
+        write_manifest(temporary, make_manifest(files, described, start_fingerprints(leaves)))
+
+
+def finish_checkpoint(directory, manifest: Manifest, meta, tokenizer) -> None:
+    """Makes a directory that holds `params` a checkpoint; one process does."""
+    write_description(directory, meta, tokenizer)
+    files = dict(manifest.files)
+    files |= read_checksums(directory, set(list_files(directory)) - files.keys())
+    write_manifest(directory, dataclasses.replace(manifest, files=files))
+
+
+def named_leaves(params, train_state=None) -> dict[str, Any]:
+    """Returns the leaves by their names in a manifest."""
+    items = {PARAMS: params} if train_state is None else {PARAMS: params, TRAIN: train_state}
+    return {f"{item}/{name}": leaf for item, tree in items.items() for name, leaf in tree_names(tree).items()}
+
+
+def make_manifest(files, described, sums) -> Manifest:
+    return Manifest(
+        files,
+        {
+            name: Leaf(*described[name], fingerprint=fingerprint)
+            for name, fingerprint in hexadecimal(sums).items()
+        },
+    )
 
 
 def list_steps(checkpoints_dir) -> list[int]:
-    """The finished steps in a run's `checkpoints` directory, ascending.
+    """Returns the finished steps in a run's `checkpoints` directory, ascending.
 
-    Empty directories, those of writers that were interrupted and those whose manifest is damaged don't
-    count.
+    Empty directories, those of interrupted writers, and those with a damaged manifest don't count.
     """
     return [
-        step for step in _directories(checkpoints_dir) if _is_finished(as_path(checkpoints_dir) / str(step))
+        step
+        for step in step_directories(checkpoints_dir)
+        if is_finished_step(as_path(checkpoints_dir) / str(step))
     ]
 
 
-def _directories(checkpoints_dir) -> list[int]:
-    """The numbers of all directories that are named like a step, ascending."""
+def step_directories(checkpoints_dir) -> list[int]:
+    """Returns the numbers of all directories that are named like a step, ascending."""
     place = as_path(checkpoints_dir)
     paths = place.iterdir() if place.is_dir() else ()
     return sorted(step for path in paths if (step := step_of(path)) is not None and path.is_dir())
 
 
-def _is_finished(directory) -> bool:
+def is_finished_step(directory) -> bool:
     try:
         read_manifest(directory)
     except InputError:
@@ -229,369 +227,87 @@ def _is_finished(directory) -> bool:
 
 
 def latest_step(checkpoints_dir) -> int | None:
-    """The newest finished step, or None."""
+    """Returns the newest finished step, or None."""
     return max(list_steps(checkpoints_dir), default=None)
 
 
-class SaveFailed(Exception):
-    """A step that could not be written; it does not exist."""
-
-
-class StepWriter:
-    """The checkpoints of a training run: `directory/STEP/`, written in the background, kept by a limit.
-
-    A step is written in place and begins to exist with its manifest. Every process of the run makes the
-    same calls. A context manager that waits at its end.
-    """
-
-    def __init__(
-        self,
-        directory,
-        keep: int | None = None,
-        on_event: Callable[..., None] | None = None,
-        may_write: Callable[[], None] = lambda: None,
-    ):
-        """Opens (and makes) a run's `checkpoints` directory.
-
-        Args:
-          directory: what an interrupted writer left there is cleared away by the next save.
-          keep: how many steps stay; None: all.
-          on_event: called in process 0 with a name and fields: "saved" (step, seconds, bytes) and
-            "save_failed" (step, problem), both from a background thread; "damaged" (step, problem).
-          may_write: called in process 0 right before a step comes to exist or goes; an `InputError` says no.
-        """
-        self.directory = absolute(directory)
-        if self.directory.exists() and not self.directory.is_dir():
-            raise InputError("exists and is a file, checkpoints are to be written there", file=self.directory)
-        if jax.process_index() == 0:
-            _make_directory(self.directory)
-        logging.getLogger("absl").addFilter(_is_news)
-        self._keep, self._on_event = keep, on_event or (lambda *_, **__: None)
-        self._may_write, self._warned = may_write, False
-        self._writes: list[Any] = []
-        self._checkpointer = ocp.AsyncCheckpointer(
-            _remember_writes(ocp.CompositeCheckpointHandler(handler_registry=handlers()), self._writes),
-            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT_SECONDS, barrier_sync_fn=self._barrier),
-            temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath,
-        )
-        self._barriers = 0
-        self._thread: threading.Thread | None = None
-        self._failure: SaveFailed | None = None
-
-    def save(self, step: int, params, train_state, meta: Meta, tokenizer: Tokenizer | None = None) -> bool:
-        """Begins to write a step; returns when the arrays may be reused, not when they are on disk.
-
-        Args:
-          step: a number; what an interrupted writer left of it is removed.
-          params: the parameter tree.
-          train_state: any tree of arrays and numbers: optimiser state, counters.
-          meta: its `step` is set to `step`.
-
-        Returns:
-          False where that step is there already: nothing is written.
-
-        Raises:
-          SaveFailed: the *previous* save failed, and nobody has asked for that yet.
-        """
-        started = time.monotonic()
-        self.wait()  # one save at a time, and its failure must not be lost
-        place = self.directory / str(step)
-        if self._run_on_process_zero("save", lambda: _make_room(place)):
-            return False
-        described, sums, problem = {}, {}, None
-        self._barriers = 0
-        self._writes.clear()
-        try:
-            params, train_state = portable(params), portable(train_state)
-            leaves = _leaves(params, train_state)
-            described = {name: describe(leaf) for name, leaf in leaves.items()}
-            sums = start_fingerprints(leaves)  # before the next step may take the arrays
-            args = save_items(params, dataclasses.replace(meta, step=step), tokenizer, train_state)
-            self._checkpointer.save(place, args=args)
-        except Exception as error:  # what fails at once is told like what fails later
-            problem = error
-        arguments = (step, started, described, sums, problem)
-        self._thread = threading.Thread(target=self._finish, args=arguments, name="a3_save")
-        self._thread.start()
-        return True
-
-    def failure(self) -> SaveFailed | None:
-        """The failure of the last save, once: as soon as it is known, without waiting for it."""
-        failure, self._failure = self._failure, None
-        return failure
-
-    def wait(self) -> None:
-        """Returns when all is on disk.
-
-        Raises:
-          SaveFailed: the last save failed, and `failure` has not said so yet. That step does not exist.
-        """
-        self._join()
-        failure = self.failure()
-        if failure is not None:
-            raise failure
-
-    def latest_step(self) -> int | None:
-        """The newest finished step, or None. A step that is still being written doesn't count."""
-        return latest_step(self.directory)
-
-    def restore(self, step: int, params, train_state):
-        """The parameters and training state of a step.
-
-        Args:
-          step: one that exists.
-          params, train_state: the trees that `save` was given, of arrays or `ShapeDtypeStruct`s;
-            shapes, dtypes and shardings of the result are theirs.
-
-        Returns:
-          (params, train_state)
-
-        Raises:
-          DamagedCheckpoint: the step is not what was written.
-          InputError: the step is absent, or its tree, shapes or dtypes are others.
-        """
-        place = self.directory / str(step)
-        if not place.is_dir():
-            raise InputError("no checkpoint", file=place)
-        wanted = {PARAMS: without_numpy_scalars(params), TRAIN: without_numpy_scalars(train_state)}
-
-        def targets(manifest):
-            for item, tree in wanted.items():
-                check_same_tree(manifest.item(item), tree, place / item)
-                check_same_dtypes(manifest.item(item), tree, place / item)
-            return wanted
-
-        restored = read_items(place, targets, alone=False)
-        return restored[PARAMS], restored[TRAIN]
-
-    def restore_newest(self, params, train_state, at_most: int | None = None):
-        """As `restore`, of the newest step that is intact.
-
-        Damaged steps that are newer than it are renamed `STEP.damaged` and told of. If no step is
-        intact all stay where they are: a run that began anew would hide what was lost.
-
-        Args:
-          at_most: newer steps are passed over.
-
-        Returns:
-          (step, params, train_state), None where there is no step.
-
-        Raises:
-          DamagedCheckpoint: of the newest step, if all are damaged.
-          InputError: tree, shapes or dtypes are others.
-        """
-        self._join()
-        damages = []
-        for step in run_on_process_zero("steps", lambda: with_manifest(self.directory)):
-            if at_most is not None and step > at_most:
-                continue
-            try:
-                restored = self.restore(step, params, train_state)
-            except DamagedCheckpoint as damage:
-                damages.append((step, damage))
-                continue
-            self._run_on_process_zero("aside", lambda: [self._set_aside(*damaged) for damaged in damages])
-            return step, *restored
-        if damages:
-            raise damages[0][1]
-        return None
-
-    def discard_after(self, step: int) -> None:
-        """Removes the steps after one that the run goes back to, so that they can be saved again."""
-        self._join()
-
-        def discard():
-            for newer in _directories(self.directory):
-                if newer > step:
-                    _remove(self.directory / str(newer))
-
-        self._run_on_process_zero("discard", discard)
-
-    def close(self) -> None:
-        """Waits, then ends the background threads."""
-        try:
-            self.wait()
-        finally:
-            self._checkpointer.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _run_on_process_zero(self, what: str, action: Callable[[], Any]) -> Any:
-        """`action`, which changes the directory, in process 0."""
-
-        def checked():
-            self._may_write()
-            return action()
-
-        return run_on_process_zero(what, checked)
-
-    def _barrier(self, **_) -> None:
-        """Of orbax, which calls it twice in a save: all have written, process 0 has put it together."""
-        self._barriers += 1
-        barrier("barrier")
-
-    def _finish(self, step, started, described, sums, problem) -> None:
-        """The background: waits for orbax, then process 0 writes the manifest if all is well everywhere."""
-        place, files = self.directory / str(step), {}
-        try:
-            if problem is None:
-                self._checkpointer.wait_until_finished()
-                share = list_files(place)[jax.process_index() :: jax.process_count()]
-                files = read_checksums(place, share)
-        except Exception as error:
-            problem = error
-        try:
-            while self._barriers < 2:  # others wait there
-                self._barrier()
-            for write in self._writes if problem else ():  # nothing may go on writing
-                with contextlib.suppress(Exception):
-                    write.result()
-            mine = {
-                "problem": [not isinstance(problem, OSError), one_line(problem)] if problem else None,
-                "files": {name: dataclasses.astuple(file) for name, file in files.items()},
-            }
-            told = gather_and_decide(
-                "saved", mine, lambda all_: self._commit(step, started, described, sums, all_)
-            )
-        except Exception as error:  # another process is gone
-            problem, told = error, one_line(error)
-        if told is not None:
-            self._failure = SaveFailed(f"step {step} could not be saved: {told}")
-            self._failure.__cause__ = problem
-
-    def _commit(self, step, started, described, sums, told) -> str | None:
-        """Process 0: makes the step exist, and removes old ones; gives what went wrong, first the storage."""
-        place, finished = self.directory / str(step), False
-        try:
-            _, problem = min((one["problem"] for one in told if one["problem"]), default=(False, None))
-            if problem is None:
-                files = {name: File(*file) for one in told for name, file in one["files"].items()}
-                files |= read_checksums(place, set(list_files(place)) - files.keys())
-                self._may_write()  # last: checksums take a while
-                write_manifest(place, _manifest(files, described, sums))
-                finished = True
-                size = sum(file.bytes for file in files.values())
-                self._tell("saved", step=step, seconds=time.monotonic() - started, bytes=size)
-                self._prune()
-        except Exception as error:
-            problem = one_line(error)
-        if problem is not None:
-            with contextlib.suppress(Exception):
-                self._may_write()  # or else neither the directory nor the events are ours
-                self._tell("save_failed", step=step, problem=problem)
-                if not finished:
-                    place.rmtree()
-        return problem
-
-    def _tell(self, name: str, **fields) -> None:
-        with contextlib.suppress(Exception):  # a full disk takes no events either
-            self._on_event(name, **fields)
-
-    def _prune(self) -> None:
-        """Removes what is older than the newest steps, if the newest is intact, and what is unfinished."""
-        steps = list_steps(self.directory)
-        for step in set(_directories(self.directory)) - set(with_manifest(self.directory)):
-            self._discard(step)
-        old = steps[: -self._keep] if self._keep else []
-        if old:
-            newest = self.directory / str(steps[-1])
-            try:
-                raise_damage(newest, read_manifest(newest), deep=True)
-            except RunError as error:  # of storage: it says nothing of the step, and no step has to go now
-                return self._warn(f"no old step is removed: {error}")
-        for step in old:
-            self._discard(step)
-
-    def _discard(self, step: int) -> None:
-        """Removes a step that is no longer needed; that it can't be makes the new one no worse."""
-        self._may_write()
-        try:
-            _remove(self.directory / str(step))
-        except Exception as error:  # of storage, which has no common type
-            self._warn(f"step {step} can't be removed: {one_line(error)}")
-
-    def _warn(self, message: str) -> None:
-        """Says so, the first time."""
-        if not self._warned:
-            print(f"a3: warning: {message}", file=sys.stderr)
-        self._warned = True
-
-    def _set_aside(self, step, damage) -> None:
-        names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged-{n}" for n in itertools.count(2)))
-        aside = next(path for name in names if not (path := self.directory / name).exists())
-        try:
-            (self.directory / str(step)).rename(aside)
-        except OSError as error:  # left where it is, it would pass for saved later
-            problem = f"{damage}; it can't be set aside: {error.strerror or error}"
-            raise RunError(EXIT_STORAGE, problem) from error
-        print(f"a3: {damage}; an earlier step is used, this one is now {aside.name}", file=sys.stderr)
-        self._tell("damaged", step=step, problem=str(damage))
-
-
-def _remember_writes(handler, writes: list[Any]):
-    """`handler`; puts the writes of a save into a list: if one fails, orbax forgets the others."""
-    begin = handler.async_save
-
-    async def async_save(*args, **kwargs):
-        writes[:] = await begin(*args, **kwargs) or []
-        return list(writes)
-
-    handler.async_save = async_save
-    return handler
-
-
-def _is_news(record) -> bool:
-    """False of the traceback that orbax prints of a failed save, which `SaveFailed` tells of."""
-    return "in background save thread" not in record.getMessage()
-
-
-def _make_directory(path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"can't be made: {error.strerror or error}", file=path) from error
-
-
 def with_manifest(directory) -> list[int]:
-    """Steps that were finished once, be they damaged by now; the newest first."""
-    steps = _directories(directory)
+    """Returns the steps that were finished once, even if they are damaged now; the newest first."""
+    steps = step_directories(directory)
     return [step for step in reversed(steps) if (as_path(directory) / str(step) / MANIFEST_FILE).exists()]
 
 
-def _make_room(place) -> bool:
-    """Whether a step is there; what is there but is none is removed."""
-    if _is_finished(place):
-        return True
-    if place.exists():
-        _remove(place)
-    return False
+class _TextFiles(ocp.CheckpointHandler):
+    """Orbax item: a few text files in a directory."""
+
+    def save(self, directory, args: "_TextFilesSave"):
+        if jax.process_index() == 0:
+            for name, text in args.files.items():
+                (directory / name).write_bytes(text.encode("utf-8"))
+
+    def restore(self, directory, args=None):
+        return {
+            path.name: path.read_bytes().decode("utf-8") for path in directory.iterdir() if path.is_file()
+        }
 
 
-def _remove(place) -> None:
-    (place / MANIFEST_FILE).unlink(missing_ok=True)  # no step any more, should the rest fail
-    place.rmtree()
+@dataclasses.dataclass
+class _TextFilesSave(ocp.args.CheckpointArgs):
+    files: dict[str, str]
 
 
-def _leaves(params, train_state=None) -> dict[str, Any]:
-    """By their names in a manifest."""
-    items = {PARAMS: params} if train_state is None else {PARAMS: params, TRAIN: train_state}
-    return {f"{item}/{name}": leaf for item, tree in items.items() for name, leaf in tree_names(tree).items()}
+@dataclasses.dataclass
+class _TextFilesRestore(ocp.args.CheckpointArgs):
+    pass
 
 
-def _manifest(files, described, sums) -> Manifest:
-    return Manifest(
-        files,
-        {
-            name: Leaf(*described[name], fingerprint=fingerprint)
-            for name, fingerprint in hexadecimal(sums).items()
-        },
-    )
+def handlers():
+    """Returns orbax's handlers of all items."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item in (META, TOKENIZER):
+        text_files = _TextFiles()
+        registry.add(item, _TextFilesSave, text_files)
+        registry.add(item, _TextFilesRestore, text_files)
+    for item in ITEMS:
+        arrays = ocp.StandardCheckpointHandler()
+        registry.add(item, ocp.args.StandardSave, arrays)
+        registry.add(item, ocp.args.StandardRestore, arrays)
+    return registry
+
+
+def save_items(params, meta, tokenizer, train_state=None) -> ocp.args.Composite:
+    contents: dict[str, ocp.args.CheckpointArgs] = {**_texts(meta, tokenizer)}
+    contents[PARAMS] = ocp.args.StandardSave(params)
+    if train_state is not None:
+        contents[TRAIN] = ocp.args.StandardSave(train_state)
+    return ocp.args.Composite(**contents)
+
+
+def write_description(directory, meta, tokenizer) -> None:
+    """Writes what orbax writes of `save_items` beside the arrays: `meta` and `tokenizer`."""
+    for item, texts in _texts(meta, tokenizer).items():
+        (directory / item).mkdir(parents=True, exist_ok=True)
+        _TextFiles().save(directory / item, texts)
+
+
+def _texts(meta, tokenizer) -> "dict[str, _TextFilesSave]":
+    description = json.dumps(meta.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    texts = {META: _TextFilesSave({META_FILE: description})}
+    if tokenizer is not None:
+        texts[TOKENIZER] = _TextFilesSave(tokenizer.files())
+    return texts
+
+
+def portable(tree):
+    """Turns scalars on one device into NumPy arrays: with several processes orbax refuses them."""
+
+    def convert(leaf):
+        scalar = isinstance(leaf, jax.Array) and leaf.ndim == 0 and leaf.is_fully_addressable
+        return np.asarray(leaf) if scalar else leaf
+
+    return without_numpy_scalars(jax.tree.map(convert, tree))
+
+
+def without_numpy_scalars(tree):
+    """Turns NumPy scalars, such as `np.int64(1)`, into arrays of rank 0, which can be read back."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf, tree)

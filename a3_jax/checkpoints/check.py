@@ -1,9 +1,9 @@
-"""Whether a conversion kept the model: what `a3 convert` finds before its destination appears.
+"""Checks that a conversion kept the model, before its destination appears.
 
 With torch and transformers the content stream, from left to right, is compared with the model that
-transformers makes of the Hugging Face side: in float32, from weights rounded alike. That says something only
-where transformers read every parameter; where it didn't, the reason is reported. In any case every tensor
-is compared by its size and norm.
+transformers makes of the Hugging Face side: in float32, from weights rounded alike. That means something
+only if transformers read every parameter; if it didn't, the reason is reported. In any case every tensor is
+compared by its size and norm.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import numpy as np
 from a3_jax.checkpoints.families import QUERY_TENSOR, tensor_table, tied_head
 from a3_jax.checkpoints.fingerprint import tree_names
 from a3_jax.checkpoints.hf_format import HFModel, open_hf
-from a3_jax.checkpoints.verified_restore import one_line
+from a3_jax.checkpoints.stored_arrays import one_line
 from a3_jax.errors import EXIT_FAILED, InputError, RunError
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.flops import parameter_count
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What the check of a conversion that passed it looked at.
+    """Summary of a successful conversion check.
 
     Attributes:
-      tensors, parameters: how many have the right shapes, and finite norms that are those of the source.
-      difference, scale: the largest difference between logits and the largest logit, of `tokens`; None
-        where logits were not compared.
+      tensors, parameters: how many have the shapes and (finite) norms of the source.
+      difference, scale: the largest difference between logits, and the largest logit, over `tokens`;
+        None if logits were not compared.
       why_not: the reason for that.
     """
 
@@ -80,20 +80,17 @@ class _Run:
 
 
 class _NotComparable(Exception):
-    """Why there are no logits of transformers to compare with."""
+    """The reason why transformers has no logits to compare with."""
 
 
 def is_checked(check: bool | None, config: ModelConfig, hf_directory, place) -> bool:
     """Decides, before anything is written, whether a conversion is checked.
 
     Args:
-      check: as the user wants it; None: where logits can be compared, in half of the memory that is free.
+      check: the user's wish; None: if logits can be compared, in half of the free memory.
       config: the model.
-      hf_directory: where the Hugging Face side is or will be; None where both sides are A3.
+      hf_directory: where the Hugging Face side is or will be; None if both sides are A3.
       place: names the destination in a warning.
-
-    Raises:
-      InputError: it has to be and can't: torch or transformers is missing, or memory.
     """
     if not check and check is not None:
         return False
@@ -112,7 +109,7 @@ def is_checked(check: bool | None, config: ModelConfig, hf_directory, place) -> 
 
 
 def free_memory(root: str = "/") -> float:
-    """Bytes that this process may still take of the machine's memory and its container's; 0 if unknown."""
+    """Returns the bytes of memory that machine and container still leave this process; 0 if unknown."""
     found, system, groups = [], pathlib.Path(root, "proc/meminfo"), pathlib.Path(root, "sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError, KeyError):
         found.append(1024 * _numbers(system)["MemAvailable:"])
@@ -127,7 +124,7 @@ def free_memory(root: str = "/") -> float:
 
 
 def _numbers(path) -> dict[str, int]:
-    """A file of lines such as "name 3 kB"."""
+    """Reads a file of lines such as "name 3 kB"."""
     return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines()}
 
 
@@ -135,9 +132,9 @@ def check_conversion(params, config: ModelConfig, hf_directory, dtype, place) ->
     """Compares the two sides of a conversion.
 
     Args:
-      params: the parameter tree on the A3 side, of any dtype; what was written, if that side was.
+      params: the parameter tree on the A3 side, of any dtype; read again if that side was written.
       config: its model.
-      hf_directory: the Hugging Face side; None where both sides are A3.
+      hf_directory: the Hugging Face side; None if both sides are A3.
       dtype: to which all parameters were converted; None: to none.
       place: names the destination in errors.
 
@@ -164,7 +161,7 @@ def check_conversion(params, config: ModelConfig, hf_directory, dtype, place) ->
 
 
 def _why_not(config, hf_directory) -> str:
-    """Why there is nothing to ask transformers, empty where there is."""
+    """Returns why there is nothing to ask transformers; empty if there is."""
     if hf_directory is None:
         return "both sides are A3"
     if config.residual == "release":
@@ -173,7 +170,7 @@ def _why_not(config, hf_directory) -> str:
 
 
 def _compare_logits(params, model: HFModel, dtype, place) -> dict[str, Any]:
-    """The fields of `Checked` that tell of logits.
+    """Returns the fields of `Checked` about logits.
 
     Raises:
       _NotComparable: transformers has no logits of this model.
@@ -207,8 +204,8 @@ def _their_run(model: HFModel, tokens, dtype) -> _Run:
                 str(model.directory), dtype=torch.float32, attn_implementation="eager", local_files_only=True,
                 trust_remote_code=False, use_safetensors=True, output_loading_info=True,
             )  # fmt: skip
-            theirs, told = opened
-            _check_whole(model, told)
+            theirs, info = opened
+            _check_whole(model, info)
             doing = "run"
             return _run_theirs(theirs.eval(), tokens, dtype)
         except _NotComparable:
@@ -218,18 +215,18 @@ def _their_run(model: HFModel, tokens, dtype) -> _Run:
             raise _NotComparable(why) from error
 
 
-def _check_whole(model: HFModel, told) -> None:
+def _check_whole(model: HFModel, info) -> None:
     """Refuses what transformers filled with random numbers, or left aside, of what we read.
 
     Args:
-      told: the loading info of transformers, sets of names.
+      info: the loading info of transformers, sets of names.
     """
     extra = {QUERY_TENSOR, tied_head(model.config)}  # which it doesn't know, or doesn't need
     parameters = {stored.name for name, stored in model.stored.items() if name not in extra}
     for what, names in (
-        ("does not find", told["missing_keys"]),
-        ("has other shapes for", told["mismatched_keys"]),
-        ("leaves aside", parameters & set(told["unexpected_keys"])),
+        ("does not find", info["missing_keys"]),
+        ("has other shapes for", info["mismatched_keys"]),
+        ("leaves aside", parameters & set(info["unexpected_keys"])),
     ):
         if names:
             first = min(str(name if isinstance(name, str) else name[0]) for name in names)
@@ -240,7 +237,7 @@ def _run_theirs(model: Any, tokens, dtype) -> _Run:
     import torch
 
     blocks = model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
-    last = []  # behind the last layer transformers itself gives the state after the final norm alone
+    last = []  # for the last layer transformers itself returns only the state after the final norm
     blocks[-1].register_forward_hook(lambda _, __, out: last.append(out))
     with torch.no_grad():
         for parameter in model.parameters() if dtype is not None else ():
@@ -254,7 +251,7 @@ def _run_theirs(model: Any, tokens, dtype) -> _Run:
 
 @contextlib.contextmanager
 def _quiet(their_logging):
-    """transformers without progress bars, warnings, and its list of tensors that it does not know."""
+    """Silences transformers: progress bars, warnings, and its list of unknown tensors."""
     verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
     their_logging.set_verbosity_error()
     their_logging.disable_progress_bar()
@@ -274,7 +271,7 @@ def _state_names(layers: int) -> list[str]:
 
 
 def _left_to_right(tokens) -> Rows:
-    """Content rows with rank = position."""
+    """Returns content rows with rank = position."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     start = jnp.zeros_like(positions)
     return Rows(positions=positions, start=start, limit=positions + 1, tokens=jnp.asarray(tokens))
@@ -282,7 +279,7 @@ def _left_to_right(tokens) -> Rows:
 
 @functools.cache
 def _our_logits(config: ModelConfig):
-    """A compiled function of parameters and rows: logits [B, T, V], float32."""
+    """Compiles a function of parameters and rows: logits [B, T, V], float32."""
 
     @jax.jit
     def run(params, rows):
@@ -293,7 +290,7 @@ def _our_logits(config: ModelConfig):
 
 
 def _our_states(params, config: ModelConfig, tokens) -> dict[str, np.ndarray]:
-    """Hidden states as in `_Run`, from the layers one by one: a scan keeps none of those between."""
+    """Computes hidden states as in `_Run`, from the layers one by one: a scan keeps only the last."""
     params = {**params, **prepare_cpu_decode_params(params, config)}
     model = TwoStream(config, precision=_HIGHEST, few_rows=True)
     out, variables = model.apply(
@@ -311,7 +308,7 @@ def _our_states(params, config: ModelConfig, tokens) -> dict[str, np.ndarray]:
 
 
 def _first_difference(ours, theirs) -> str:
-    """The name of the first state in which a row is another one, by the size of the rows' difference."""
+    """Returns the name of the first state with a row that differs by more than the tolerance."""
     for name, expected in theirs.items():
         distance = np.linalg.norm(ours[name] - expected, axis=-1)
         if not np.all(distance <= TOLERANCE * np.linalg.norm(expected, axis=-1)):
@@ -320,7 +317,7 @@ def _first_difference(ours, theirs) -> str:
 
 
 def _rounded_as_stored(params, model: HFModel):
-    """The parameters in float32, each no more exact than it is in the files."""
+    """Returns the parameters in float32, each rounded as it is in the files."""
     rounded = jax.tree.map(lambda leaf: np.array(leaf, np.float32), params)
     table = tensor_table(model.config)
     for name, stored in model.stored.items():
@@ -336,7 +333,7 @@ def _slice_of(params, part) -> np.ndarray:
 
 
 def _checked_size(name, arrays, place, stored=None) -> int:
-    """How many parameters a tensor has, after comparing its parts, `arrays`, with what is in the file."""
+    """Returns the size of a tensor, after comparing its parts, `arrays`, with what is in the file."""
     size, norm = sum(array.size for array in arrays), _norm(arrays)
     problem = "" if math.isfinite(norm) else "its norm is not finite"
     if stored is not None and not problem:

@@ -26,17 +26,21 @@ VERIFY_EPILOG = """examples:
 """
 
 
-def add_convert(subparsers) -> None:
+def _add_parser(subparsers, name: str, **options):
     import argparse
 
-    parser = subparsers.add_parser(
+    formatter = argparse.RawDescriptionHelpFormatter
+    return subparsers.add_parser(name, formatter_class=formatter, allow_abbrev=False, **options)
+
+
+def add_convert(subparsers) -> None:
+    parser = _add_parser(
+        subparsers,
         "convert",
         help="Hugging Face checkpoint to A3, and back",
         description="Converts a checkpoint, a piece at a time: the model is never in memory as a whole. DST "
         "must be absent or empty; it appears whole or not at all.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "src", metavar="SRC", help="Hugging Face directory, A3 checkpoint, or a run's directory"
@@ -108,16 +112,13 @@ def run_convert(args) -> int:
 
 
 def add_info(subparsers) -> None:
-    import argparse
-
-    parser = subparsers.add_parser(
+    parser = _add_parser(
+        subparsers,
         "info",
         help="what a checkpoint is: sizes, parameters, curriculum, origin",
         description="Says what a checkpoint is, without reading its parameters. Equal fingerprints: equal "
         "parameters.",
         epilog=INFO_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="A3 checkpoint, a run's directory, or a Hugging Face one"
@@ -129,7 +130,7 @@ def add_info(subparsers) -> None:
 def run_info(args) -> int:
     import json
 
-    from a3_jax.checkpoints.info import describe, show
+    from a3_jax.checkpoints.inspect import describe, show
 
     report = describe(args.checkpoint)
     if args.json:
@@ -140,17 +141,14 @@ def run_info(args) -> int:
 
 
 def add_verify(subparsers) -> None:
-    import argparse
-
-    parser = subparsers.add_parser(
+    parser = _add_parser(
+        subparsers,
         "verify",
         help="whether every byte of a checkpoint is what was written",
         description="Compares every file of a checkpoint with its checksum and every array with its "
         "fingerprint. Each damaged or missing file and leaf is a line of its own. Exit status: 0 intact, "
         "1 damaged, 2 no checkpoint.",
         epilog=VERIFY_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "checkpoint",
@@ -164,7 +162,7 @@ def add_verify(subparsers) -> None:
 def run_verify(args) -> int:
     import json
 
-    from a3_jax.checkpoints.verify import verify
+    from a3_jax.checkpoints.inspect import verify
 
     verdicts = verify(args.checkpoint)
     intact = not any(verdict.problems for verdict in verdicts)

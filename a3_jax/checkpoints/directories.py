@@ -1,15 +1,17 @@
-"""A directory that appears whole or not at all."""
+"""A directory that appears whole or not at all, on a disk with room for it."""
 
 import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from a3_jax.errors import InputError
 from a3_jax.paths import absolute, as_path
+from a3_jax.runtime.coordination import run_on_all, run_on_process_zero
 
 _TEMPORARY, _LOCK = ".tmp", ".lock"
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
@@ -21,9 +23,6 @@ def new_directory(path) -> Iterator[Any]:
 
     The sibling, `.NAME.DIGITS.tmp`, does not exist yet, its parent does. Siblings that killed processes
     left of the same `path` are removed.
-
-    Raises:
-      InputError: `path` is a file or a directory with something in it, can't be made, or the disk is full.
     """
     path = _followed(absolute(path))
     check_free(path)
@@ -46,12 +45,30 @@ def new_directory(path) -> Iterator[Any]:
             raise
 
 
-def check_free(path) -> None:
-    """Whether `path` can be made without destroying something.
+@contextlib.contextmanager
+def shared_directory(path) -> Iterator[Any]:
+    """Gives all processes of a run the same `new_directory`; every process makes the call."""
+    with contextlib.ExitStack() as stack:
+        place = run_on_process_zero("directory", lambda: str(stack.enter_context(new_directory(path))))
+        yield as_path(place)
+        run_on_all("directory", stack.close)
 
-    Raises:
-      InputError: it is a file, a directory with something in it, or where something is mounted.
-    """
+
+def check_space(path, nbytes: int) -> None:
+    """Checks that the disk of `path` has room; a bucket always has."""
+    path = absolute(path)
+    if "://" in str(path):
+        return
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if nbytes > free:
+        raise InputError(
+            f"the disk is too small: {nbytes:,} bytes are to be written, {free:,} are free", file=path
+        )
+
+
+def check_free(path) -> None:
+    """Checks that `path` can be made without destroying something."""
     path = as_path(path)
     if path.is_dir():
         if any(path.iterdir()):
@@ -63,7 +80,7 @@ def check_free(path) -> None:
 
 
 def _followed(path):
-    """Where a link leads, to which nothing can be renamed itself; any other path as it is."""
+    """Returns the target of a link, since nothing can be renamed to a link; any other path as it is."""
     return as_path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
@@ -93,7 +110,7 @@ def _locked(temporary) -> Iterator[None]:
 
 
 def _remove_leftovers(path, own) -> None:
-    """Removes temporary siblings of `path` whose process is dead; others, and what can't be told, stay."""
+    """Removes temporary siblings of `path` whose process is dead; others, and those without a lock, stay."""
     for lock in path.parent.iterdir():
         name = lock.name.removesuffix(_LOCK)
         if name == lock.name or not name.startswith(_beginning(path)) or not name.endswith(_TEMPORARY):

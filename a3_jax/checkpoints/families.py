@@ -1,16 +1,16 @@
 """The tensors of each model family as a table: name in the file, leaf of the parameter tree, axes.
 
-A row such as
+A rule such as
 
     "self_attn.q_proj.weight"  ->  leaf "q",  "NH,D -> D,N,H"
 
 says that the stored matrix has the merged axes N and H (output features) before D, and that the leaf
 is the same numbers with axes D, N, H. A digit is an axis that several leaves share: of "D,3NH" each of
-three rows takes its part. Rotary halves are those of Hugging Face checkpoints in the model too, so no
-row moves numbers inside a head.
+three rules takes its part. Rotary halves are those of Hugging Face checkpoints in the model too, so no
+rule moves numbers inside a head.
 
-A table has a row for everything that any model of the family has; those that count are the rows whose
-leaf is in the parameter tree of the config.
+A table has a rule for everything that any model of the family has; those apply whose leaf is in the
+parameter tree of the config.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _WRAPPERS = r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LeafRule:
     """One line of a family's table.
 
     Attributes:
@@ -57,29 +57,31 @@ class Family:
       prefix: of all names but the head's, which files of a model without head leave out.
       layer_prefix: of the tensors of a layer, with `{layer}`.
       tensors, layer_tensors: outside of layers, the embedding first, and in each.
-      head: the row of the output matrix, stored where it is not tied to the embedding.
+      head: the rule of the output matrix, stored where it is not tied to the embedding.
       buffers: patterns of names that hold no parameters and are passed over.
-      renamed: beginnings of names in the files of DiffuLLaMA and DiffuGPT, and what stands for them here.
+      renamed: beginnings of names in the files of DiffuLLaMA and DiffuGPT, and what replaces them here.
     """
 
-    tensors: tuple[Row, ...]
-    layer_tensors: tuple[Row, ...]
+    tensors: tuple[LeafRule, ...]
+    layer_tensors: tuple[LeafRule, ...]
     prefix: str = "model."
     layer_prefix: str = "model.layers.{layer}."
-    head: Row = Row("lm_head.weight", "head", "V,D -> D,V")
+    head: LeafRule = LeafRule("lm_head.weight", "head", "V,D -> D,V")
     buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq", "rotary_emb.inv_freq")
     renamed: tuple[tuple[str, str], ...] = (("denoise_model.", "model."),)
 
 
-def _pair(name, leaf, axes, bias_axes, part=0) -> tuple[Row, Row]:
-    """A weight and its bias."""
-    return Row(f"{name}.weight", leaf, axes, part), Row(f"{name}.bias", f"{leaf}_bias", bias_axes, part)
+def _pair(name, leaf, axes, bias_axes, part=0) -> tuple[LeafRule, LeafRule]:
+    """Returns the rules of a weight and its bias."""
+    return LeafRule(f"{name}.weight", leaf, axes, part), LeafRule(
+        f"{name}.bias", f"{leaf}_bias", bias_axes, part
+    )
 
 
-_QUERY = Row(QUERY_TENSOR, "query_embed", "1,1,D -> D")
+_QUERY = LeafRule(QUERY_TENSOR, "query_embed", "1,1,D -> D")
 _TENSORS = (
-    Row("model.embed_tokens.weight", "embed", "V,D -> V,D"),
-    Row("model.norm.weight", "final_norm", "D -> D"),
+    LeafRule("model.embed_tokens.weight", "embed", "V,D -> V,D"),
+    LeafRule("model.norm.weight", "final_norm", "D -> D"),
     _QUERY,
 )
 _PROJECTIONS = (
@@ -92,14 +94,14 @@ _PROJECTIONS = (
     *_pair("mlp.down_proj", "down", "D,F -> F,D", "D -> D"),
 )
 _HEAD_NORMS = (
-    Row("self_attn.q_norm.weight", "q_norm", "H -> H"),
-    Row("self_attn.k_norm.weight", "k_norm", "H -> H"),
+    LeafRule("self_attn.q_norm.weight", "q_norm", "H -> H"),
+    LeafRule("self_attn.k_norm.weight", "k_norm", "H -> H"),
 )
 _LLAMA = Family(
     tensors=_TENSORS,
     layer_tensors=(
-        Row("input_layernorm.weight", "attn_norm", "D -> D"),
-        Row("post_attention_layernorm.weight", "mlp_norm", "D -> D"),
+        LeafRule("input_layernorm.weight", "attn_norm", "D -> D"),
+        LeafRule("post_attention_layernorm.weight", "mlp_norm", "D -> D"),
         *_PROJECTIONS,
         *_HEAD_NORMS,
     ),
@@ -107,10 +109,10 @@ _LLAMA = Family(
 _GEMMA = Family(
     tensors=_TENSORS,
     layer_tensors=(
-        Row("input_layernorm.weight", "attn_norm", "D -> D"),
-        Row("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
-        Row("pre_feedforward_layernorm.weight", "mlp_norm", "D -> D"),
-        Row("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
+        LeafRule("input_layernorm.weight", "attn_norm", "D -> D"),
+        LeafRule("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
+        LeafRule("pre_feedforward_layernorm.weight", "mlp_norm", "D -> D"),
+        LeafRule("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
         *_PROJECTIONS,
         *_HEAD_NORMS,
     ),
@@ -118,10 +120,10 @@ _GEMMA = Family(
 _OLMO2 = Family(
     tensors=_TENSORS,
     layer_tensors=(
-        Row("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
-        Row("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
-        Row("self_attn.q_norm.weight", "q_norm", "NH -> N,H"),
-        Row("self_attn.k_norm.weight", "k_norm", "KH -> K,H"),
+        LeafRule("post_attention_layernorm.weight", "attn_post_norm", "D -> D"),
+        LeafRule("post_feedforward_layernorm.weight", "mlp_post_norm", "D -> D"),
+        LeafRule("self_attn.q_norm.weight", "q_norm", "NH -> N,H"),
+        LeafRule("self_attn.k_norm.weight", "k_norm", "KH -> K,H"),
         *_PROJECTIONS,
     ),
 )
@@ -129,8 +131,8 @@ _GPT2 = Family(  # its matrices are stored [in, out]
     prefix="transformer.",
     layer_prefix="transformer.h.{layer}.",
     tensors=(
-        Row("transformer.wte.weight", "embed", "V,D -> V,D"),
-        Row("transformer.wpe.weight", "position_embed", "P,D -> P,D"),
+        LeafRule("transformer.wte.weight", "embed", "V,D -> V,D"),
+        LeafRule("transformer.wpe.weight", "position_embed", "P,D -> P,D"),
         *_pair("transformer.ln_f", "final_norm", "D -> D", "D -> D"),
         _QUERY,
     ),
@@ -151,18 +153,18 @@ _LLADA = Family(
     prefix="model.transformer.",
     layer_prefix="model.transformer.blocks.{layer}.",
     tensors=(
-        Row("model.transformer.wte.weight", "embed", "V,D -> V,D"),
-        Row("model.transformer.ln_f.weight", "final_norm", "D -> D"),
+        LeafRule("model.transformer.wte.weight", "embed", "V,D -> V,D"),
+        LeafRule("model.transformer.ln_f.weight", "final_norm", "D -> D"),
         _QUERY,
     ),
     layer_tensors=(
-        Row("attn_norm.weight", "attn_norm", "D -> D"), Row("ff_norm.weight", "mlp_norm", "D -> D"),
-        Row("q_proj.weight", "q", "NH,D -> D,N,H"), Row("k_proj.weight", "k", "KH,D -> D,K,H"),
-        Row("v_proj.weight", "v", "KH,D -> D,K,H"), Row("attn_out.weight", "o", "D,NH -> N,H,D"),
-        Row("ff_proj.weight", "gate", "F,D -> D,F"), Row("up_proj.weight", "up", "F,D -> D,F"),
-        Row("ff_out.weight", "down", "D,F -> F,D"),
+        LeafRule("attn_norm.weight", "attn_norm", "D -> D"), LeafRule("ff_norm.weight", "mlp_norm", "D -> D"),
+        LeafRule("q_proj.weight", "q", "NH,D -> D,N,H"), LeafRule("k_proj.weight", "k", "KH,D -> D,K,H"),
+        LeafRule("v_proj.weight", "v", "KH,D -> D,K,H"), LeafRule("attn_out.weight", "o", "D,NH -> N,H,D"),
+        LeafRule("ff_proj.weight", "gate", "F,D -> D,F"), LeafRule("up_proj.weight", "up", "F,D -> D,F"),
+        LeafRule("ff_out.weight", "down", "D,F -> F,D"),
     ),
-    head=Row("model.transformer.ff_out.weight", "head", "V,D -> D,V"),
+    head=LeafRule("model.transformer.ff_out.weight", "head", "V,D -> D,V"),
 )  # fmt: skip
 FAMILIES = {
     "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "smollm3": _LLAMA,
@@ -172,7 +174,7 @@ FAMILIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class LeafPart:
     """Where one stored tensor, or a part of one, lives in the parameter tree.
 
     Attributes:
@@ -195,11 +197,11 @@ class Tensor:
 
     @property
     def leaf_shape(self) -> tuple[int, ...]:
-        """Of the leaf, or of its slice of one layer."""
+        """Returns the shape of the leaf, or of its slice of one layer."""
         return self.to_leaf(np.broadcast_to(np.int8(0), self.shape)).shape
 
     def to_leaf(self, stored: np.ndarray) -> np.ndarray:
-        """The leaf (or its slice of one layer) of a stored tensor; a view."""
+        """Returns the leaf, or its slice of one layer, as a view of a stored tensor."""
         return self._part_of(stored.reshape(self.split)).transpose(self.order)
 
     def _part_of(self, array):
@@ -207,14 +209,14 @@ class Tensor:
 
 
 @functools.cache
-def tensor_table(config: ModelConfig) -> dict[str, tuple[Tensor, ...]]:
-    """Every tensor of a model by its name in the file, the embedding first, each with its parts."""
+def tensor_table(config: ModelConfig) -> dict[str, tuple[LeafPart, ...]]:
+    """Returns every tensor of a model by its name in the file, the embedding first, each with its parts."""
     family, tree = FAMILIES[config.family], abstract_params(config)
     rows = [(row, "", None) for row in (*family.tensors, family.head) if row.leaf in tree]
     for layer in range(config.num_layers):
         prefix = family.layer_prefix.format(layer=layer)
         rows += [(row, prefix, layer) for row in family.layer_tensors if row.leaf in tree["last_layer"]]
-    table: dict[str, tuple[Tensor, ...]] = {}
+    table: dict[str, tuple[LeafPart, ...]] = {}
     for row, prefix, layer in rows:
         tensor = _tensor(row, config, prefix, layer)
         table[tensor.name] = (*table.get(tensor.name, ()), tensor)
@@ -222,22 +224,22 @@ def tensor_table(config: ModelConfig) -> dict[str, tuple[Tensor, ...]]:
 
 
 def embedding(config: ModelConfig) -> str:
-    """The name of the embedding."""
+    """Returns the name of the embedding."""
     return FAMILIES[config.family].tensors[0].name
 
 
 def tied_head(config: ModelConfig) -> str | None:
-    """The output matrix that a file may repeat although it is tied: the embedding under a second name."""
+    """Returns the output matrix that a file may repeat although it is tied to the embedding."""
     return FAMILIES[config.family].head.name if config.tie_embeddings else None
 
 
 def shape_of(name: str, config: ModelConfig) -> tuple[int, ...]:
-    """The shape of a stored tensor, the tied head among them."""
+    """Returns the shape of a stored tensor, which may be the tied head."""
     return tensor_table(config)[embedding(config) if name == tied_head(config) else name][0].shape
 
 
 def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
-    """The tensors of a file by the names of the table, known buffers left out.
+    """Returns the tensors of a file by the names of the table, without known buffers.
 
     A tied matrix that is stored as the head alone is the embedding.
 
@@ -246,10 +248,7 @@ def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
       file: names the checkpoint in errors.
 
     Returns:
-      Name in the table -> name in the file; unknown names stand for themselves.
-
-    Raises:
-      InputError: a tensor that is there with and without the prefix.
+      Name in the table -> name in the file; an unknown name is its own.
     """
     family, found = FAMILIES[config.family], {}
     for name in names:
@@ -265,7 +264,7 @@ def table_names(names, config: ModelConfig, file=None) -> dict[str, str]:
 
 
 def _full_name(name: str, config: ModelConfig) -> str:
-    """The name in the table of a stored tensor; one that isn't known stands for itself."""
+    """Returns the table's name of a stored tensor; an unknown one as it is."""
     family = FAMILIES[config.family]
     tried = [name, *(prefix + name for prefix in (family.prefix, "model."))]
     tried += [new + name.removeprefix(old) for old, new in family.renamed if name.startswith(old)]
@@ -277,14 +276,11 @@ def _is_known(name: str, config: ModelConfig) -> bool:
 
 
 def check_names(names, config: ModelConfig, file) -> None:
-    """Every parameter is there, and nothing but parameters.
+    """Checks that a file has every parameter, and nothing else.
 
     Args:
       names: of `table_names`. The query vector may be absent.
       file: names the checkpoint in errors.
-
-    Raises:
-      InputError: naming the first tensor that is missing or unknown, or what all of them are wrapped in.
     """
     _check_wrappers(names, config, file)
     head = FAMILIES[config.family].head.name
@@ -323,7 +319,7 @@ def _check_wrappers(names, config: ModelConfig, file) -> None:
             raise InputError(why, file=file, field=unknown[0])
 
 
-def _tensor(row: Row, config: ModelConfig, prefix: str = "", layer: int | None = None) -> Tensor:
+def _tensor(row: LeafRule, config: ModelConfig, prefix: str = "", layer: int | None = None) -> LeafPart:
     sizes = {
         "1": 1, "3": 3, "V": config.vocab_size, "D": config.d_model, "F": config.mlp_size,
         "H": config.head_size, "N": config.num_heads, "K": config.num_kv_heads, "P": config.max_length,
@@ -333,10 +329,10 @@ def _tensor(row: Row, config: ModelConfig, prefix: str = "", layer: int | None =
     part = (split.index("3"), row.part) if "3" in split else None
     whole = [axis for axis in split if axis != "3"]
     leaf, index = (row.leaf,), None
-    if layer is not None:  # the last layer stands alone in the tree, those before it are stacked
+    if layer is not None:  # the last layer is alone in the tree, those before it are stacked
         stacked = layer < config.num_layers - 1
         leaf, index = ("layers" if stacked else "last_layer", row.leaf), layer if stacked else None
-    return Tensor(
+    return LeafPart(
         name=prefix + row.name,
         shape=tuple(math.prod(sizes[axis] for axis in merged) for merged in stored),
         leaf=leaf,

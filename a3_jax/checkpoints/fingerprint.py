@@ -5,8 +5,8 @@ A leaf is read as 32-bit words v at global indices i. With h(i) and k(i) two has
     m(i) = mix(v(i) XOR h(i))        one-to-one in v: no changed word leaves it as it was
     sums = (sum of m(i), sum of m(i) * (2 k(i) + 1))        both modulo 2^32
 
-Sums don't depend on the order, so each device adds up what it holds and two numbers a leaf travel;
-`part_sums` does the same by NumPy, for arrays that are never whole.
+Sums don't depend on the order, so each device adds up what it holds and two numbers per leaf travel;
+`sums_of_part` does the same by NumPy, for arrays that are never whole.
 """
 
 import functools
@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 SEEDS = 0x9E3779B9, 0x7F4A7C15
+_TILE = 1 << 15  # words that NumPy works on at a time, so that they stay in a core's cache
 _NO_MESH = jax.sharding.Mesh(np.empty((), dtype=object), ())
 
 
 def tree_names(tree) -> dict[str, Any]:
-    """The leaves of a tree by their path, such as `layers/attention/query`."""
+    """Returns the leaves of a tree by their path, such as `layers/q`."""
     return {tree_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -58,19 +59,19 @@ def hexadecimal(sums: dict[str, Any]) -> dict[str, str]:
 
 
 def fingerprints(leaves: dict[str, Any]) -> dict[str, str]:
-    """By name the fingerprint of each leaf, 16 hexadecimal digits."""
+    """Returns the fingerprint of each leaf by name, 16 hexadecimal digits."""
     return hexadecimal(start_fingerprints(leaves))
 
 
 @jax.jit
 def _sums(leaves):
-    """One compiled function for a list of leaves of given shapes and shardings."""
+    """Returns the sums of each leaf: one compiled function for leaves of given shapes and shardings."""
     return [_sums_of_leaf(leaf) for leaf in leaves]
 
 
 @jax.jit
 def _sums_of_leaf(leaf):
-    """Compiled with the others; a function of its own so that equal shapes are traced once."""
+    """Returns the two sums of a leaf; jitted by itself so that equal shapes are traced once."""
     words = _words(leaf)
     key, weight = (
         functools.reduce(jnp.add, [_axis_hash(words.shape, axis, seed) for axis in range(words.ndim)])
@@ -81,20 +82,20 @@ def _sums_of_leaf(leaf):
 
 
 def _axis_hash(shape, axis, seed):
-    """A hash of the index along one axis: products of the sizes, which may pass 2^32, appear nowhere."""
+    """Hashes the index along one axis, so that no product of sizes, which may pass 2^32, is needed."""
     index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     return _mix(index + jnp.uint32((seed * (2 * axis + 1)) % 2**32))
 
 
 def _mix(x):
-    """The finaliser of MurmurHash3: one-to-one on 32-bit words, every bit reaches every other."""
+    """Mixes words by MurmurHash3's finaliser: one-to-one, and every bit reaches every other."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _words(leaf):
-    """uint32 of the leaf's shape, with an axis of 2 more where elements have 8 bytes; a scalar is [1]."""
+    """Returns a leaf's words, uint32, with one more axis of 2 for elements of 8 bytes; a scalar is [1]."""
     leaf = jnp.atleast_1d(leaf)
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
@@ -103,7 +104,7 @@ def _words(leaf):
 
 
 def _words_on_host(array):
-    """Elements of 8 bytes as two words: without `jax_enable_x64` they would lose half of themselves."""
+    """Splits elements of 8 bytes into two words: without `jax_enable_x64` jax would drop one."""
     if array.dtype.itemsize != 8:
         return array
     array = np.ascontiguousarray(np.atleast_1d(array))
@@ -111,8 +112,69 @@ def _words_on_host(array):
 
 
 def _host():
-    """This process's CPU device."""
+    """Returns this process's CPU device."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
         return jax.local_devices()[0]
+
+
+def sums_of_part(part: np.ndarray, begin: tuple[int, ...]) -> np.ndarray:
+    """Computes the sums of a part of a leaf, by NumPy; a leaf's are those of its parts, added modulo 2^32.
+
+    Args:
+      part: of a dtype of 2 or 4 bytes, at least one axis, any strides.
+      begin: the global index of its first element.
+
+    Returns:
+      [2] uint32
+    """
+    if not part.size:
+        return np.zeros(2, np.uint32)
+    bits = part.view(f"u{part.dtype.itemsize}")
+    axes = sorted(range(bits.ndim), key=lambda axis: -bits.strides[axis])  # as it lies in memory
+    hashes = [[_host_axis_hash(bits.shape[axis], begin[axis], axis, seed) for axis in axes] for seed in SEEDS]
+    inner, columns = len(axes) - 1, bits.shape[axes[-1]]
+    while inner and columns < _TILE // 16:  # short rows would cost NumPy a call each
+        inner -= 1
+        columns *= bits.shape[axes[inner]]
+    bits = bits.transpose(axes).reshape(-1, columns)
+    (key, key_inner), (weight, weight_inner) = (
+        (_outer_sum(of_axes[:inner]), _outer_sum(of_axes[inner:])) for of_axes in hashes
+    )
+    sums, rows = [0, 0], max(1, _TILE // columns)
+    for row in range(0, len(bits), rows):
+        here = slice(row, row + rows)
+        words = key[here, None] + key_inner
+        words ^= bits[here]
+        _mix_in_place(words)
+        sums[0] += int(words.sum(dtype=np.uint64))
+        words *= (weight[here, None] + weight_inner) | np.uint32(1)
+        sums[1] += int(words.sum(dtype=np.uint64))
+    return np.array([total % 2**32 for total in sums], np.uint32)
+
+
+def _host_axis_hash(size, begin, axis, seed) -> np.ndarray:
+    """Computes `_axis_hash` of the indices from `begin`, [size] uint32."""
+    hashes = (np.arange(begin, begin + size, dtype=np.uint64) + seed * (2 * axis + 1)).astype(np.uint32)
+    _mix_in_place(hashes)
+    return hashes
+
+
+def _outer_sum(hashes) -> np.ndarray:
+    """Adds hashes, one per axis, at every index: flat, the last axis fastest."""
+    total = np.zeros(1, np.uint32)
+    for one in hashes:
+        total = (total[:, None] + one).reshape(-1)
+    return total
+
+
+def _mix_in_place(words: np.ndarray) -> None:
+    """Computes `_mix` on the host."""
+    shifted = np.empty_like(words)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        np.right_shift(words, shift, out=shifted)
+        words ^= shifted
+        words *= np.uint32(factor)
+    np.right_shift(words, 16, out=shifted)
+    words ^= shifted

@@ -26,17 +26,17 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the `architectures` field of a config selects.
+    """The properties of a model class, selected by the `architectures` field of a config.
 
     Attributes:
       family: the tensor table.
       switches: fields of ModelConfig in which the family differs from Llama.
       defaults: of absent fields of `config.json`, where transformers has others than for Llama.
-      names: fields of `config.json` that are called otherwise than Llama's; "": there is none.
-      local: which layers are local ones, a key of `_LOCAL`; None: none is.
+      names: the names of fields of `config.json` where they are not Llama's; "": it has no such field.
+      local: which layers are local, a key of `_LOCAL`; None: no layer.
       refused: fields that have to be absent, null or false, and what they would mean.
       fixed: the one value that fields may have where they are present.
-      types: what `model_type` may be; empty: the family, with `_text` behind it or without.
+      types: what `model_type` may be; empty: the family, with or without `_text` after it.
     """
 
     family: str
@@ -75,12 +75,12 @@ _BIASES = ("llama", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3")
 
 
 def config_from_hf(config: Mapping[str, Any], file=None) -> ModelConfig:
-    """The model that a `config.json` describes: what `read_config` returns, without the unread fields."""
+    """Returns the model that a `config.json` describes: `read_config` without the unread fields."""
     return read_config(config, file)[0]
 
 
 def read_config(config: Mapping[str, Any], file=None) -> tuple[ModelConfig, list[str]]:
-    """The model that a `config.json` describes, as transformers 4 and 5 write it.
+    """Reads the model that a `config.json` of transformers 4 or 5 describes.
 
     Args:
       config: the JSON object. Absent fields have the defaults of transformers' own config class, but for
@@ -88,12 +88,8 @@ def read_config(config: Mapping[str, Any], file=None) -> tuple[ModelConfig, list
       file: names it in errors.
 
     Returns:
-      The model, and the fields that were left aside, though nobody knows them to be without effect: those
-      that transformers doesn't read for this architecture. Null, false and empty ones don't count.
-
-    Raises:
-      InputError: an unknown architecture, a feature that can't be kept exactly, or a field that is
-        missing or makes no model.
+      The model, and the fields that were ignored without being known to have no effect: transformers doesn't
+      read them for this architecture. Null, false and empty ones don't count.
     """
     architecture = _architecture(config, file)
     fields = _Fields(config, file, {**_LLAMA_DEFAULTS, **architecture.defaults}, architecture.names)
@@ -157,7 +153,7 @@ class _Fields:
         return self.values.get(self.names.get(field, field))
 
     def unread(self, without_effect: Set[str] = frozenset()) -> list[str]:
-        """Fields that hold something and were not asked for, those of objects inside among them."""
+        """Returns the fields that hold something and were not read, including those of objects inside."""
         known = self.read | without_effect
         mine = [name for name, value in self.given.items() if value and name not in known]
         inner = [f"{name}.{field}" for name, fields in self.inside.items() for field in fields.unread()]
@@ -171,7 +167,7 @@ class _Fields:
         self.refuse(field, "is missing" if value is None else f"{wanted}, got {value!r}"[:200])
 
     def object(self, field) -> "_Fields":
-        """The fields of an object inside this one, none where it is absent."""
+        """Returns the fields of an object inside this one; none if it is absent."""
         value = self.get(field) or {}
         if not isinstance(value, dict):
             self.refuse(field, f"expected an object, got {value!r}"[:200])
@@ -197,7 +193,7 @@ class _Fields:
         return None if self.get(field) is None else self.number(field)
 
     def flag(self, field) -> bool:
-        """True or false, of which null is one; a text such as "false" would be taken for true."""
+        """Returns true or false (also for null); a text such as "false" would be taken for true."""
         value = self.get(field)
         if not isinstance(value, bool | None):
             self._refuse_value(field, "must be true or false", value)
@@ -211,7 +207,7 @@ class _Fields:
         return choices[value]
 
     def items(self, field, kind, length) -> list | None:
-        """A list with an item of this type for each layer."""
+        """Returns a list with an item of this type for each layer, or None."""
         values = self.get(field)
         if values is not None and not (
             isinstance(values, list) and len(values) == length and all(isinstance(v, kind) for v in values)
@@ -248,7 +244,7 @@ def _architecture(config, file) -> Architecture:
 
 
 def _masking(fields, architecture) -> dict[str, Any]:
-    """What makes a model one of masked diffusion; LLaDA alone predicts a token from its own row."""
+    """Returns the fields of a model of masked diffusion; only LLaDA predicts a token from its own row."""
     values = {}
     if architecture.family == "llada" and fields.get("embedding_size"):  # at least vocab_size
         values["vocab_size"] = fields.count("embedding_size")
@@ -260,7 +256,7 @@ def _masking(fields, architecture) -> dict[str, Any]:
 
 
 def _attention(fields, architecture) -> dict[str, Any]:
-    """Biases, the scale of scores, softcaps."""
+    """Returns biases, the scale of scores, and softcaps."""
     family = architecture.family
     values: dict[str, Any] = {}
     if family in _BIASES and fields.flag("attention_bias"):
@@ -277,7 +273,7 @@ def _attention(fields, architecture) -> dict[str, Any]:
 
 
 def _layers(fields, architecture) -> dict[str, Any]:
-    """Which layers are local or not rotated, and the lengths that a sliding window leaves."""
+    """Returns the layers that are local or not rotated, and the lengths that a sliding window allows."""
     layers, context = fields.count("num_hidden_layers"), fields.count("max_position_embeddings")
     values: dict[str, Any] = {"max_length": context}
     if architecture.family == "smollm3":
@@ -314,7 +310,7 @@ def _layers(fields, architecture) -> dict[str, Any]:
 
 
 def _unrotated(fields) -> tuple[int, ...]:
-    """SmolLM3: layers whose flag is 0; without flags, every fourth."""
+    """Returns SmolLM3's unrotated layers: those whose flag is 0; without flags, every fourth."""
     layers = fields.count("num_hidden_layers")
     flags = fields.items("no_rope_layers", int, layers)
     if flags is None:
@@ -323,7 +319,7 @@ def _unrotated(fields) -> tuple[int, ...]:
 
 
 def _rope(fields, family) -> dict[str, Any]:
-    """Rotary bases and scaling: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4)."""
+    """Returns rotary bases and scaling, as transformers 5 (`rope_parameters`) or 4 writes them."""
     # Where both are present transformers 5 takes rope_scaling.
     field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     given, local_theta, holders = fields.object(field), None, [fields]
@@ -357,7 +353,7 @@ def _scaling(rope, fields) -> RopeScaling | None:
     if kind not in ROPE_TYPES:
         supported = f"{', '.join(ROPE_TYPES)}{nearest(kind, ROPE_TYPES)}"
         rope.refuse(name, f"rotary type {kind!r} is not supported; supported: {supported}")
-    if kind in ("default", "dynamic"):  # dynamic scaling begins behind the context, where nothing is read
+    if kind in ("default", "dynamic"):  # dynamic scaling begins after the context, where nothing is read
         rope.read |= {"factor"} if kind == "dynamic" else set()
         return None
     context, name = fields.count("max_position_embeddings"), "original_max_position_embeddings"
@@ -377,7 +373,7 @@ def _scaling(rope, fields) -> RopeScaling | None:
 
 
 def _yarn_attention(rope, factor) -> float:
-    """The factor of cosines and sines that a config without `attention_factor` means."""
+    """Returns the factor of cosines and sines that a config without `attention_factor` implies."""
 
     def scale(weight):
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,9 +1,8 @@
 """Parameters as a Hugging Face directory, which transformers opens.
 
-Written leaf by leaf, in pieces: a stacked leaf becomes a tensor a layer, one after the other.
+Written leaf by leaf, in chunks: a stacked leaf becomes one tensor per layer.
 """
 
-import base64
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +13,13 @@ import numpy as np
 
 from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta
-from a3_jax.checkpoints.chunks import cut, index_of, pieces_of
-from a3_jax.checkpoints.export_ids import generation_config, with_special_ids
-from a3_jax.checkpoints.families import QUERY_TENSOR, Tensor
+from a3_jax.checkpoints.chunks import cast, chunks_of, cut, index_of
+from a3_jax.checkpoints.families import QUERY_TENSOR, LeafPart
 from a3_jax.checkpoints.hf_config import CONFIG_FILE, RELEASE_ARCHITECTURE, config_from_hf
-from a3_jax.checkpoints.hf_format import CARD_FILE, FLOATS, SOURCE_CARD_FILE, cast, is_kept
+from a3_jax.checkpoints.hf_format import CARD_FILE, SOURCE_CARD_FILE, kept_bytes
 from a3_jax.checkpoints.model_card import Facts, model_card
-from a3_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES, TensorSpec, write_tensors
+from a3_jax.checkpoints.safetensors import MAX_SHARD_BYTES, TensorSpec, write_tensors
+from a3_jax.checkpoints.special_tokens import generation_config, with_special_ids
 from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig, RopeScaling
 from a3_jax.paths import as_path, write_json, write_text
@@ -30,47 +29,79 @@ Read = Callable[[tuple[str, ...], tuple], np.ndarray]  # (path of a leaf, NumPy 
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """What a Hugging Face directory will hold.
+class ExportPlan:
+    """The contents of a Hugging Face directory to be written.
 
     Attributes:
       config: of `config.json`.
-      tensors: dtype and shape by name in the file, those of one leaf behind each other.
+      tensors: dtype and shape by name in the file, those of one leaf one after the other.
       parts: what each consists of in the parameter tree.
     """
 
     config: dict[str, Any]
     tensors: Mapping[str, TensorSpec]
-    parts: Mapping[str, tuple[Tensor, ...]]
+    parts: Mapping[str, tuple[LeafPart, ...]]
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Returns the bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
-def hf_target(meta: Meta, dtype=None, query_vector: bool = True) -> Target:
-    """The directory that the model came from: its names, dtypes, architecture; else Llama's in float32.
+def plan_hf_export(meta: Meta, dtype=None, query_vector: bool = True) -> ExportPlan:
+    """Plans the directory that the model came from: its names, dtypes, architecture; else Llama's in float32.
 
     Args:
       dtype: of all tensors instead.
       query_vector: False leaves it out: the plain left-to-right model.
-
-    Raises:
-      InputError: it came from none and is no Llama.
     """
     if meta.source is None:
-        return make_target(meta.model, config_to_hf(meta.model), {}, dtype, query_vector)
+        return _plan_export(meta.model, config_to_hf(meta.model), {}, dtype, query_vector)
     hf_config = meta.source["config"]
     if meta.model.mask_token != hf_config.get("mask_token_id"):  # it was trained to fill masks here
         hf_config = {**hf_config, **_mask_fields(meta.model)}
-    return make_target(meta.model, hf_config, meta.source["tensors"], dtype, query_vector)
+    return _plan_export(meta.model, hf_config, meta.source["tensors"], dtype, query_vector)
 
 
-def make_target(
+def plan_release_export(meta: Meta, dtype=None) -> ExportPlan:
+    """Plans a directory of the authors' PyTorch class: all of its state dict, a tied head too.
+
+    Its block adds the MLP to the normed state, where the paper's and the pretrained model's adds it to the
+    state before the norm. The same weights are two models under the two blocks, so only a model that was
+    trained with `residual="release"` can go there. Fields of the source's `config.json` that don't describe
+    the model's shape go along, such as ids of special tokens.
+
+    Args:
+      dtype: of all tensors; None: the source's, float32 where there is none.
+    """
+    model, source = meta.model, meta.source or {"config": {}, "tensors": {}}
+    if model.residual != "release":
+        raise InputError(
+            f"{model.residual!r}: {RELEASE_ARCHITECTURE} adds the MLP to the normed state, so there these "
+            "weights are another model; only those trained with residual='release' can be written for it",
+            field="model.residual",
+        )
+    fields = config_to_hf(model)
+    if model.num_heads * model.head_size != model.d_model:
+        raise InputError(
+            f"{model.head_size}: {RELEASE_ARCHITECTURE} has heads of d_model / num_heads = "
+            f"{model.d_model / model.num_heads:g}", field="model.head_size",
+        )  # fmt: skip
+    had = families.table_names(source["tensors"], model)
+    dtypes = {name: source["tensors"][in_file] for name, in_file in had.items()}
+    usual = dtypes.get(families.embedding(model), "float32")
+    names = [*families.tensor_table(model), families.tied_head(model)]
+    tensors = {name: dtypes.get(name, usual) for name in names if name is not None}
+    others = {  # transformers 5 has two fields by other names
+        name: value for name, value in source["config"].items() if name not in ("dtype", "rope_parameters")
+    }  # fmt: skip
+    return _plan_export(model, {**others, **fields, "torch_dtype": usual}, tensors, dtype)
+
+
+def _plan_export(
     model: ModelConfig, hf_config, tensors: Mapping[str, str], dtype, query_vector=True
-) -> Target:
-    """A directory with the names and dtypes of `tensors` where they are known.
+) -> ExportPlan:
+    """Plans a directory with the names and dtypes of `tensors` where they are known.
 
     Args:
       tensors: name in a file -> dtype. A tied head that is among them is written too.
@@ -92,13 +123,13 @@ def make_target(
         kind = np.dtype(dtype or jnp.dtype(dtypes.get(name, new)))
         specs[in_file.get(name, name)] = TensorSpec(kind, parts[name][0].shape)
         by_file[in_file.get(name, name)] = parts[name]
-    return Target(_config_to_write(hf_config, dtype), specs, by_file)
+    return ExportPlan(_config_to_write(hf_config, dtype), specs, by_file)
 
 
 def write_hf(
     directory,
     read: Read,
-    target: Target,
+    plan: ExportPlan,
     meta: Meta,
     tokenizer: Tokenizer | None,
     max_shard_bytes=MAX_SHARD_BYTES,
@@ -108,21 +139,21 @@ def write_hf(
     """Fills a directory: safetensors, config, tokenizer, the source's other files, a model card.
 
     The source's own card is written beside ours, as `README.source.md`. Ids of BOS and EOS that config and
-    `generation_config.json` lack are added: see `export_ids`.
+    `generation_config.json` lack are added: see `special_tokens`.
 
     Args:
       directory: is made; the caller makes the whole of it atomic.
-      read: gives a part of a leaf; `StoredParams.read` or `tree_reader`.
-      target: of `hf_target` or `release_target`.
+      read: returns a part of a leaf; `TensorSource.read_leaf` or `tree_reader`.
+      plan: of `plan_hf_export` or `plan_release_export`.
       on_tensor: called with name and bytes of each tensor that was written.
       facts: for the card, what is known beside `meta`.
     """
     directory = as_path(directory)
     directory.mkdir(parents=True)
     write_tensors(
-        directory, target.tensors, lambda name: _read_pieces(name, target, read), max_shard_bytes, on_tensor
+        directory, plan.tensors, lambda name: _read_chunks(name, plan, read), max_shard_bytes, on_tensor
     )
-    config = with_special_ids(target.config, meta, tokenizer)
+    config = with_special_ids(plan.config, meta, tokenizer)
     write_json(directory / CONFIG_FILE, config)
     files = {} if meta.source is None else dict(meta.source["files"])
     source_card = files.pop(CARD_FILE, None)
@@ -132,11 +163,11 @@ def write_hf(
         files |= tokenizer.files()
     files[GENERATION_FILE] = generation_config(config, meta, tokenizer)
     _write_kept_files(directory, {name: text for name, text in files.items() if text is not None})
-    write_text(directory / CARD_FILE, model_card(meta, config, target.tensors, tokenizer, facts))
+    write_text(directory / CARD_FILE, model_card(meta, config, plan.tensors, tokenizer, facts))
 
 
 def tree_reader(params) -> Read:
-    """What `write_hf` reads with, from a parameter tree in memory."""
+    """Returns a reader for `write_hf` of a parameter tree in memory."""
 
     def read(path, index=()):
         return np.asarray(functools.reduce(lambda tree, key: tree[key], path, params)[index])
@@ -144,50 +175,24 @@ def tree_reader(params) -> Read:
     return read
 
 
-def _join(parts: tuple[Tensor, ...], leaves) -> np.ndarray:
-    """The inverse of `Tensor.to_leaf`: the stored tensor that consists of these leaves."""
+def _join(parts: tuple[LeafPart, ...], leaves) -> np.ndarray:
+    """Returns the stored tensor that consists of these leaves: the inverse of `LeafPart.to_leaf`."""
     arrays = [leaf.transpose(np.argsort(part.order)) for part, leaf in zip(parts, leaves, strict=True)]
     first = parts[0]
     return (arrays[0] if first.part is None else np.stack(arrays, axis=first.part[0])).reshape(first.shape)
 
 
-def _read_pieces(name: str, target: Target, read: Read) -> Iterator[np.ndarray]:
-    """A tensor, cut along the first of its axes."""
-    parts, spec = target.parts[name], target.tensors[name]
-    for piece in pieces_of(name, parts[0], spec.nbytes):
-        leaves = [read(part.leaf, index_of(part, piece)) for part in parts]
-        stored = _join(tuple(cut(part, piece) for part in parts), leaves)
+def _read_chunks(name: str, plan: ExportPlan, read: Read) -> Iterator[np.ndarray]:
+    """Reads a tensor, cut along the first of its axes."""
+    parts, spec = plan.parts[name], plan.tensors[name]
+    for chunk in chunks_of(name, parts[0], spec.nbytes):
+        leaves = [read(part.leaf, index_of(part, chunk)) for part in parts]
+        stored = _join(tuple(cut(part, chunk) for part in parts), leaves)
         yield cast(stored, spec.dtype, name)
 
 
-def check_source(source: dict[str, Any], file) -> None:
-    """What a checkpoint, perhaps one from outside, keeps of a source is what `HFModel.source` gives.
-
-    Raises:
-      InputError: naming the part that is not.
-    """
-    for part in ("config", "tensors", "files"):
-        if not isinstance(source.get(part), dict):
-            raise InputError("expected an object", file=file, field=f"source.{part}")
-    sums = source.get("sha256", {})  # a checkpoint from memory has none
-    if not isinstance(sums, dict) or not all(isinstance(sum_, str) for sum_ in sums.values()):
-        raise InputError("expected sums by file name", file=file, field="source.sha256")
-    dtypes = [dtype.name for dtype in FLOATS]
-    for name, dtype in source["tensors"].items():
-        if dtype not in dtypes:
-            why = f"{str(dtype)[:60]!r} is no parameter dtype; known: {', '.join(dtypes)}"
-            raise InputError(why, file=file, field=f"source.tensors: {name[:200]}")
-    for name, content in source["files"].items():
-        if not is_kept(name):  # it might be code, or stand in for the weights
-            raise InputError(f"{name[:60]!r} is no name for a file to keep", file=file, field="source.files")
-        try:
-            _bytes_of(content)
-        except (TypeError, KeyError, ValueError) as error:
-            raise InputError("neither text nor base64", file=file, field=f"source.files: {name}") from error
-
-
 def with_dtype(meta: Meta, dtype) -> Meta:
-    """What a checkpoint says of itself once all its parameters have another dtype."""
+    """Returns a checkpoint's description once all its parameters have another dtype."""
     if meta.source is None:
         return meta
     tensors = dict.fromkeys(meta.source["tensors"], np.dtype(dtype).name)
@@ -196,12 +201,9 @@ def with_dtype(meta: Meta, dtype) -> Meta:
 
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """A `config.json` for a model that came from no Hugging Face directory: Llama's.
+    """Returns Llama's `config.json` for a model that came from no Hugging Face directory.
 
     Rotary fields are those of transformers 4, which 5 reads too.
-
-    Raises:
-      InputError: the model has switches that Llama has not.
     """
     fields = {
         "architectures": [RELEASE_ARCHITECTURE if config.residual == "release" else "LlamaForCausalLM"],
@@ -235,7 +237,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
 
 def _mask_fields(model: ModelConfig) -> dict[str, Any]:
-    """The fields of a `config.json` that make a model one of masked diffusion; none if it isn't."""
+    """Returns the fields of a `config.json` that mark a model of masked diffusion; none if it isn't one."""
     if model.mask_token is None:
         return {}
     return {"mask_token_id": model.mask_token, "logit_shift": model.logit_shift}
@@ -269,8 +271,4 @@ def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def _write_kept_files(directory, files) -> None:
     for name, content in files.items():
-        (directory / name).write_bytes(_bytes_of(content))
-
-
-def _bytes_of(content) -> bytes:
-    return content.encode("utf-8") if isinstance(content, str) else base64.b64decode(content["base64"])
+        (directory / name).write_bytes(kept_bytes(content))

@@ -15,9 +15,10 @@ from a3_jax.checkpoints.a3_format import (
     load_meta,
     load_params,
 )
+from a3_jax.checkpoints.chunks import FLOATS, read_tree
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
-from a3_jax.checkpoints.hf_format import FLOATS, open_hf, read_params
-from a3_jax.checkpoints.safetensors_io import has_tensors
+from a3_jax.checkpoints.hf_format import HFSource, open_hf
+from a3_jax.checkpoints.safetensors import has_tensors
 from a3_jax.checkpoints.special_tokens import source_eos_ids, with_all_eos
 from a3_jax.checks import check_seed
 from a3_jax.errors import InputError, nearest
@@ -59,9 +60,6 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
       dtype: of the parameters, a name or NumPy dtype; None: as stored.
       seed: draws the query vector of a Hugging Face model that has none, 0 to 2^32 - 1.
       mesh: where the parameters go, by the model's sharding rules; None: the first device.
-
-    Raises:
-      InputError: no checkpoint, or one that is damaged or not supported.
     """
     check_seed(seed)
     directory, is_hf = find_checkpoint(path)
@@ -75,7 +73,16 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
     meta = Meta(model.config, source=model.source())
     tokenizer = hf_tokenizer(directory, meta)
     shardings = None if mesh is None else param_shardings(mesh, model.config)
-    params = read_params(model, dtype, seed, lambda path, leaf: _place(path, leaf, shardings))
+
+    def place(path, leaf):
+        if shardings is None:
+            return jnp.asarray(leaf)
+        sharding: Any = shardings
+        for key in path:
+            sharding = sharding[key]
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    params = read_tree(HFSource(model, dtype, seed), place)
     return Checkpoint(params, model.config, tokenizer, meta)
 
 
@@ -83,9 +90,6 @@ def check_has_orders(checkpoint: Checkpoint, path) -> None:
     """Refuses a published model of masked diffusion where any-order or left-to-right streams are wanted.
 
     One that was trained here may have all of them.
-
-    Raises:
-      InputError: its streams were never trained.
     """
     if checkpoint.config.mask_token is not None and checkpoint.meta.step is None:
         why = "a model of masked diffusion, which has no any-order and no left-to-right stream"
@@ -93,11 +97,7 @@ def check_has_orders(checkpoint: Checkpoint, path) -> None:
 
 
 def find_checkpoint(path) -> tuple[Any, bool]:
-    """The directory that a checkpoint argument means, and whether it is a Hugging Face one.
-
-    Raises:
-      InputError: it means none.
-    """
+    """Finds the directory that a checkpoint argument means, and whether it is a Hugging Face one."""
     path = as_path(path)
     if not path.exists():
         raise InputError("no such checkpoint directory", file=path)
@@ -120,11 +120,7 @@ def find_checkpoint(path) -> tuple[Any, bool]:
 
 
 def parse_dtype(dtype) -> np.dtype | None:
-    """A dtype that parameters may have, by name.
-
-    Raises:
-      InputError: any other.
-    """
+    """Returns a dtype that parameters may have, by name."""
     if dtype is None:
         return None
     names = [known.name for known in FLOATS]
@@ -137,27 +133,11 @@ def parse_dtype(dtype) -> np.dtype | None:
 
 
 def hf_tokenizer(directory, meta: Meta) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, None where it has none.
-
-    Raises:
-      InputError: it is damaged, or an id that ends a text is outside the vocabulary of the model of `meta`.
-    """
+    """Reads the tokenizer of a Hugging Face directory; None if it has none."""
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     return with_all_eos(tokenizer, meta, directory, is_a3=False)
 
 
 def a3_tokenizer(directory, meta: Meta) -> Tokenizer | None:
-    """The tokenizer of an A3 checkpoint, with every id that ends a text; None where it has none.
-
-    Raises:
-      InputError: as `hf_tokenizer`.
-    """
+    """Reads the tokenizer of an A3 checkpoint, with every id that ends a text; None if it has none."""
     return with_all_eos(load_checkpoint_tokenizer(directory), meta, directory, is_a3=True)
-
-
-def _place(path, leaf: np.ndarray, shardings):
-    if shardings is None:
-        return jnp.asarray(leaf)
-    for key in path:
-        shardings = shardings[key]
-    return jax.make_array_from_callback(leaf.shape, shardings, lambda index: leaf[index])

@@ -1,4 +1,4 @@
-"""What a checkpoint directory must hold, `manifest.json`: written last, so a directory without it is none.
+"""`manifest.json`, the contents of a checkpoint: written last; a directory without it is not a checkpoint.
 
     files    path, size in bytes and CRC-32 of every other file
     leaves   `params/...` and `train/...`: shape, dtype, fingerprint
@@ -10,14 +10,19 @@ The text is the only one that says the same: one that parses but is written othe
 import concurrent.futures
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import ml_dtypes  # noqa: F401  gives NumPy the name bfloat16
+import numpy as np
 
 from a3_jax.errors import EXIT_STORAGE, DamagedCheckpoint, InputError, RunError
 from a3_jax.paths import POINTER_BYTES, POINTER_MESSAGE, as_path, is_pointer, write_text
 
 MANIFEST_FILE = "manifest.json"
+ITEMS = PARAMS, TRAIN = "params", "train"  # of arrays
 FORMAT_VERSION = 2
 SMALL = 1 << 20  # bytes of a file that every reader checks whole
 _READ_AT_ONCE, _THREADS = 1 << 22, 8
@@ -37,6 +42,10 @@ class Leaf:
     dtype: str
     fingerprint: str
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -50,7 +59,7 @@ class Manifest:
         return _text(fields | {"crc32": zlib.crc32(_text(fields).encode())})
 
     def item(self, name: str) -> dict[str, Leaf]:
-        """The leaves of `params` or `train`, without that prefix."""
+        """Returns the leaves of `params` or `train`, without that prefix."""
         prefix = f"{name}/"
         return {leaf[len(prefix) :]: it for leaf, it in self.leaves.items() if leaf.startswith(prefix)}
 
@@ -61,7 +70,7 @@ def write_manifest(directory, manifest: Manifest) -> None:
 
 
 def read_manifest(directory) -> Manifest:
-    """The manifest of a checkpoint directory.
+    """Reads the manifest of a checkpoint directory.
 
     Raises:
       DamagedCheckpoint: it is absent, not what was written, or a Git LFS pointer.
@@ -80,7 +89,7 @@ def read_manifest(directory) -> Manifest:
 
 
 def parse_manifest(data: bytes, file) -> Manifest:
-    """A manifest from its text; `file` is for the error, as in `read_manifest`."""
+    """Parses a manifest's text; `file` is for the error, as in `read_manifest`."""
     try:
         fields = json.loads(data)
         version, crc32 = fields["format_version"], fields.pop("crc32")
@@ -109,13 +118,13 @@ def parse_manifest(data: bytes, file) -> Manifest:
 
 
 def step_of(directory) -> int | None:
-    """The step that a directory's name says, None for any other name."""
+    """Returns the step that a directory is named after; None for any other name."""
     name = as_path(directory).name
     return int(name) if name.isascii() and name.isdigit() and name == str(int(name)) else None
 
 
 def list_files(directory) -> list[str]:
-    """Paths of all files but the manifest below a directory, sorted."""
+    """Returns the paths of all files but the manifest below a directory, sorted."""
     found, waiting = [], [(as_path(directory), "")]
     while waiting:
         place, prefix = waiting.pop()
@@ -128,7 +137,7 @@ def list_files(directory) -> list[str]:
 
 
 def read_checksums(directory, names: Iterable[str]) -> dict[str, File]:
-    """Sizes and CRC-32s of files, read in several threads, a piece at a time.
+    """Computes sizes and CRC-32s of files, in several threads.
 
     Raises:
       OSError: a file can't be read.
@@ -146,7 +155,7 @@ def find_damage(directory, manifest: Manifest, deep: bool = False, only: str = "
       only: start of the paths that are looked at.
 
     Returns:
-      A list of `DamagedCheckpoint`, one a file that is missing, of another size or of other bytes.
+      A list of `DamagedCheckpoint`, one per file that is missing, of another size or of other bytes.
 
     Raises:
       RunError: the file system fails; another attempt may succeed.

@@ -1,6 +1,6 @@
-"""The model card of a Hugging Face directory that we write: facts that a checkpoint records, no others.
+"""The model card of a Hugging Face directory that we write: only facts that a checkpoint records.
 
-A card is made to be published. Of absolute paths and addresses only the last part is told.
+A card is made to be published: it shows only the last part of absolute paths and addresses.
 """
 
 import dataclasses
@@ -15,10 +15,14 @@ from a3_jax.checkpoints.a3_format import Meta
 from a3_jax.checkpoints.families import QUERY_LEAF, QUERY_TENSOR, table_names
 from a3_jax.checkpoints.fingerprint import tree_names
 from a3_jax.checkpoints.hf_format import CARD_FILE, SOURCE_CARD_FILE
-from a3_jax.checkpoints.safetensors_writer import TensorSpec
+from a3_jax.checkpoints.inspect import fingerprint, recorded_stages, size_rows, sizes_of
+from a3_jax.checkpoints.loading import CHECKPOINTS
+from a3_jax.checkpoints.manifest import PARAMS, read_manifest
+from a3_jax.checkpoints.safetensors import TensorSpec
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import abstract_params
-from a3_jax.ordering.curriculum import Stage, stages_done, stages_from_config
+from a3_jax.ordering.curriculum import Stage
+from a3_jax.paths import absolute, parse_json, read_text
 from a3_jax.tokenizer import Tokenizer
 
 _TEMPLATE = "model_card.md.j2"
@@ -35,7 +39,7 @@ HELD_OUT = {  # names in a run's eval.jsonl
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of a checkpoint beside what it says of itself.
+    """Facts about a checkpoint that its own description lacks.
 
     Attributes:
       fingerprint: of its parameters, as `a3 info` gives it.
@@ -49,6 +53,31 @@ class Facts:
     data: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
+def run_facts(directory, step: int | None) -> Facts:
+    """Reads the fingerprint of an A3 checkpoint and, if it is a run's, its data and last held-out losses.
+
+    What can't be read is left out: a run goes on writing these files.
+
+    Args:
+      directory: the checkpoint, `WORKDIR/checkpoints/STEP` of a run.
+      step: that it says to be of.
+
+    Raises:
+      DamagedCheckpoint: its manifest is not what was written.
+    """
+    directory = absolute(directory)
+    found = fingerprint(read_manifest(directory).item(PARAMS))
+    if step is None or directory.parent.name != CHECKPOINTS:
+        return Facts(found)
+    workdir = directory.parent.parent
+    rows = [row for row in _json_lines(workdir / "eval.jsonl") if _step_of(row) <= step]
+    last = max(rows, key=_step_of, default={})
+    losses = {name: last[name] for name in HELD_OUT if _is_loss(last.get(name))}
+    recorded = next(iter(_json_lines(workdir / "data.json", whole=True)), {})
+    data = {name: crc32 for name, crc32 in recorded.items() if isinstance(crc32, int)}
+    return Facts(found, losses, last["step"] if losses else None, data)
+
+
 def model_card(
     meta: Meta,
     hf_config: Mapping[str, Any],
@@ -56,72 +85,63 @@ def model_card(
     tokenizer: Tokenizer | None,
     facts: Facts | None = None,
 ) -> str:
-    """The card as Markdown with YAML front matter.
+    """Returns the card as Markdown with YAML front matter.
 
     Args:
-      hf_config, tensors: of `config.json` and in the files that the card stands beside.
+      meta: the checkpoint's.
+      hf_config, tensors: of `config.json`, and in the files beside the card.
+      tokenizer: the checkpoint's.
+      facts: what is known beside `meta`.
     """
     import jinja2
 
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"yaml": _yaml, "code": _code, "number": _number}
-    template = importlib.resources.files("a3_jax.checkpoints").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    facts = facts or Facts()
-    text = environment.from_string(template).render(
-        _fields(meta, hf_config, tensors, tokenizer)
-        | {"origin": list(_origin(meta, facts)), "training": list(_training(meta, facts))}
-        | {"held_out": _losses(facts), "held_out_step": facts.held_out_step}
-    )
-    return text.rstrip() + "\n"
-
-
-def _fields(meta: Meta, hf_config, tensors, tokenizer) -> dict[str, Any]:
-    """What the template asks for, but for origin, training and figures."""
-    source = meta.source or {}
-    is_release, is_masked = meta.model.residual == "release", meta.model.mask_token is not None
+    facts, source, model = facts or Facts(), meta.source or {}, meta.model
+    is_release, is_masked = model.residual == "release", model.mask_token is not None
     has_query = QUERY_TENSOR in tensors and not is_masked
-    base = _base_model(source)
-    ours = has_query or is_release or is_masked
-    had = table_names(source.get("tensors", {}), meta.model)
-    return {
-        "library": "a3_jax" if ours else "transformers",
+    name = source.get("config", {}).get("_name_or_path")
+    base = name if isinstance(name, str) and _HUB_NAME.fullmatch(name) else None  # a name on the Hub
+    had, losses = table_names(source.get("tensors", {}), model), facts.held_out
+    fields = {
+        "library": "a3_jax" if has_query or is_release or is_masked else "transformers",
         "base_model": base,
         "licence": _licence(source),
         "tags": ["a3", "any-order", "any-subset"] if has_query else ["text-generation"],
-        "title": f"{base} as an A3 model" if base else f"An A3 model, family {meta.model.family}",
+        "title": f"{base} as an A3 model" if base else f"An A3 model, family {model.family}",
         "is_masked": is_masked,
         "has_query": has_query,
         "is_release": is_release,
         "untrained_query": meta.step is None and bool(source) and QUERY_TENSOR not in had,
-        "sizes": list(_sizes(meta, hf_config, tensors, tokenizer)),
+        "sizes": list(_sizes(model, hf_config, tensors, tokenizer)),
         "files": sorted(_strings(source.get("sha256")).items()),
+        "origin": list(_origin(meta, facts)),
+        "training": list(_training(meta, facts)),
         "stages": list(_stages(meta)),
+        "held_out": [(label, f"{losses[it]:.4f}") for it, label in HELD_OUT.items() if it in losses],
+        "held_out_step": facts.held_out_step,
         "blanks": '{"text": "The [[3]] sat."}' if tokenizer else '{"tokens": [3, null, null, 5]}',
         "given": '{"text": "The cat sat."}' if tokenizer else '{"tokens": [3, 1, 4, 5]}',
         "versions": ", ".join(f"{name} {it}" for name, it in _strings(meta.versions).items()),
     }
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"yaml": _yaml, "code": _code, "number": _number}
+    template = importlib.resources.files("a3_jax.checkpoints").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(template).render(fields).rstrip() + "\n"
 
 
-def _sizes(meta: Meta, hf_config, tensors, tokenizer) -> Iterable[tuple[str, str]]:
-    model = meta.model
+def _sizes(model, hf_config, tensors, tokenizer) -> Iterable[tuple[str, str]]:
+    """Yields the rows of the table of sizes."""
     without = () if QUERY_TENSOR in tensors else QUERY_LEAF
     leaves = [leaf for name, leaf in tree_names(abstract_params(model)).items() if name not in without]
     yield "architecture", _code(_architecture(hf_config) or model.family)
     yield "parameters", _number(sum(math.prod(leaf.shape) for leaf in leaves))
     yield "dtype", ", ".join(sorted({spec.dtype.name for spec in tensors.values()}))
-    yield "layers", _number(model.num_layers)
-    yield "width", f"{_number(model.d_model)}, MLP {_number(model.mlp_size)}"
-    yield "heads", f"{model.num_heads} of {model.head_size}, {model.num_kv_heads} of keys and values"
-    left = model.context_length(left_to_right=True)
-    more = f", {_number(left)} from left to right" if left != model.context_length() else ""
-    yield "context", f"{_number(model.context_length())} tokens{more}"
-    yield "vocabulary", _number(model.vocab_size)
+    yield from size_rows(sizes_of(model), unit=" tokens")
     size = None if tokenizer is None else tokenizer.vocab_size
     yield "tokenizer", "none: token input only" if size is None else f"{_number(size)} tokens"
 
 
 def _origin(meta: Meta, facts: Facts) -> Iterable[str]:
-    """Markdown lines of where the parameters came from."""
+    """Yields Markdown lines about where the parameters came from."""
     source = meta.source or {}
     config = source.get("config", {})
     if config.get("_name_or_path"):
@@ -139,7 +159,7 @@ def _origin(meta: Meta, facts: Facts) -> Iterable[str]:
 
 
 def _training(meta: Meta, facts: Facts) -> Iterable[str]:
-    """Markdown lines of the run that saved the checkpoint; none outside of one."""
+    """Yields Markdown lines about the run that saved the checkpoint; none outside of one."""
     if meta.step is None:
         return
     run = meta.run_config or {}
@@ -159,41 +179,30 @@ def _training(meta: Meta, facts: Facts) -> Iterable[str]:
 
 
 def _stages(meta: Meta) -> Iterable[dict[str, Any]]:
-    """The rows of the curriculum that this run did or will do; stages before its first are another's."""
-    run = meta.run_config or {}
-    if meta.step is None or "stages" not in run:
-        return
-    try:
-        stages = stages_from_config(run["stages"])
-    except InputError as error:
-        raise InputError(error.message, field=f"run_config.{error.field}") from error
-    names = [stage.name for stage in stages]
+    """Yields the stages of the curriculum that this run did or will do; earlier ones are another run's."""
+    run, recorded = meta.run_config or {}, recorded_stages(meta)
+    names = [stage.name for stage, _ in recorded]
     first = names.index(run["start_stage"]) if run.get("start_stage") in names else 0
-    a_step = [number for field in ("batch_size", "seq_len") if isinstance(number := run.get(field), int)]
-    for stage, done in list(zip(stages, stages_done(stages, meta.step)))[first:]:
+    step_sizes = [number for field in ("batch_size", "seq_len") if isinstance(number := run.get(field), int)]
+    for stage, done in recorded[first:]:
         yield {
             "name": stage.name,
             "orders": _orders(stage),
             "steps": stage.steps,
             "done": done,
-            "tokens": done * math.prod(a_step) if len(a_step) == 2 else None,
+            "tokens": done * math.prod(step_sizes) if len(step_sizes) == 2 else None,
         }
 
 
 def _orders(stage: Stage) -> str:
     if stage.objective == "ar":
         return "the next token (content stream)"
-    told = []
+    parts = []
     for order in stage.orders:
         sizes = " or ".join(map(str, order.group_sizes))
         weight = f" (weight {order.weight:g})" if len(stage.orders) > 1 else ""
-        told.append(f"{order.order}, groups of {sizes}{weight}")
-    return "; ".join(told)
-
-
-def _losses(facts: Facts) -> list[tuple[str, str]]:
-    found = facts.held_out
-    return [(label, f"{found[name]:.4f}") for name, label in HELD_OUT.items() if name in found]
+        parts.append(f"{order.order}, groups of {sizes}{weight}")
+    return "; ".join(parts)
 
 
 def _architecture(hf_config) -> str | None:
@@ -201,14 +210,8 @@ def _architecture(hf_config) -> str | None:
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
-def _base_model(source) -> str | None:
-    """A name on the Hub, where the source's config says one."""
-    name = source.get("config", {}).get("_name_or_path")
-    return name if isinstance(name, str) and _HUB_NAME.fullmatch(name) else None
-
-
 def _licence(source) -> dict[str, str]:
-    """The licence fields in the front matter of the source's own card, where each is one line."""
+    """Reads the licence fields in the front matter of the source's own card, if each is one line."""
     import yaml
 
     card = source.get("files", {}).get(CARD_FILE)
@@ -226,30 +229,30 @@ def _licence(source) -> dict[str, str]:
 
 
 def _last_part(place) -> str:
-    """Of an absolute path or an address; anything else as it is."""
+    """Returns the last part of an absolute path or an address; anything else as it is."""
     place = str(place).strip()
     is_place = "://" in place or place.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", place)
     return re.split(r"[\\/]", place.rstrip("\\/"))[-1] if is_place else place
 
 
 def _strings(values) -> dict[str, str]:
-    """Pairs of printable texts: a checkpoint may come from outside."""
+    """Returns pairs of printable texts: a checkpoint may be untrusted."""
     values = values if isinstance(values, Mapping) else {}
     return {_plain(name): _plain(value) for name, value in values.items() if isinstance(value, str)}
 
 
 def _plain(text) -> str:
-    """A text from outside, in which nothing is Markdown, HTML or a second line."""
+    """Removes from an untrusted text whatever may be Markdown, HTML or a second line."""
     return re.sub(r"[^\w .,:+/-]", "?", str(text)[:200])
 
 
 def _code(text) -> str:
-    """A text from outside between backticks, also in a table."""
+    """Puts an untrusted text between backticks, also in a table."""
     return f"`{_printable(text, but='`|') or ' '}`"
 
 
 def _yaml(text) -> str:
-    """A JSON string is one of YAML too."""
+    """Quotes a text as a JSON string, which is one of YAML too."""
     return json.dumps(_printable(text), ensure_ascii=False)
 
 
@@ -259,3 +262,29 @@ def _printable(text, but: str = "") -> str:
 
 def _number(number) -> str:
     return "" if number is None else f"{number:,}"
+
+
+def _json_lines(path, whole: bool = False) -> list[dict[str, Any]]:
+    """Reads the objects in a file, one per line or one in all."""
+    try:
+        text = read_text(path)
+    except InputError:
+        return []
+    rows = []
+    for line in [text] if whole else text.splitlines():
+        try:
+            row = parse_json(line)
+        except InputError:  # cut short
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _step_of(row) -> float:
+    step = row.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else math.inf
+
+
+def _is_loss(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,7 +6,7 @@ from typing import Any
 from a3_jax.checkpoints.a3_format import load_meta
 from a3_jax.checkpoints.fingerprint import fingerprints, tree_names
 from a3_jax.checkpoints.hf_format import open_hf
-from a3_jax.checkpoints.info import fingerprint
+from a3_jax.checkpoints.inspect import fingerprint
 from a3_jax.checkpoints.loading import find_checkpoint
 from a3_jax.checkpoints.manifest import Leaf
 from a3_jax.checks import one_of

@@ -58,9 +58,8 @@ def _check_checkpoint(path: str) -> tuple[ModelConfig, str]:
     from a3_jax.checkpoints.a3_format import load_meta
     from a3_jax.checkpoints.hf_format import open_hf
     from a3_jax.checkpoints.loading import find_checkpoint
-    from a3_jax.checkpoints.manifest import raise_damage, read_manifest
-    from a3_jax.checkpoints.orbax_items import PARAMS
-    from a3_jax.checkpoints.verified_restore import check_same_tree
+    from a3_jax.checkpoints.manifest import PARAMS, raise_damage, read_manifest
+    from a3_jax.checkpoints.stored_arrays import check_same_tree
     from a3_jax.model.two_stream import abstract_params
 
     directory, is_hf = find_checkpoint(path)

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-from a3_jax.checkpoints.a3_format import Meta, StepWriter, with_manifest
+from a3_jax.checkpoints.a3_format import Meta, with_manifest
 from a3_jax.checkpoints.manifest import raise_damage, read_manifest
+from a3_jax.checkpoints.step_writer import StepWriter
 from a3_jax.errors import EXIT_NUMERICS, EXIT_STORAGE, DamagedCheckpoint, InputError, RunError
 from a3_jax.model.sharding import replicated
 from a3_jax.paths import check_parents, read_json

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from a3_jax.checkpoints.a3_format import Meta, StepWriter
+from a3_jax.checkpoints.a3_format import Meta
+from a3_jax.checkpoints.step_writer import StepWriter
 from a3_jax.errors import EXIT_PREEMPTED, InputError, RunError
 from a3_jax.model.sharding import batch_sharding
 from a3_jax.ordering.curriculum import stage_at, trained_context

@@ -90,7 +90,7 @@ def _slow_eval(_):
 
 
 def _slow_save(argument):
-    from a3_jax.checkpoints.a3_format import StepWriter
+    from a3_jax.checkpoints.step_writer import StepWriter
 
     commit = StepWriter._commit
 

@@ -74,9 +74,9 @@ def test_a_full_disk(run):
 # `a3 convert`, which takes a minute between its arrays and its manifest.
 CONVERT_SLOWLY = """
 import sys, time
-from a3_jax.checkpoints import streaming
+from a3_jax.checkpoints import a3_format
 from a3_jax.cli import console
-streaming.write_manifest = lambda *_: time.sleep(60)
+a3_format.write_manifest = lambda *_: time.sleep(60)
 sys.exit(console())
 """
 
