@@ -157,13 +157,11 @@ def lay_drafts(state: DecodeState):
     )
 
 
-def commit(
-    state: DecodeState, columns_BQ, chosen_BQ, tokens_BQ, log_probs_BQ, rank_offset=None
-) -> DecodeState:
+def commit(state, columns_BQ, chosen_BQ, tokens_BQ, log_probs_BQ, rank_offset=None) -> DecodeState:
     """Fills the chosen columns; examples without a chosen column stay as they are.
 
     Args:
-      state: the state.
+      state: `DecodeState`.
       columns_BQ: [B, Q] int32.  chosen_BQ: [B, Q] bool.
       tokens_BQ: [B, Q] int32.  log_probs_BQ: [B, Q] float32.
       rank_offset: [B, Q] or [Q] int32, which of the next ranks a column gets; None: all are one group.

@@ -105,11 +105,8 @@ def _verify(state: DecodeState, candidates: Candidates, sampler, entropy_bound) 
     proposals = _propose(candidates, rows, sampler, all_passed_B, entropy_bound, window)
     state = keep_drafts(state, accepted_B)
     state = commit(state, columns_BQ, chosen_BQ, tokens_BQ, model_log_probs_BQ, rank_offset=index_Q)
-    counts = {
-        "proposed": drafts.proposed + drafts.count * active_B,
-        "accepted": drafts.accepted + accepted_B,
-    }
-    return state.replace(drafts=proposals.replace(**counts))
+    proposed_B = drafts.proposed + drafts.count * active_B
+    return state.replace(drafts=proposals.replace(proposed=proposed_B, accepted=drafts.accepted + accepted_B))
 
 
 def _propose(candidates, rows, sampler, wanted_B, entropy_bound, window) -> Drafts:

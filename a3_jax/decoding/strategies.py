@@ -118,9 +118,8 @@ def choose(policy: CommitPolicy, scores_BQ, entropy_BQ, confidence_BQ, positions
         total_B1, largest_B1 = total_B1 + entropy_B1, jnp.maximum(largest_B1, entropy_B1)
         lowest_B1 = jnp.minimum(lowest_B1, confidence_B1)
         going_B1 &= jnp.any(available_BQ, axis=1, keepdims=True)
-        going_B1 &= (number == 0) | _allows(
-            policy, number + 1, total_B1 - largest_B1, confidence_B1, lowest_B1
-        )
+        excess_B1 = total_B1 - largest_B1
+        going_B1 &= (number == 0) | _allows(policy, number + 1, excess_B1, confidence_B1, lowest_B1)
         is_best_BQ = index_Q == best_B1
         chosen_BQ |= is_best_BQ & going_B1
         available_BQ &= ~is_best_BQ & (jnp.abs(positions_BQ - position_B1) >= policy.min_gap)

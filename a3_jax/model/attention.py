@@ -51,12 +51,10 @@ def attention(
         implementation = _chosen(query_BTNH, key_BSKH)
     if implementation not in _FUNCTIONS:
         raise ValueError(f"implementation={implementation!r}, known: {', '.join(IMPLEMENTATIONS)}")
-    attend = on_each_device(
-        functools.partial(_FUNCTIONS[implementation], args=args),
-        (_QUERY, _KEY, _KEY, _ROW, _ROW),
-        _QUERY,
-        {"batch": query_BTNH.shape[0], "kv_heads": key_BSKH.shape[2]},
-    )
+    sizes = {"batch": query_BTNH.shape[0], "kv_heads": key_BSKH.shape[2]}
+    specs = (_QUERY, _KEY, _KEY, _ROW, _ROW)
+    attend = functools.partial(_FUNCTIONS[implementation], args=args)
+    attend = on_each_device(attend, specs, _QUERY, sizes)
     return attend(query_BTNH, key_BSKH, value_BSKH, start_BT, limit_BT)
 
 

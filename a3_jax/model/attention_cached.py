@@ -62,12 +62,8 @@ def cached_attention(query_BTNH, keys_LBKSH, values_LBKSH, layer, start_BT, limi
     Returns:
       [B, T, N, H] in query's dtype; exactly zero in rows with an empty interval.
     """
-    attend = on_each_device(
-        functools.partial(_attend, args=args),
-        (_QUERY, _CACHE, _CACHE, (), _ROW, _ROW),
-        _QUERY,
-        _sizes(keys_LBKSH),
-    )
+    specs = (_QUERY, _CACHE, _CACHE, (), _ROW, _ROW)
+    attend = on_each_device(functools.partial(_attend, args=args), specs, _QUERY, _sizes(keys_LBKSH))
     return attend(query_BTNH, keys_LBKSH, values_LBKSH, layer, start_BT, limit_BT)
 
 

@@ -29,6 +29,7 @@ from a3_jax.model.sharding import axis_parts, platform
 MAX_KEYS = 2**16 - 1  # start and length of an interval share one int32
 _LANES = 128  # a block is a multiple of the vector registers' width
 _BLOCKS = (512, 256, 128)
+_BLOCK_SIDES = "block_q block_kv block_q_dq block_kv_dq block_q_dkv block_kv_dkv"  # rows, keys of each kernel
 _SCALAR_BYTES = 1_000_000  # of a chip's scalar memory (1 MiB), which holds a kernel's block mask
 _QUERY_AXES = ("batch", "length", "heads", "head_size")
 _KEY_AXES = ("batch", "length", "kv_heads", "head_size")
@@ -139,8 +140,7 @@ def _round_up(size, unit=_LANES):
 def _make_kernel(start_BT, limit_BT, key_blocks, blocks, *, softcap, interpret):
     """Makes the library's kernel object for intervals [B, T] whose T is a multiple of the rows per block."""
     library, masks = _library()
-    row_block, key_block = blocks
-    batch = len(start_BT)
+    batch, key_block = len(start_BT), blocks[1]
     start_BT, limit_BT = start_BT.astype(jnp.int32), limit_BT.astype(jnp.int32)
     # The keys of example b come after those of the b examples before it: so do its intervals.
     example = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -172,14 +172,8 @@ def _make_kernel(start_BT, limit_BT, key_blocks, blocks, *, softcap, interpret):
         rows_info,
         rows_info,
         keys_info,
-        block_sizes=library.BlockSizes(
-            block_q=row_block,
-            block_kv=key_block,
-            block_q_dq=row_block,
-            block_kv_dq=key_block,
-            block_q_dkv=row_block,
-            block_kv_dkv=key_block,
-        ),  # not the fused backward kernel: it writes dq once for every block of keys
+        # Not the fused backward kernel: it writes dq once for every block of keys.
+        block_sizes=library.BlockSizes(**dict(zip(_BLOCK_SIDES.split(), 3 * blocks, strict=True))),
         is_mqa=False,
         save_residuals=False,
         mask_value=library.DEFAULT_MASK_VALUE,
@@ -253,7 +247,7 @@ def _library():
 
     kernels, masks = splash_attention_kernel, splash_attention_mask_info
     used = {
-        kernels.BlockSizes: "block_q block_kv block_q_dq block_kv_dq block_q_dkv block_kv_dkv",
+        kernels.BlockSizes: _BLOCK_SIDES,
         masks.MaskInfo: "data_next mask_next block_mask partial_mask_blocks q_sequence",
         kernels.SplashAttentionKernel: "fwd_mask_info dq_mask_info dkv_mask_info",
         kernels._splash_attention: "block_sizes is_mqa save_residuals mask_value attn_logits_soft_cap "
