@@ -17,7 +17,7 @@ import numpy as np
 from a3_jax.checkpoints.a3_format import META, META_FILE, Meta, is_a3, load_meta
 from a3_jax.checkpoints.families import tensor_table
 from a3_jax.checkpoints.hf_config import CONFIG_FILE
-from a3_jax.checkpoints.hf_format import check_source, open_hf
+from a3_jax.checkpoints.hf_format import check_source, kept_files, open_hf
 from a3_jax.checkpoints.loading import CHECKPOINTS, a3_tokenizer, find_checkpoint, hf_tokenizer
 from a3_jax.checkpoints.manifest import (
     ITEMS,
