@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation import metrics
-from a3_jax.evaluation.cleaning import clean
+from a3_jax.evaluation.tasks import metrics
+from a3_jax.evaluation.tasks.cleaning import clean
 
 
 @pytest.mark.parametrize(

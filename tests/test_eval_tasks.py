@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.examples import ChoiceExample, derived_seed, is_too_long, make_examples
-from a3_jax.evaluation.files import Row, find_data, read_rows
-from a3_jax.evaluation.judging import cut_at_stops, judge, summarise
-from a3_jax.evaluation.profiles import MODELS, PROFILES, PileSettings, changed, profile_named
-from a3_jax.evaluation.prompts import pile_prompts, unconditional_blanks
-from a3_jax.evaluation.tasks import TASKS, task_named
+from a3_jax.evaluation.tasks.catalogue import TASKS, task_named
+from a3_jax.evaluation.tasks.examples import ChoiceExample, derived_seed, is_too_long, make_examples
+from a3_jax.evaluation.tasks.files import DataRow, find_data, read_rows
+from a3_jax.evaluation.tasks.grading import cut_at_stops, grade, summarise
+from a3_jax.evaluation.tasks.profiles import MODELS, PROFILES, PileSettings, changed, profile_named
+from a3_jax.evaluation.tasks.prompts import pile_prompts, unconditional_blanks
 from tests import eval_fixtures as fixtures
 from tests.eval_fixtures import CHOICES, FILLS, TOKENIZERS, ConstantModel, OracleModel, read_examples
 
@@ -34,7 +34,7 @@ def figures_of(name, profile, examples, model):
     for example in examples:
         is_choice = isinstance(example, ChoiceExample)
         answer = model.score(example.targets) if is_choice else model.fill([example.blank])[0]
-        records.append(judge(task_named(name), profile, example, answer, model.tokenizer))
+        records.append(grade(task_named(name), profile, example, answer, model.tokenizer))
         assert json.loads(json.dumps(records[-1])) == records[-1]
     return summarise(task_named(name), records)
 
@@ -133,14 +133,14 @@ def test_lengths_are_of_the_choice_without_its_space(hub):
 
 
 def test_bytes_and_characters_differ():
-    row = Row(1, "f", {"goal": "g", "sol1": "né", "sol2": "no", "label": 0})
+    row = DataRow(1, "f", {"goal": "g", "sol1": "né", "sol2": "no", "label": 0})
     task, profile = task_named("piqa"), profile_named("a3_best_guess")
     (example,) = make_examples(task, profile, [row], fixtures.bytes_tokenizer())
     assert (example.characters, example.bytes) == ((2, 2), (3, 2))
 
 
 def test_natural_texts_have_one_space_where_pieces_meet():
-    row = Row(1, "f", {"goal": "g", "sol1": "  two", "sol2": "no", "label": 0})
+    row = DataRow(1, "f", {"goal": "g", "sol1": "  two", "sol2": "no", "label": 0})
     (example,) = make_examples(task_named("piqa"), profile_named("a3_best_guess"), [row], LLAMA3())
     assert shown(example.targets[0], LLAMA3())[1:] == ("Question: g\nAnswer:", " two")
 
@@ -226,7 +226,7 @@ def test_lambada_blank_is_the_last_word(hub):
         words = text.split()
         assert gap_texts(example, LLAMA3()) == (" ".join(words[:-1]), f" {words[-1]}", "")
         assert example.blank.length == len(example.gold) and example.references == (words[-1],)
-    task, row = task_named("lambada"), Row(7, "f.txt", {"text": "word"})
+    task, row = task_named("lambada"), DataRow(7, "f.txt", {"text": "word"})
     with pytest.raises(InputError, match=r"f\.txt:7: text: holds one word"):
         list(make_examples(task, profile_named("a3_best_guess"), [row], LLAMA3()))
 
@@ -300,12 +300,12 @@ def test_too_long(hub):
 def test_records_hold_what_was_decided(hub):
     profile = profile_named("a3_best_guess")
     example = read_examples("hellaswag", hub, profile)[0]
-    record = judge(task_named("hellaswag"), profile, example, [-13.0, -20.0, -54.0, -30.0], example)
+    record = grade(task_named("hellaswag"), profile, example, [-13.0, -20.0, -54.0, -30.0], example)
     assert record["chosen"] == 1 and record["gold"] == 2  # per token; the sum takes the first
     assert record["figures"]["accuracy"] == record["figures"]["accuracy_per_token"] == 0.0
     example = read_examples("triviaqa", hub, profile)[2]
     tokenizer = fixtures.bytes_tokenizer()
-    record = judge(task_named("triviaqa"), profile, example, tokenizer.encode(" Beatles!"), tokenizer)
+    record = grade(task_named("triviaqa"), profile, example, tokenizer.encode(" Beatles!"), tokenizer)
     assert (record["completion"], record["empty_aliases"]) == (" Beatles!", 1)
     assert record["figures"]["exact_match"] == 1.0
 
@@ -316,7 +316,7 @@ def test_exact_match_is_what_the_profile_says(hub):
     for name in ("diffullama_script", "lm_eval"):
         profile = profile_named(name)
         example = read_examples("triviaqa", hub, profile)[0]
-        record = judge(task_named("triviaqa"), profile, example, answer, fixtures.bytes_tokenizer())
+        record = grade(task_named("triviaqa"), profile, example, answer, fixtures.bytes_tokenizer())
         found[name] = record["figures"]["exact_match"]
     assert found == {"diffullama_script": 1.0, "lm_eval": 0.0}
 
@@ -334,7 +334,9 @@ def test_exact_match_is_what_the_profile_says(hub):
 def test_rows_that_give_no_example(row, name, words):
     with pytest.raises(InputError, match=rf"f\.csv:9: .*{words}"):
         list(
-            make_examples(task_named(name), profile_named("a3_best_guess"), [Row(9, "f.csv", row)], LLAMA3())
+            make_examples(
+                task_named(name), profile_named("a3_best_guess"), [DataRow(9, "f.csv", row)], LLAMA3()
+            )
         )
 
 

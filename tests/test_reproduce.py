@@ -13,7 +13,7 @@ from a3_jax.evaluation.published import published, published_figures, sources, s
 from a3_jax.evaluation.recipes import PAPER_TABLES, ROWS
 from a3_jax.evaluation.reproduce import compare
 from a3_jax.evaluation.results import Result
-from a3_jax.evaluation.tasks import TASKS
+from a3_jax.evaluation.tasks.catalogue import TASKS
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 TABLE1 = PAPER_TABLES["table1"]

@@ -184,8 +184,8 @@ def _switch(text: str) -> tuple[str, Any]:
 
 def _list(args) -> int:
     """The tasks, and which of their files are there."""
-    from a3_jax.evaluation.files import find_data
-    from a3_jax.evaluation.tasks import TASKS, task_records
+    from a3_jax.evaluation.tasks.catalogue import TASKS, task_records
+    from a3_jax.evaluation.tasks.files import find_data
 
     found = {}
     for name, task in TASKS.items():

@@ -5,9 +5,9 @@ import json
 from typing import Any
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.files import TaskFiles
-from a3_jax.evaluation.metrics import Figure
-from a3_jax.evaluation.work import Run
+from a3_jax.evaluation.task_run import RunSettings
+from a3_jax.evaluation.tasks.files import TaskFiles
+from a3_jax.evaluation.tasks.metrics import Figure
 from a3_jax.paths import as_path, write_text
 
 HARNESS = "lm_eval:"
@@ -15,7 +15,7 @@ _NOT_FIGURES = ("alias", "sample_len", "sample_count", "name")
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class HarnessResult:
     """What the harness said of a task or group.
 
     Attributes:
@@ -46,7 +46,7 @@ def harness_files(name: str, data_dir) -> dict[str, str]:
     return TaskFiles(tuple(paths)).sha256()
 
 
-def run_harness(run: Run, name: str, records_path) -> Outcome:
+def run_harness(run: RunSettings, name: str, records_path) -> HarnessResult:
     """Runs a task of the harness and writes its documents' records.
 
     Raises:
@@ -79,7 +79,7 @@ def run_harness(run: Run, name: str, records_path) -> Outcome:
     kept = {key: told[key] for key in ("versions", "n-shot", "configs") if key in told}
     if not figures:
         raise InputError(f"{name} gave no figures", field="tasks")
-    return Outcome(", ".join(sorted(map(str, splits))), sum(counts.values()), figures, kept)
+    return HarnessResult(", ".join(sorted(map(str, splits))), sum(counts.values()), figures, kept)
 
 
 def _figures(entry: dict[str, Any], count: int) -> dict[str, Figure]:

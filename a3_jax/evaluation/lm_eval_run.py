@@ -12,8 +12,8 @@ from typing import Any
 
 from a3_jax.data.documents import COMPRESSIONS, DocumentSource
 from a3_jax.errors import InputError, check_seed, nearest
-from a3_jax.evaluation.lm_eval_adapter import HarnessModel
-from a3_jax.evaluation.requests import EvaluatedModel
+from a3_jax.evaluation.lm_eval_model import HarnessModel
+from a3_jax.evaluation.models.interface import EvaluatedModel
 from a3_jax.paths import local_path, read_beginning, refuse_pointer, without_mark
 
 # Builders of `datasets` by a file's ending.

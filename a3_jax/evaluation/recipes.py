@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.tasks import PERPLEXITY, TASKS, Task
+from a3_jax.evaluation.tasks.catalogue import PERPLEXITY, TASKS, Task
 
 ALL = "all"
 EVALUATOR = "Llama-3.1-8B"
@@ -16,7 +16,7 @@ _ROWS_OF_TEXT = "fineweb-2048"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """A model of the tables.
 
     Attributes:
@@ -43,7 +43,7 @@ class PaperTable:
     Attributes:
       name: as in `a3 reproduce NAME`. key: in `paper_tables.json` and `tasks.Task.cells`.
       title: what it shows.
-      rows: (name of a `Row`, its model's name in the paper), from top to bottom.
+      rows: (name of a `TableRow`, its model's name in the paper), from top to bottom.
       lower_is_better: of its figures.
       notes: what a reader must know.
     """
@@ -70,10 +70,10 @@ def _llama(name: str) -> str:
     return f"{name} from huggingface.co/meta-llama (safetensors; gated: Meta's licence)"
 
 
-def _trained(name: str, config: str, source: str, hardware: str) -> Row:
+def _trained(name: str, config: str, source: str, hardware: str) -> TableRow:
     """A row that is adapted from a left-to-right model."""
     run, start = f"runs/{name}", f"{source}-a3".lower()
-    return Row(
+    return TableRow(
         name=name,
         model="a3",
         checkpoint=run,
@@ -93,22 +93,22 @@ def _trained(name: str, config: str, source: str, hardware: str) -> Row:
 
 
 _V5E_64 = "v5e:8x8 (64 chips of 16 GiB)"
-ROWS: dict[str, Row] = {
+ROWS: dict[str, TableRow] = {
     row.name: row
     for row in (
-        Row("llama-3.1-8b", "ar", "Llama-3.1-8B", needs=(_llama("Llama-3.1-8B"),)),
-        Row(
+        TableRow("llama-3.1-8b", "ar", "Llama-3.1-8B", needs=(_llama("Llama-3.1-8B"),)),
+        TableRow(
             "plaid-1b",
             None,
             why_cited="continuous diffusion, which this code does not run; the paper copies its figures too",
         ),
-        Row(
+        TableRow(
             "dream-7b",
             "masked_diffusion",
             "Dream-v0-Base-7B",
             needs=("Dream-v0-Base-7B from huggingface.co/Dream-org (safetensors)",),
         ),
-        Row(
+        TableRow(
             "diffullama-7b",
             "masked_diffusion",
             "diffullama",
@@ -196,7 +196,7 @@ def tables_named(name: str) -> list[PaperTable]:
     return list(PAPER_TABLES.values()) if name == ALL else [PAPER_TABLES[name]]
 
 
-def evaluation_command(row: Row, tasks, profile: str, results: str) -> str:
+def evaluation_command(row: TableRow, tasks, profile: str, results: str) -> str:
     """The command that evaluates a row on tasks, into its directory of results."""
     words = ["a3", "eval", row.checkpoint, f"--tasks={','.join(task.name for task in tasks)}"]
     words += [f"--data_dir={DATA_DIR}", f"--profile={profile}", f"--results={results.rstrip('/')}/{row.name}"]
@@ -207,7 +207,7 @@ def evaluation_command(row: Row, tasks, profile: str, results: str) -> str:
     return shlex.join(words)
 
 
-def needs(row: Row, tasks) -> list[str]:
+def needs(row: TableRow, tasks) -> list[str]:
     """What the commands of a row and `evaluation_command` take, data files of the tasks apart."""
     found = list(row.needs)
     if any(task.kind == PERPLEXITY for task in tasks):

@@ -10,12 +10,12 @@ import math
 from typing import Any
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.metrics import Figure
-from a3_jax.evaluation.profiles import DEFAULT_PROFILE, profile_named
 from a3_jax.evaluation.published import Published, published, sources, statuses
-from a3_jax.evaluation.recipes import ROWS, PaperTable, Row, data_files, evaluation_command, needs
+from a3_jax.evaluation.recipes import ROWS, PaperTable, TableRow, data_files, evaluation_command, needs
 from a3_jax.evaluation.results import Result, load_results
-from a3_jax.evaluation.tasks import TASKS, Task
+from a3_jax.evaluation.tasks.catalogue import TASKS, Task
+from a3_jax.evaluation.tasks.metrics import Figure
+from a3_jax.evaluation.tasks.profiles import DEFAULT_PROFILE, profile_named
 from a3_jax.paths import as_path
 
 SCHEMA = 1
@@ -56,7 +56,7 @@ class RowComparison:
 
     name: str
     label: str
-    recipe: Row | None
+    recipe: TableRow | None
     cells: tuple[Cell, ...]
     missing: tuple[Task, ...]
     commands: tuple[str, ...]
@@ -193,7 +193,7 @@ def _compare_row(table, recipe, label, results, profile, directory) -> RowCompar
     return RowComparison(name, label, recipe, tuple(cells), left, commands, takes)
 
 
-def _commands(recipe: Row | None, tasks, profile: str, directory: str) -> tuple[str, ...]:
+def _commands(recipe: TableRow | None, tasks, profile: str, directory: str) -> tuple[str, ...]:
     """What runs tasks of a row; () if nothing is missing, or nothing can run it."""
     if recipe is None or recipe.model is None or not tasks:
         return ()
@@ -219,7 +219,7 @@ def _row_dict(row: RowComparison, profile: str, directory: str) -> dict[str, Any
     }
 
 
-def _cell_dict(cell: Cell, recipe: Row | None, profile: str, directory: str) -> dict[str, Any]:
+def _cell_dict(cell: Cell, recipe: TableRow | None, profile: str, directory: str) -> dict[str, Any]:
     value: dict[str, Any] = {"task": cell.task.name, "metric": cell.metric, "paper_metric": cell.paper_metric}
     value["published"] = dataclasses.asdict(cell.published) if cell.published else None
     value["ours"] = None

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.metrics import Figure
+from a3_jax.evaluation.tasks.metrics import Figure
 from a3_jax.paths import GrowingFile, as_path, check_parents, read_bytes, read_json, write_json
 
 SCHEMA = 1
@@ -103,7 +103,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-class Records:
+class RecordFile:
     """The records of a task under way: JSON lines, appended, so that a run that was stopped goes on.
 
     A last line without its end was cut off by the stop and is dropped. Any other damage is an error: figures

@@ -11,14 +11,11 @@ from typing import Any
 
 from a3_jax.decoding.options import whole_number
 from a3_jax.errors import EXIT_PREEMPTED, InputError, RunError, check_seed
-from a3_jax.evaluation.downloading import fetch_data
-from a3_jax.evaluation.execution import check_execution
-from a3_jax.evaluation.files import TaskFiles, find_data
 from a3_jax.evaluation.harness_tasks import HARNESS, harness_files, run_harness
-from a3_jax.evaluation.profiles import AR, DEFAULT_PROFILE, Profile
+from a3_jax.evaluation.models.subjects import kind_of, open_subject
 from a3_jax.evaluation.results import (
     RECORDS_SUFFIX,
-    Records,
+    RecordFile,
     Result,
     check_directory,
     identity_of,
@@ -27,10 +24,13 @@ from a3_jax.evaluation.results import (
     result_path,
     write_result,
 )
-from a3_jax.evaluation.subjects import kind_of, open_subject
-from a3_jax.evaluation.switches import profile_for
-from a3_jax.evaluation.tasks import PERPLEXITY, Task, task_named
-from a3_jax.evaluation.work import Run, Work, example_work, text_work
+from a3_jax.evaluation.task_run import RunSettings, TaskRun, example_run, text_run
+from a3_jax.evaluation.tasks.catalogue import PERPLEXITY, Task, task_named
+from a3_jax.evaluation.tasks.code_sandbox import check_execution
+from a3_jax.evaluation.tasks.downloading import fetch_data
+from a3_jax.evaluation.tasks.files import TaskFiles, find_data
+from a3_jax.evaluation.tasks.overrides import profile_for
+from a3_jax.evaluation.tasks.profiles import AR, DEFAULT_PROFILE, Profile
 from a3_jax.runtime.versions import software_versions
 
 Stop = Callable[[], bool]
@@ -115,7 +115,7 @@ def evaluate(
         checkpoint, kind, scorer=changed.scorer, scorer_options=options, seed=seed, **shared
     )
     given = {"scorer": scorer, "scorer_options": scorer_options, "generate": generate, "switches": switches}
-    run = Run(
+    run = RunSettings(
         subject=subject,
         evaluator=None if evaluator is None else open_subject(evaluator, AR, **shared),
         profile=changed,
@@ -127,7 +127,7 @@ def evaluate(
     return [_run_task(run, name, files, results, stop, tell) for name in dict.fromkeys(tasks)]
 
 
-def run_chunks(work: Work, records: Records, stop: Stop = _never, tell: Tell = _quietly) -> None:
+def run_chunks(work: TaskRun, records: RecordFile, stop: Stop = _never, tell: Tell = _quietly) -> None:
     """Answers what has no record yet. A chunk with a gap runs whole, so that its batches are what they were.
 
     Raises:
@@ -180,18 +180,20 @@ def _files(task: Task, profile: Profile, data_dir, download: bool) -> TaskFiles:
     return find_data(task, data_dir, shots)
 
 
-def _run_task(run: Run, name: str, files: Mapping[str, TaskFiles], results, stop: Stop, tell: Tell) -> Result:
+def _run_task(
+    run: RunSettings, name: str, files: Mapping[str, TaskFiles], results, stop: Stop, tell: Tell
+) -> Result:
     """Runs a task, or what is left of it; its result, written."""
     if name.startswith(HARNESS):
         return _run_harness(run, name, results, stop, tell)
     task = task_named(name)
-    work = (text_work if task.kind == PERPLEXITY else example_work)(run, task, files[name])
+    work = (text_run if task.kind == PERPLEXITY else example_run)(run, task, files[name])
     identity = identity_of(_facts(run, work.task, work.settings, work.data))
     path = result_path(results, name, identity)
     if path.exists():
         tell(f"{name}: done before, {path.name}")
         return load_result(path)
-    with Records(path.parent / _records_name(path)) as records:
+    with RecordFile(path.parent / _records_name(path)) as records:
         run_chunks(work, records, stop, tell)
         found = sorted(records.all, key=lambda record: (record["row"], record["sample"], record["id"]))
     skipped = work.skipped(found)
@@ -214,7 +216,7 @@ def _run_task(run: Run, name: str, files: Mapping[str, TaskFiles], results, stop
     return result
 
 
-def _run_harness(run: Run, name: str, results, stop: Stop, tell: Tell) -> Result:
+def _run_harness(run: RunSettings, name: str, results, stop: Stop, tell: Tell) -> Result:
     """A task of the harness, which runs whole or not at all."""
     settings = {"profile": None, "model": run.subject.model.describe(), "evaluator": None}
     data = harness_files(name, run.data_dir)
@@ -246,7 +248,7 @@ def _run_harness(run: Run, name: str, results, stop: Stop, tell: Tell) -> Result
     return result
 
 
-def _common(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
+def _common(run: RunSettings, settings: dict[str, Any]) -> dict[str, Any]:
     """The fields of a result that its run decides."""
     judged = settings["evaluator"] is not None and run.evaluator is not None
     return {
@@ -261,7 +263,7 @@ def _common(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _facts(run: Run, task: str, settings: dict[str, Any], data: dict[str, str]) -> dict[str, Any]:
+def _facts(run: RunSettings, task: str, settings: dict[str, Any], data: dict[str, str]) -> dict[str, Any]:
     """Everything that the numbers depend on: neither the size of batches nor where files lie."""
     models = {
         name: {key: value for key, value in (settings[name] or {}).items() if key != "batch_size"}

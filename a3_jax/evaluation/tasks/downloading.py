@@ -1,7 +1,7 @@
 """Task files from the Hugging Face hub, for those who ask: the one place here that uses the network."""
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.tasks import Task
+from a3_jax.evaluation.tasks.catalogue import Task
 from a3_jax.paths import local_path
 
 

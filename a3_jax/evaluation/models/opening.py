@@ -5,10 +5,10 @@ from typing import Any
 from a3_jax.checkpoints.loading import check_has_orders, open_checkpoint
 from a3_jax.decoding.options import one_of
 from a3_jax.errors import InputError
-from a3_jax.evaluation.left_to_right import LeftToRight
-from a3_jax.evaluation.masked_diffusion import MaskedDiffusion
-from a3_jax.evaluation.requests import EvaluatedModel
-from a3_jax.evaluation.two_stream import TwoStream
+from a3_jax.evaluation.models.any_order import AnyOrder
+from a3_jax.evaluation.models.diffusion import MaskedDiffusion
+from a3_jax.evaluation.models.interface import EvaluatedModel
+from a3_jax.evaluation.models.left_to_right import LeftToRight
 
 MODELS = ("a3", "ar", "masked_diffusion")
 
@@ -62,4 +62,4 @@ def open_model(
         if scorer not in (None, "chain"):
             raise InputError(f"{scorer!r} is no scorer of a left-to-right model: 'chain' is", field="scorer")
         return LeftToRight(checkpoint, generate, dtype, batch_size)
-    return TwoStream(checkpoint, scorer or "chain", scorer_options, generate, dtype, batch_size)
+    return AnyOrder(checkpoint, scorer or "chain", scorer_options, generate, dtype, batch_size)

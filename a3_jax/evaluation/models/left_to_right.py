@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.decoder import Decoder, check_target, left_rows, total
-from a3_jax.evaluation.requests import Blank, Target
+from a3_jax.evaluation.models.decoder import Decoder, check_target, left_rows, total
+from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
 
 _NOTHING = np.zeros(0, np.int32)
 
@@ -44,7 +44,7 @@ class LeftToRight(Decoder):
         """Tokens of the longest text that can be scored: of the last one only the law is needed."""
         return self.max_length + 1
 
-    def score(self, targets: Sequence[Target]) -> list[float]:
+    def score(self, targets: Sequence[ScoreTarget]) -> list[float]:
         """log p(part | what is to its left) of each, in nats: what is to its right is not read.
 
         Raises:
@@ -53,15 +53,15 @@ class LeftToRight(Decoder):
         """
         return [total(result) for result in self._left(targets)]
 
-    def token_logprobs(self, targets: Sequence[Target]) -> list[np.ndarray]:
+    def token_logprobs(self, targets: Sequence[ScoreTarget]) -> list[np.ndarray]:
         """[stop - start] float32 of each: log p(token | tokens to its left), in nats."""
         return [result.logprobs for result in self._left(targets)]
 
-    def score_and_greedy(self, targets: Sequence[Target]) -> list[tuple[float, bool]]:
+    def score_and_greedy(self, targets: Sequence[ScoreTarget]) -> list[tuple[float, bool]]:
         """`score`, and whether each token of the part is the likeliest given those to its left."""
         return [(total(result), bool(result.likeliest.all())) for result in self._left(targets)]
 
-    def fill(self, blanks: Sequence[Blank]) -> list[np.ndarray]:
+    def fill(self, blanks: Sequence[TextBlank]) -> list[np.ndarray]:
         """[length] int32 tokens of each blank, given its prefix: the suffix is not read.
 
         Raises:

@@ -17,11 +17,11 @@ import numpy as np
 
 from a3_jax.borders import Cut, cut
 from a3_jax.errors import InputError
-from a3_jax.evaluation.cleaning import clean
-from a3_jax.evaluation.files import Row
-from a3_jax.evaluation.profiles import AR, Profile
-from a3_jax.evaluation.requests import Blank, Target
-from a3_jax.evaluation.tasks import CHOICE, CODE, PERPLEXITY, Task
+from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
+from a3_jax.evaluation.tasks.catalogue import CHOICE, CODE, PERPLEXITY, Task
+from a3_jax.evaluation.tasks.cleaning import clean
+from a3_jax.evaluation.tasks.files import DataRow
+from a3_jax.evaluation.tasks.profiles import AR, Profile
 from a3_jax.tokenizer import Tokenizer
 
 
@@ -40,7 +40,7 @@ class ChoiceExample:
 
     id: str
     row: int
-    targets: tuple[Target, ...]
+    targets: tuple[ScoreTarget, ...]
     gold: int
     choices: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -70,7 +70,7 @@ class FillExample:
     id: str
     row: int
     sample: int
-    blank: Blank
+    blank: TextBlank
     gold: np.ndarray
     references: tuple[str, ...]
     values: dict[str, Any]
@@ -89,12 +89,12 @@ Example = ChoiceExample | FillExample
 def make_examples(
     task: Task,
     profile: Profile,
-    rows: Iterable[Row],
+    rows: Iterable[DataRow],
     tokenizer: Tokenizer,
     *,
     seed: int = 0,
     samples: int = 1,
-    shots: Sequence[Row] = (),
+    shots: Sequence[DataRow] = (),
 ) -> Iterator[Example]:
     """The examples of a task, in the order of its rows.
 
@@ -137,7 +137,7 @@ class _Maker:
         self._bos = profile.bos[task.name]
         self._front = [] if self._bos == "none" else tokenizer.encode("")
 
-    def choice(self, row: Row, number: int, name: str, seed: int) -> ChoiceExample:
+    def choice(self, row: DataRow, number: int, name: str, seed: int) -> ChoiceExample:
         parts = _gap_choices(self, row) if self.task.gap else _plain_choices(self, row)
         targets = tuple(
             self._target(row, context, pieces, derived_seed(seed, number, index))
@@ -156,18 +156,18 @@ class _Maker:
             bytes=tuple(len(text.encode()) for text in texts),
         )
 
-    def fills(self, row: Row, number: int, name: str, seed: int, samples: int) -> Iterator[FillExample]:
+    def fills(self, row: DataRow, number: int, name: str, seed: int, samples: int) -> Iterator[FillExample]:
         gap = (_code_gap if self.task.kind == CODE else _GAPS[self.task.name])(self, row)
         text, length = gap.text, max(gap.length, 1)
         prefix = np.asarray(self._with_front(text.prefix), np.int32)
         suffix, gold = np.asarray(text.suffix, np.int32), np.asarray(text.middle[:length], np.int32)
         for sample in range(samples):
-            blank = Blank(prefix, suffix, length, derived_seed(seed, number, sample))
+            blank = TextBlank(prefix, suffix, length, derived_seed(seed, number, sample))
             yield FillExample(
                 name, number, sample, blank, gold, gap.references, row.values, text.before, text.after
             )
 
-    def context(self, row: Row) -> str:
+    def context(self, row: DataRow) -> str:
         """What stands before the choices or the blank."""
         values = {name: row.values[name].capitalize() for name in self.task.capitalised}
         text = self.profile.context_of(self.task).format(**{**row.values, **values})
@@ -191,7 +191,7 @@ class _Maker:
         prefix_ids, middle_ids, suffix_ids = self.tokenizer.encode_batch([prefix, middle, suffix], "no")
         return Cut(prefix_ids if prefix else [], middle_ids, suffix_ids if suffix else [])
 
-    def _target(self, row: Row, context: str, pieces: Sequence[str], seed: int) -> Target:
+    def _target(self, row: DataRow, context: str, pieces: Sequence[str], seed: int) -> ScoreTarget:
         if self.profile.tokenising == "whole":
             text = cut(self.tokenizer, context, "".join(pieces))
             before, scored = text.prefix, text.middle
@@ -212,7 +212,7 @@ class _Maker:
             raise row.error("leaves no token to score")
         before = self._with_front(before)
         tokens = np.asarray([*before, *scored], np.int32)
-        return Target(tokens, len(before), len(tokens), seed)
+        return ScoreTarget(tokens, len(before), len(tokens), seed)
 
     def _with_front(self, tokens: list[int]) -> list[int]:
         """With BOS, where the profile has one; where nothing else stands before what is predicted, always."""
@@ -222,11 +222,11 @@ class _Maker:
         return [*self._front, *tokens]
 
 
-def _name(task: Task, row: Row, number: int) -> str:
+def _name(task: Task, row: DataRow, number: int) -> str:
     return next((row.values[field] for field in task.id_fields if field in row.values), str(number))
 
 
-def _plain_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], str]]:
+def _plain_choices(maker: _Maker, row: DataRow) -> list[tuple[str, tuple[str, ...], str]]:
     """(context, pieces scored, text) of each choice."""
     fields = maker.task.choices
     texts = row.values[fields[0]] if len(fields) == 1 else [row.values[field] for field in fields]
@@ -242,7 +242,7 @@ def _plain_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], 
     return found
 
 
-def _gap_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], str]]:
+def _gap_choices(maker: _Maker, row: DataRow) -> list[tuple[str, tuple[str, ...], str]]:
     """The same where a choice stands in a gap `_` of a sentence, and the sentence goes on behind it."""
     field = maker.task.gap or ""
     before, found, behind = row.values[field].partition("_")
@@ -273,7 +273,7 @@ class _Gap:
     references: tuple[str, ...]
 
 
-def _triviaqa_gap(maker: _Maker, row: Row) -> _Gap:
+def _triviaqa_gap(maker: _Maker, row: DataRow) -> _Gap:
     """A prompt; the blank is as long as the longest alias, and whatever the profile adds."""
     prompt, aliases = maker.context(row), row.values["answer"]["aliases"]
     cuts = [maker.cut(*maker.joined(prompt, maker.tidy(alias))) for alias in aliases if alias.strip()]
@@ -284,7 +284,7 @@ def _triviaqa_gap(maker: _Maker, row: Row) -> _Gap:
     return _Gap(max(short, key=lambda one: len(one.middle), default=text), length, tuple(aliases))
 
 
-def _rocstories_gap(maker: _Maker, row: Row) -> _Gap:
+def _rocstories_gap(maker: _Maker, row: DataRow) -> _Gap:
     """Sentences 1 and 2, a blank for the third, then 4 and the right ending."""
     first, second, third, fourth = (
         maker.tidy(row.values[f"InputSentence{number}"]) for number in (1, 2, 3, 4)
@@ -297,7 +297,7 @@ def _rocstories_gap(maker: _Maker, row: Row) -> _Gap:
     return _Gap(text, len(third) if is_by_slip else len(text.middle), (third,))
 
 
-def _lambada_gap(maker: _Maker, row: Row) -> _Gap:
+def _lambada_gap(maker: _Maker, row: DataRow) -> _Gap:
     """All of a passage but its last word; the spaces before that word belong to the blank."""
     text = row.values["text"].strip()
     start = len(text) - len(re.split(r"\s", text)[-1])
@@ -308,13 +308,13 @@ def _lambada_gap(maker: _Maker, row: Row) -> _Gap:
     return _Gap(passage, len(passage.middle), (text[start:],))
 
 
-def _gsm8k_gap(maker: _Maker, row: Row) -> _Gap:
+def _gsm8k_gap(maker: _Maker, row: DataRow) -> _Gap:
     prompt, answer = maker.shots + maker.context(row), maker.tidy(row.values["answer"])
     text = maker.cut(*maker.joined(prompt, answer))
     return _Gap(text, maker.profile.length.get(maker.task.name, len(text.middle)), (answer,))
 
 
-def _code_gap(maker: _Maker, row: Row) -> _Gap:
+def _code_gap(maker: _Maker, row: DataRow) -> _Gap:
     """A program with a hole, as it is, under every profile: spaces mean something there."""
     middle = row.values["canonical_solution"]
     text = cut(maker.tokenizer, row.values["prompt"], middle, row.values["suffix"])
@@ -329,7 +329,7 @@ _GAPS = {
 }
 
 
-def _prompts_before(task: Task, profile: Profile, shots: Sequence[Row]) -> str:
+def _prompts_before(task: Task, profile: Profile, shots: Sequence[DataRow]) -> str:
     """The solved examples in front of a prompt."""
     wanted = profile.shots.get(task.name, 0)
     if len(shots) < wanted:

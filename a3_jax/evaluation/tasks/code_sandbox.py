@@ -21,8 +21,8 @@ import time
 from collections.abc import Iterable
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation import confined
-from a3_jax.evaluation.tasks import CODE, Task
+from a3_jax.evaluation.tasks import sandbox_child
+from a3_jax.evaluation.tasks.catalogue import CODE, Task
 
 SECONDS = 3.0  # a program, as in human-eval-infilling
 MEMORY_BYTES = 1 << 30
@@ -32,7 +32,7 @@ _MOST_MESSAGE = 2000
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class ProgramResult:
     """What became of a program.
 
     Attributes:
@@ -58,7 +58,7 @@ def check_execution(tasks: Iterable[Task], allow: bool) -> None:
         raise InputError(f"{names[0]} runs programs, which needs a POSIX system", field="tasks")
 
 
-def check_program(program: str, seconds: float = SECONDS) -> Outcome:
+def check_program(program: str, seconds: float = SECONDS) -> ProgramResult:
     """Runs a program with its tests, apart, and says whether it ended well.
 
     A program that leaves early (`sys.exit`, `os._exit`) has not passed its tests.
@@ -66,7 +66,16 @@ def check_program(program: str, seconds: float = SECONDS) -> Outcome:
     secret = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="a3-program-") as directory:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", confined.__file__, str(seconds), str(MEMORY_BYTES), secret],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-B",
+                sandbox_child.__file__,
+                str(seconds),
+                str(MEMORY_BYTES),
+                secret,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -93,22 +102,22 @@ def _conversation(process: subprocess.Popen, program: str, seconds: float) -> by
             break
         block = os.read(process.stdout.fileno(), _MOST_MESSAGE)
         if not block:
-            return said.removeprefix(confined.STARTED)
+            return said.removeprefix(sandbox_child.STARTED)
         said += block
-        if not has_started and said.startswith(confined.STARTED):
+        if not has_started and said.startswith(sandbox_child.STARTED):
             has_started, end = True, time.monotonic() + seconds
     return None
 
 
-def _outcome(said: bytes | None, secret: str) -> Outcome:
+def _outcome(said: bytes | None, secret: str) -> ProgramResult:
     if said is None:
-        return Outcome(False, "timed out")
+        return ProgramResult(False, "timed out")
     if said == secret.encode():
-        return Outcome(True, "passed")
+        return ProgramResult(True, "passed")
     text = said.decode("utf-8", "replace")
     if text.startswith("failed "):
-        return Outcome(False, "failed: " + text.removeprefix("failed "))
-    return Outcome(False, "failed: ended before its tests did")
+        return ProgramResult(False, "failed: " + text.removeprefix("failed "))
+    return ProgramResult(False, "failed: ended before its tests did")
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from a3_jax.data.documents import BadRecord, DocumentSource, check_single
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.tasks import Field, Task
+from a3_jax.evaluation.tasks.catalogue import Field, Task
 from a3_jax.paths import as_path, parse_json, read_text, snapshot_hint
 
 _BLOCK = 1 << 20
@@ -43,7 +43,7 @@ class TaskFiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class DataRow:
     """A row of a task.
 
     Attributes:
@@ -94,7 +94,9 @@ def find_data(task: Task, data_dir, shots: bool = False) -> TaskFiles:
     return TaskFiles(paths, _labels_beside(task, paths[0]), shot_files)
 
 
-def read_rows(task: Task, files: TaskFiles, limit: int | None = None, shots: bool = False) -> Iterator[Row]:
+def read_rows(
+    task: Task, files: TaskFiles, limit: int | None = None, shots: bool = False
+) -> Iterator[DataRow]:
     """The rows of a task in file order, read as they are asked for.
 
     Args:
@@ -110,10 +112,10 @@ def read_rows(task: Task, files: TaskFiles, limit: int | None = None, shots: boo
     for path, number, record in given:
         if limit is not None and count >= limit:
             return
-        row = Row(number, str(path), record)
+        row = DataRow(number, str(path), record)
         if labels is not None:
             record = _with_label(task, record, labels, row, files.labels)
-        yield Row(number, str(path), dict(_checked(task, row, record)))
+        yield DataRow(number, str(path), dict(_checked(task, row, record)))
         count += 1
     if labels is not None and len(labels) != count:
         raise InputError(f"holds {len(labels)} labels, the data file {count} rows", file=files.labels)
@@ -167,7 +169,7 @@ def _read_labels(path) -> list[str]:
     return read_text(path).split()
 
 
-def _with_label(task: Task, record: dict, labels: list[str], row: Row, file) -> dict:
+def _with_label(task: Task, record: dict, labels: list[str], row: DataRow, file) -> dict:
     label = next(field for field in task.fields if field.kind == "label")
     if any(name in record for name in label.names):  # it has its own: the file beside is another's
         return record
@@ -257,7 +259,7 @@ def _lines(path, task: Task) -> Iterator[tuple[int, dict]]:
             yield number, {task.fields[0].name: line.rstrip("\r")}
 
 
-def _checked(task: Task, row: Row, record: dict) -> Iterator[tuple[str, Any]]:
+def _checked(task: Task, row: DataRow, record: dict) -> Iterator[tuple[str, Any]]:
     """(field, value) of the columns of a row, each of the kind that the task says."""
     for field in task.fields:
         name = next((name for name in field.names if name in record), None)
@@ -270,7 +272,7 @@ def _checked(task: Task, row: Row, record: dict) -> Iterator[tuple[str, Any]]:
             raise row.error(message, field.name)
 
 
-def _text(task: Task, row: Row, field: Field, value) -> str:
+def _text(task: Task, row: DataRow, field: Field, value) -> str:
     del task
     if not isinstance(value, str):
         raise row.error(f"must be a text, got {_type(value)}", field.name)
@@ -279,14 +281,14 @@ def _text(task: Task, row: Row, field: Field, value) -> str:
     return value
 
 
-def _texts(task: Task, row: Row, field: Field, value) -> list[str]:
+def _texts(task: Task, row: DataRow, field: Field, value) -> list[str]:
     if not isinstance(value, list | tuple) or len(value) != len(task.labels):
         got = f"{len(value)} of them" if isinstance(value, list | tuple) else _type(value)
         raise row.error(f"must be a list of {len(task.labels)} texts, got {got}", field.name)
     return [_text(task, row, field, text) for text in value]
 
 
-def _label(task: Task, row: Row, field: Field, value) -> int:
+def _label(task: Task, row: DataRow, field: Field, value) -> int:
     """The index of the choice; files hold labels as texts or as numbers."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise row.error(f"must be one of {', '.join(task.labels)}, got {_type(value)}", field.name)
@@ -300,7 +302,7 @@ def _label(task: Task, row: Row, field: Field, value) -> int:
     return task.labels.index(label)
 
 
-def _answer(task: Task, row: Row, field: Field, value) -> dict[str, list[str]]:
+def _answer(task: Task, row: DataRow, field: Field, value) -> dict[str, list[str]]:
     """The aliases of a TriviaQA answer, as they stand and normalised by the data set's authors."""
     del task
     if not isinstance(value, dict):
@@ -316,7 +318,7 @@ def _answer(task: Task, row: Row, field: Field, value) -> dict[str, list[str]]:
     return found
 
 
-def _id(task: Task, row: Row, field: Field, value) -> str:
+def _id(task: Task, row: DataRow, field: Field, value) -> str:
     del task
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise row.error(f"must be a text or a whole number, got {_type(value)}", field.name)

@@ -17,8 +17,10 @@ import numpy as np
 from a3_jax.borders import completion, predicted_tokens
 from a3_jax.decoding.options import whole_number
 from a3_jax.errors import InputError
-from a3_jax.evaluation.files import TaskFiles, read_rows
-from a3_jax.evaluation.metrics import (
+from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
+from a3_jax.evaluation.tasks.catalogue import Task
+from a3_jax.evaluation.tasks.files import TaskFiles, read_rows
+from a3_jax.evaluation.tasks.metrics import (
     Figure,
     bits_per_byte,
     distinct_n,
@@ -26,10 +28,8 @@ from a3_jax.evaluation.metrics import (
     perplexity,
     unigram_entropy,
 )
-from a3_jax.evaluation.profiles import A3, AR, PileSettings, Profile
-from a3_jax.evaluation.prompts import pile_prompts, unconditional_blanks
-from a3_jax.evaluation.requests import Blank, Target
-from a3_jax.evaluation.tasks import Task
+from a3_jax.evaluation.tasks.profiles import A3, AR, PileSettings, Profile
+from a3_jax.evaluation.tasks.prompts import pile_prompts, unconditional_blanks
 
 # What Table 2 calls its orders, in the samplers of masked-diffusion models.
 _LLADA = {"random": "random", "confidence": "low_confidence", "entropy": "entropy"}
@@ -68,7 +68,7 @@ class Writing:
 
     variant: Variant
     row: int
-    blank: Blank
+    blank: TextBlank
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -302,7 +302,7 @@ class _Reading:
 def _losses(readings: Sequence[_Reading], evaluator) -> list[np.ndarray]:
     """[T - first] float64 nats of each; empty where a text has no token to score."""
     targets = {
-        index: Target(one.tokens, one.first, len(one.tokens))
+        index: ScoreTarget(one.tokens, one.first, len(one.tokens))
         for index, one in enumerate(readings)
         if len(one.tokens) > one.first
     }

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.profiles import DIFFUSION, PileSettings, Profile, changed, profile_named
-from a3_jax.evaluation.tasks import CODE, GENERATE, INFILL, TASKS, task_named
+from a3_jax.evaluation.tasks.catalogue import CODE, GENERATE, INFILL, TASKS, task_named
+from a3_jax.evaluation.tasks.profiles import DIFFUSION, PileSettings, Profile, changed, profile_named
 
 
 def profile_for(

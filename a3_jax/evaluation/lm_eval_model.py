@@ -1,8 +1,8 @@
 """Any task of lm-evaluation-harness asked of a model under evaluation, offline from local files.
 
 The harness asks in texts: how likely is a continuation, how likely a whole text, what comes next until a
-stop string. Here they become `Target`s and `Blank`s, encoded as the harness' own Hugging Face backend
-encodes them, so that a left-to-right model gets the very figures it would get there.
+stop string. Here they become `ScoreTarget`s and `TextBlank`s, encoded as the harness' own Hugging Face
+backend encodes them, so that a left-to-right model gets exactly the figures that it would get there.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.left_to_right import LeftToRight
-from a3_jax.evaluation.requests import Blank, EvaluatedModel, Target
+from a3_jax.evaluation.models.interface import EvaluatedModel, ScoreTarget, TextBlank
+from a3_jax.evaluation.models.left_to_right import LeftToRight
 
 try:
     from lm_eval.api.model import LM
@@ -74,7 +74,7 @@ class HarnessModel(LM):
           InputError: a model that knows no exact left-to-right conditionals.
         """
         del disable_tqdm
-        targets: list[Target] = []
+        targets: list[ScoreTarget] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
             tokens = self._encode(request.args[0])
@@ -126,7 +126,7 @@ class HarnessModel(LM):
             raise InputError("has neither BOS nor EOS to begin a text with", field="tokenizer")
         return first
 
-    def _target(self, context: str, continuation: str) -> Target:
+    def _target(self, context: str, continuation: str) -> ScoreTarget:
         if context:
             stripped = context.rstrip()
             continuation, context = context[len(stripped) :] + continuation, stripped
@@ -146,9 +146,9 @@ class HarnessModel(LM):
             )
         cut = max(len(whole) - most, 0)
         seed = _seed(self.seed, context, continuation)
-        return Target(np.asarray(whole[cut:], np.int32), start - cut, len(whole) - cut, seed)
+        return ScoreTarget(np.asarray(whole[cut:], np.int32), start - cut, len(whole) - cut, seed)
 
-    def _blank(self, index: int, context: str, settings: dict[str, Any]) -> Blank:
+    def _blank(self, index: int, context: str, settings: dict[str, Any]) -> TextBlank:
         given = [settings[name] for name in _LENGTH_NAMES if settings.get(name) is not None]
         length = int(given[0]) if given else MAX_NEW_TOKENS
         room = self.model.max_length - length
@@ -157,10 +157,10 @@ class HarnessModel(LM):
                 f"{length} new tokens, the model's context is {self.model.max_length}", field="max_gen_toks"
             )
         prefix = (self._encode(context) or [self._first_token()])[-room:]
-        return Blank(np.asarray(prefix, np.int32), _NOTHING, length, _seed(self.seed, index, context))
+        return TextBlank(np.asarray(prefix, np.int32), _NOTHING, length, _seed(self.seed, index, context))
 
 
-def windows(tokens: Sequence[int], first: int, longest: int) -> Iterator[Target]:
+def windows(tokens: Sequence[int], first: int, longest: int) -> Iterator[ScoreTarget]:
     """A text in windows that score each of its tokens once, with as much to its left as they can hold.
 
         longest 5, first _    _ 0 1 2 3      scored: 0 1 2 3
@@ -176,20 +176,20 @@ def windows(tokens: Sequence[int], first: int, longest: int) -> Iterator[Target]
     for start in range(1, len(text), step):
         stop = min(start + step, len(text))
         begin = max(stop - longest, 0)
-        yield Target(text[begin:stop], start - begin, stop - begin)
+        yield ScoreTarget(text[begin:stop], start - begin, stop - begin)
 
 
 def _scored_length(model: EvaluatedModel) -> int:
     return model.scored_length if isinstance(model, LeftToRight) else model.max_length
 
 
-def _score_and_greedy(model: EvaluatedModel, targets: list[Target]) -> list[tuple[float, bool]]:
+def _score_and_greedy(model: EvaluatedModel, targets: list[ScoreTarget]) -> list[tuple[float, bool]]:
     """From one pass where the model can tell; else a blank is filled and compared."""
     both: Callable | None = getattr(model, "score_and_greedy", None)
     if both is not None:
         return both(targets)
     blanks = [
-        Blank(target.tokens[: target.start], _NOTHING, target.stop - target.start, target.seed)
+        TextBlank(target.tokens[: target.start], _NOTHING, target.stop - target.start, target.seed)
         for target in targets
     ]
     greedy = _with_sampling(model, {"temperature": 0.0}).fill(blanks)
@@ -225,7 +225,7 @@ def _stop_strings(settings: dict[str, Any]) -> list[str]:
     return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
 
 
-def _continue(model: EvaluatedModel, blanks: list[Blank], stops: list[list[str]]) -> list[str]:
+def _continue(model: EvaluatedModel, blanks: list[TextBlank], stops: list[list[str]]) -> list[str]:
     """The texts of the filled blanks, each up to EOS or its first stop string.
 
     A left-to-right model fills in rounds, of those that have not stopped yet: the tokens are the same.
@@ -235,7 +235,7 @@ def _continue(model: EvaluatedModel, blanks: list[Blank], stops: list[list[str]]
     room = _FIRST_ROUND if isinstance(model, LeftToRight) else max(blank.length for blank in blanks)
     while open_:
         rest = [
-            Blank(
+            TextBlank(
                 np.concatenate([blanks[index].prefix, found[index]]), _NOTHING,
                 min(room, blanks[index].length - len(found[index])), blanks[index].seed,
             )

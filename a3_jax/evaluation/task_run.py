@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from a3_jax.errors import EXIT_FAILED, InputError, RunError
-from a3_jax.evaluation import perplexity
-from a3_jax.evaluation.examples import ChoiceExample, Example, is_too_long, make_examples
-from a3_jax.evaluation.files import TaskFiles, read_rows
-from a3_jax.evaluation.judging import judge, summarise
-from a3_jax.evaluation.metrics import Figure
-from a3_jax.evaluation.perplexity import Variant, Writing
-from a3_jax.evaluation.profiles import Profile
-from a3_jax.evaluation.subjects import Subject
-from a3_jax.evaluation.tasks import CHOICE, Task
+from a3_jax.evaluation.models.subjects import Subject
+from a3_jax.evaluation.tasks import perplexity
+from a3_jax.evaluation.tasks.catalogue import CHOICE, Task
+from a3_jax.evaluation.tasks.examples import ChoiceExample, Example, is_too_long, make_examples
+from a3_jax.evaluation.tasks.files import TaskFiles, read_rows
+from a3_jax.evaluation.tasks.grading import grade, summarise
+from a3_jax.evaluation.tasks.metrics import Figure
+from a3_jax.evaluation.tasks.perplexity import Variant, Writing
+from a3_jax.evaluation.tasks.profiles import Profile
 
 _CHUNK = {CHOICE: 256}  # examples whose records are written together
 _FILLED_CHUNK, _TEXT_CHUNK = 64, 32
@@ -25,7 +25,7 @@ Key = tuple[str, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunSettings:
     """What all tasks of a run have in common.
 
     Attributes:
@@ -49,7 +49,7 @@ class Run:
 
 
 @dataclasses.dataclass
-class Work:
+class TaskRun:
     """One task, ready to be run.
 
     Attributes:
@@ -77,7 +77,7 @@ class Work:
     notes: Callable[[list[Record]], list[str]]
 
 
-def example_work(run: Run, task: Task, files: TaskFiles) -> Work:
+def example_run(run: RunSettings, task: Task, files: TaskFiles) -> TaskRun:
     """A task of examples: choices that are scored, blanks that are filled.
 
     Raises:
@@ -104,12 +104,12 @@ def example_work(run: Run, task: Task, files: TaskFiles) -> Work:
         blank = id(chunk[0]) in out
         answers = [None] * len(chunk) if blank else _answers(task, model, chunk)
         return [
-            judge(task, profile, example, one, model.tokenizer, run.allow_code_execution)
+            grade(task, profile, example, one, model.tokenizer, run.allow_code_execution)
             for example, one in zip(chunk, answers, strict=True)
         ]
 
     size = _CHUNK.get(task.kind, _FILLED_CHUNK)
-    return Work(
+    return TaskRun(
         task=task.name,
         kind=task.kind,
         split=task.split,
@@ -124,7 +124,7 @@ def example_work(run: Run, task: Task, files: TaskFiles) -> Work:
     )
 
 
-def text_work(run: Run, task: Task, files: TaskFiles) -> Work:
+def text_run(run: RunSettings, task: Task, files: TaskFiles) -> TaskRun:
     """A task of texts that the model writes and an evaluator judges.
 
     Raises:
@@ -147,7 +147,7 @@ def text_work(run: Run, task: Task, files: TaskFiles) -> Work:
         return perplexity.write_and_judge(chunk, models[chunk[0].variant.name], judge_model)
 
     options = {variant.name: variant.generate for variant in variants}
-    return Work(
+    return TaskRun(
         task=task.name,
         kind=task.kind,
         split=task.split,

@@ -15,7 +15,7 @@ from typing import Any
 
 from a3_jax.decoding.options import one_of, whole_number
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.tasks import CHOICE, CODE, GENERATE, INFILL, PERPLEXITY, TASKS, Task
+from a3_jax.evaluation.tasks.catalogue import CHOICE, CODE, GENERATE, INFILL, PERPLEXITY, TASKS, Task
 
 A3, AR, DIFFUSION = MODELS = ("a3", "ar", "masked_diffusion")
 BOS_POLICIES = ("first", "each", "none")

@@ -11,8 +11,8 @@ from a3_jax.checkpoints.loading import find_checkpoint
 from a3_jax.checkpoints.manifest import Leaf
 from a3_jax.decoding.options import one_of
 from a3_jax.errors import InputError
-from a3_jax.evaluation.opening import open_model
-from a3_jax.evaluation.profiles import A3, AR, DIFFUSION, MODELS
+from a3_jax.evaluation.models.opening import open_model
+from a3_jax.evaluation.tasks.profiles import A3, AR, DIFFUSION, MODELS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,13 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from a3_jax.decoding.batching import batches, bucket
+from a3_jax.decoding.batching import batches, bucket, length_bucket
 from a3_jax.decoding.options import make_options, one_of, whole_number
 from a3_jax.decoding.sampling import Sampling, candidate_score, draw, filtered_logprobs, map_rows
 from a3_jax.errors import InputError
-from a3_jax.evaluation.batching import length_bucket
-from a3_jax.evaluation.masked_diffusion_forward import FEWEST_QUERIES, predicting_rows
-from a3_jax.evaluation.requests import Blank
+from a3_jax.evaluation.models.diffusion_forward import FEWEST_QUERIES, predicting_rows
+from a3_jax.evaluation.models.interface import TextBlank
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, constrain, mesh_of
 from a3_jax.model.two_stream import logits, make_two_stream
@@ -159,7 +158,7 @@ class Filled(NamedTuple):
 def fill_blanks(
     params,
     config: ModelConfig,
-    blanks: Sequence[Blank],
+    blanks: Sequence[TextBlank],
     sampler: Sampler,
     dtype: str,
     most: int | None = None,
@@ -196,7 +195,7 @@ def fill_blanks(
 
 
 @struct.dataclass
-class Text:
+class PaddedTexts:
     """Texts with a blank each, padded to T columns.
 
     Attributes:
@@ -215,7 +214,7 @@ class Text:
 
 
 @struct.dataclass
-class State:
+class SamplerState:
     """What the steps change, of the Q columns of a blank.
 
     Attributes:
@@ -229,7 +228,7 @@ class State:
     committed: Any
 
 
-def _pack(blanks, schedules, shape, size) -> Text:
+def _pack(blanks, schedules, shape, size) -> PaddedTexts:
     columns, _, steps = shape
     tokens, schedule = np.zeros((size, columns), np.int32), np.zeros((size, steps), np.float32)
     lengths, first, count = (np.zeros(size, np.int32) for _ in range(3))
@@ -239,7 +238,7 @@ def _pack(blanks, schedules, shape, size) -> Text:
         tokens[row, : first[row]] = blank.prefix
         tokens[row, first[row] + count[row] : lengths[row]] = blank.suffix
         schedule[row, : len(amounts)], seeds[row] = amounts, blank.seed
-    text = Text(tokens, lengths, first, count, schedule, jax.vmap(jax.random.key)(seeds))
+    text = PaddedTexts(tokens, lengths, first, count, schedule, jax.vmap(jax.random.key)(seeds))
     return jax.tree.map(lambda leaf: constrain(jnp.asarray(leaf), ("batch",)), text)
 
 
@@ -266,7 +265,7 @@ def _program(config, dtype, sampler: Sampler, queries: int) -> _Program:
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def _sample(params, text: Text, *, program: _Program) -> State:
+def _sample(params, text: PaddedTexts, *, program: _Program) -> SamplerState:
     """Steps until nothing is masked."""
     config, queries = program.config, program.queries
     model, mask_token = make_two_stream(config, program.dtype), cast(int, config.mask_token)
@@ -276,7 +275,7 @@ def _sample(params, text: Text, *, program: _Program) -> State:
     rows = jnp.arange(text.tokens.shape[0])[:, None]
     columns_or_none = jnp.where(inside, columns, text.tokens.shape[1])
 
-    def step(state: State) -> State:
+    def step(state: SamplerState) -> SamplerState:
         shown = jnp.where(state.masked, mask_token, state.chosen)
         tokens = text.tokens.at[rows, columns_or_none].set(shown, mode="drop")
         hidden = predicting_rows(model, params, tokens, text.lengths, jnp.where(inside, columns, 0))
@@ -285,7 +284,7 @@ def _sample(params, text: Text, *, program: _Program) -> State:
         drawn, score = map_rows(judge, (hidden, keys), config.vocab_size)
         amount = text.schedule[:, state.step]
         commit = state.masked & jax.vmap(_CHOICES[program.choice])(score, state.masked, inside, amount)
-        return State(
+        return SamplerState(
             step=state.step + 1,
             chosen=jnp.where(commit, drawn, state.chosen),
             masked=state.masked & ~commit,
@@ -293,7 +292,7 @@ def _sample(params, text: Text, *, program: _Program) -> State:
         )
 
     nothing = jnp.zeros(inside.shape, jnp.int32)
-    first = State(step=jnp.int32(0), chosen=nothing, masked=inside, committed=nothing)
+    first = SamplerState(step=jnp.int32(0), chosen=nothing, masked=inside, committed=nothing)
     return jax.lax.while_loop(lambda state: jnp.any(state.masked), step, first)
 
 

@@ -1,6 +1,6 @@
 """How an any-order model scores a part of a text: which forwards, and what they add up to.
 
-A scorer turns a `Target` into passes: ranks, the tokens scored, a weight. Its estimate of log p(target
+A scorer turns a `ScoreTarget` into passes: ranks, the tokens scored, a weight. Its estimate of log p(target
 part | the rest) is the weighted sum of the scored log-probabilities, one total in nats, which every rule of
 choice divides as it likes. Below, of a text of BOS, three given tokens and a part of four:
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from a3_jax.decoding.options import make_options, one_of, whole_number
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.requests import Target
+from a3_jax.evaluation.models.interface import ScoreTarget
 from a3_jax.ordering.ranks import contiguous, l2r, random
 
 LOSS_WEIGHTS = ("none", "inv_t")
@@ -51,7 +51,7 @@ class Pass:
 class Chain:
     """Every token a group of its own, left to right, the context too: the exact chain rule, one forward."""
 
-    def passes(self, target: Target, bos: bool) -> Iterator[Pass]:
+    def passes(self, target: ScoreTarget, bos: bool) -> Iterator[Pass]:
         """The forwards of a target; `bos`: whether its first token is one."""
         given = ~_part(target)
         yield Pass(_ranked(given, bos, 1, l2r(target.stop - target.start)), ~given)
@@ -69,7 +69,7 @@ class ContiguousChain:
     def __post_init__(self):
         whole_number("group_size", self.group_size, 1)
 
-    def passes(self, target: Target, bos: bool) -> Iterator[Pass]:
+    def passes(self, target: ScoreTarget, bos: bool) -> Iterator[Pass]:
         """The forwards of a target; `bos`: whether its first token is one."""
         given, size = ~_part(target), self.group_size
         yield Pass(_ranked(given, bos, size, contiguous(target.stop - target.start, size)), ~given)
@@ -79,7 +79,7 @@ class ContiguousChain:
 class ContextFirstChain:
     """The context as one group, bidirectional as in decoding, then token by token; exact, one forward."""
 
-    def passes(self, target: Target, bos: bool) -> Iterator[Pass]:
+    def passes(self, target: ScoreTarget, bos: bool) -> Iterator[Pass]:
         """The forwards of a target; `bos`: whether its first token is one."""
         given = ~_part(target)
         yield Pass(_ranked(given, bos, None, l2r(target.stop - target.start)), ~given)
@@ -89,7 +89,7 @@ class ContextFirstChain:
 class OneShot:
     """The context as one group and the part as another: the sum of its tokens' marginals, one forward."""
 
-    def passes(self, target: Target, bos: bool) -> Iterator[Pass]:
+    def passes(self, target: ScoreTarget, bos: bool) -> Iterator[Pass]:
         """The forwards of a target; `bos`: whether its first token is one."""
         given = ~_part(target)
         yield Pass(_ranked(given, bos, None, np.zeros(target.stop - target.start, np.int32)), ~given)
@@ -109,7 +109,7 @@ class DrawnOrders:
         whole_number("draws", self.draws, 1)
         whole_number("group_size", self.group_size, 1)
 
-    def passes(self, target: Target, bos: bool) -> Iterator[Pass]:
+    def passes(self, target: ScoreTarget, bos: bool) -> Iterator[Pass]:
         """The forwards of a target; `bos`: whether its first token is one."""
         given, rng = ~_part(target), np.random.default_rng(target.seed)
         for _ in range(self.draws):
@@ -140,7 +140,7 @@ class MaskedLevels:
         one_of("loss_weight", self.loss_weight, LOSS_WEIGHTS)
         one_of("empty_level", self.empty_level, EMPTY_LEVELS)
 
-    def passes(self, target: Target, bos: bool) -> Iterator[Pass]:
+    def passes(self, target: ScoreTarget, bos: bool) -> Iterator[Pass]:
         """The forwards of a target; `bos`: whether its first token is one. Empty levels need none."""
         part, count = _part(target), target.stop - target.start
         masks = level_masks(count, self.levels, np.random.default_rng(target.seed))
@@ -207,7 +207,7 @@ def level_weights(masks: np.ndarray, loss_weight: str, empty_level: str) -> np.n
     return np.where(masked > 0, weights / counted, 0.0)
 
 
-def _part(target: Target) -> np.ndarray:
+def _part(target: ScoreTarget) -> np.ndarray:
     """[T] bool: the tokens to score."""
     place = np.arange(len(target.tokens))
     return (target.start <= place) & (place < target.stop)

@@ -12,15 +12,15 @@ import numpy as np
 
 from a3_jax.decoding.options import DTYPES, one_of, whole_number
 from a3_jax.errors import InputError
-from a3_jax.evaluation.masked_diffusion_estimators import (
+from a3_jax.evaluation.models.diffusion_forward import run_masks
+from a3_jax.evaluation.models.diffusion_sampler import Sampler, fill_blanks, make_sampler, usual_sampler
+from a3_jax.evaluation.models.estimators import (
     FrontToBack,
     Stratified,
     make_estimator,
     usual_estimator,
 )
-from a3_jax.evaluation.masked_diffusion_forward import run_masks
-from a3_jax.evaluation.masked_diffusion_sampler import Sampler, fill_blanks, make_sampler, usual_sampler
-from a3_jax.evaluation.requests import Blank, Target
+from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
 from a3_jax.model.two_stream import default_dtype
 from a3_jax.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ class MaskedDiffusion:
         other.sampler = make_sampler(sampler or name, options if sampler else {**now, **options})
         return other
 
-    def score(self, targets: Sequence[Target]) -> list[float]:
+    def score(self, targets: Sequence[ScoreTarget]) -> list[float]:
         """The estimate of log p(part | the rest) of each, in nats; what is drawn follows from its seed.
 
         Raises:
@@ -108,7 +108,7 @@ class MaskedDiffusion:
             targets = [self._with_eos(target) for target in targets]
         return [total for total, _ in self._run(targets, self.estimator)]
 
-    def token_logprobs(self, targets: Sequence[Target]) -> list[np.ndarray]:
+    def token_logprobs(self, targets: Sequence[ScoreTarget]) -> list[np.ndarray]:
         """[stop - start] float32 of each: log p(token | tokens to its left) with as many masked behind.
 
         Raises:
@@ -122,7 +122,7 @@ class MaskedDiffusion:
         left = [dataclasses.replace(target, tokens=target.tokens[: target.stop]) for target in targets]
         return [by_token.astype(np.float32) for _, by_token in self._run(left, self.estimator)]
 
-    def score_and_greedy(self, targets: Sequence[Target]) -> list[tuple[float, bool]]:
+    def score_and_greedy(self, targets: Sequence[ScoreTarget]) -> list[tuple[float, bool]]:
         """`score`, and whether the part is what LLaDA's evaluator fills in: the surest token at a time."""
         scores = self.score(targets)
         filled = self._fill([_as_blank(target) for target in targets], Sampler("low_confidence"))
@@ -131,7 +131,7 @@ class MaskedDiffusion:
             for score, tokens, target in zip(scores, filled, targets, strict=True)
         ]
 
-    def fill(self, blanks: Sequence[Blank]) -> list[np.ndarray]:
+    def fill(self, blanks: Sequence[TextBlank]) -> list[np.ndarray]:
         """[length] int32 tokens of each blank, given both sides.
 
         Raises:
@@ -170,12 +170,12 @@ class MaskedDiffusion:
         filled = fill_blanks(self._params, config, blanks, sampler, self.dtype, self.batch_size)
         return [one.tokens for one in filled]
 
-    def _with_eos(self, target: Target) -> Target:
+    def _with_eos(self, target: ScoreTarget) -> ScoreTarget:
         if self.tokenizer.eos_id is None or len(target.tokens) >= self.max_length:
             return target
         return dataclasses.replace(target, tokens=np.append(target.tokens, np.int32(self.tokenizer.eos_id)))
 
-    def _check(self, target: Target) -> None:
+    def _check(self, target: ScoreTarget) -> None:
         if not 0 <= target.start < target.stop <= len(target.tokens):
             part = f"{target.start}:{target.stop} of {len(target.tokens)}"
             raise InputError(f"tokens {part} are no part of the text", field="target")
@@ -197,6 +197,6 @@ class MaskedDiffusion:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.dtype)), self.checkpoint.params)
 
 
-def _as_blank(target: Target) -> Blank:
+def _as_blank(target: ScoreTarget) -> TextBlank:
     suffix = target.tokens[target.stop :] if target.stop < len(target.tokens) else _NOTHING
-    return Blank(target.tokens[: target.start], suffix, target.stop - target.start, target.seed)
+    return TextBlank(target.tokens[: target.start], suffix, target.stop - target.start, target.seed)

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from a3_jax.borders import completion
-from a3_jax.evaluation import metrics
-from a3_jax.evaluation.examples import ChoiceExample, Example, FillExample
-from a3_jax.evaluation.execution import check_program
-from a3_jax.evaluation.metrics import Figure, mean_figure
-from a3_jax.evaluation.profiles import Profile
-from a3_jax.evaluation.tasks import CODE, Task
+from a3_jax.evaluation.tasks import metrics
+from a3_jax.evaluation.tasks.catalogue import CODE, Task
+from a3_jax.evaluation.tasks.code_sandbox import check_program
+from a3_jax.evaluation.tasks.examples import ChoiceExample, Example, FillExample
+from a3_jax.evaluation.tasks.metrics import Figure, mean_figure
+from a3_jax.evaluation.tasks.profiles import Profile
 from a3_jax.tokenizer import Tokenizer
 
 PASS_AT = (1, 10, 100)
 
 
-def judge(
+def grade(
     task: Task,
     profile: Profile,
     example: Example,

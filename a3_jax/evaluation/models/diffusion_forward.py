@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a3_jax.decoding.batching import batches, bucket
+from a3_jax.decoding.batching import batches, bucket, length_bucket
 from a3_jax.decoding.sampling import map_rows
-from a3_jax.evaluation.batching import length_bucket
-from a3_jax.evaluation.masked_diffusion_estimators import Masks
-from a3_jax.evaluation.requests import Target
+from a3_jax.evaluation.models.estimators import Masks
+from a3_jax.evaluation.models.interface import ScoreTarget
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, mesh_of
 from a3_jax.model.two_stream import Rows, TwoStream, logits, make_two_stream, run_rows
@@ -69,7 +68,7 @@ def masked_logprobs(params, tokens, lengths, columns, targets, *, config: ModelC
 
 def run_masks(
     checkpoint,
-    targets: Sequence[Target],
+    targets: Sequence[ScoreTarget],
     masks_of: Callable[[int], Masks],
     *,
     dtype: str,

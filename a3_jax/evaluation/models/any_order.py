@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from a3_jax.decoding.scoring import PassRows
-from a3_jax.evaluation.decoder import Decoder, check_target, left_rows, total
-from a3_jax.evaluation.requests import Blank, Target
-from a3_jax.evaluation.scorers import describe_scorer, make_scorer
+from a3_jax.evaluation.models.decoder import Decoder, check_target, left_rows, total
+from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
+from a3_jax.evaluation.models.scorers import describe_scorer, make_scorer
 
 
-class TwoStream(Decoder):
+class AnyOrder(Decoder):
     """An `EvaluatedModel` of the two-stream network.
 
     Attributes:
@@ -43,7 +43,7 @@ class TwoStream(Decoder):
         super().__init__(checkpoint, "a3", generate, dtype, batch_size)
         self._scorer_name, self.scorer = scorer, make_scorer(scorer, scorer_options)
 
-    def score(self, targets: Sequence[Target]) -> list[float]:
+    def score(self, targets: Sequence[ScoreTarget]) -> list[float]:
         """The scorer's estimate of log p(part | the rest) of each, in nats.
 
         The rest includes what is to the right of the part. The first token of a text without BOS is
@@ -68,11 +68,11 @@ class TwoStream(Decoder):
             scores[owner] += weight * total(result)
         return scores
 
-    def token_logprobs(self, targets: Sequence[Target]) -> list[np.ndarray]:
+    def token_logprobs(self, targets: Sequence[ScoreTarget]) -> list[np.ndarray]:
         """[stop - start] float32 of each: log p(token | tokens to its left), from query rows, in nats."""
         return [result.logprobs for result in self._left(targets)]
 
-    def score_and_greedy(self, targets: Sequence[Target]) -> list[tuple[float, bool]]:
+    def score_and_greedy(self, targets: Sequence[ScoreTarget]) -> list[tuple[float, bool]]:
         """`score`, and whether each token of the part is the likeliest given those to its left."""
         left = self._left(targets)
         alone = all(len(target.tokens) == target.stop for target in targets)
@@ -83,7 +83,7 @@ class TwoStream(Decoder):
         greedy = [bool(result.likeliest.all()) for result in left]
         return list(zip(scores, greedy, strict=True))
 
-    def fill(self, blanks: Sequence[Blank]) -> list[np.ndarray]:
+    def fill(self, blanks: Sequence[TextBlank]) -> list[np.ndarray]:
         """[length] int32 tokens of each blank, given both sides.
 
         Raises:
@@ -101,5 +101,5 @@ class TwoStream(Decoder):
             self._check(target.tokens[: target.stop])
         return self._run([left_rows(target) for target in targets])
 
-    def _starts_with_bos(self, target: Target) -> bool:
+    def _starts_with_bos(self, target: ScoreTarget) -> bool:
         return self.tokenizer.bos_id is not None and target.tokens[0] == self.tokenizer.bos_id

@@ -14,7 +14,7 @@ from a3_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Target:
+class ScoreTarget:
     """Tokens of which a contiguous part is scored, given all the others.
 
         tokens  Question : ... Answer :  by train .     start = 9, stop = 12
@@ -32,7 +32,7 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Blank:
+class TextBlank:
     """A text with one blank in it.
 
     Attributes:
@@ -61,11 +61,11 @@ class EvaluatedModel(Protocol):
     tokenizer: Tokenizer
     max_length: int
 
-    def score(self, targets: Sequence[Target]) -> list[float]:
+    def score(self, targets: Sequence[ScoreTarget]) -> list[float]:
         """log p(target part | the rest) of each in nats, or the model's estimate of it."""
         ...
 
-    def token_logprobs(self, targets: Sequence[Target]) -> list[np.ndarray]:
+    def token_logprobs(self, targets: Sequence[ScoreTarget]) -> list[np.ndarray]:
         """[stop - start] float32 of each: exact log p(token | tokens to its left), in nats.
 
         Raises:
@@ -73,7 +73,7 @@ class EvaluatedModel(Protocol):
         """
         ...
 
-    def fill(self, blanks: Sequence[Blank]) -> list[np.ndarray]:
+    def fill(self, blanks: Sequence[TextBlank]) -> list[np.ndarray]:
         """The [length] int32 tokens of each blank."""
         ...
 

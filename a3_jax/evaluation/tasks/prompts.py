@@ -8,10 +8,10 @@ import numpy as np
 
 from a3_jax.borders import whole_text
 from a3_jax.errors import InputError
-from a3_jax.evaluation.examples import derived_seed
-from a3_jax.evaluation.files import Row
-from a3_jax.evaluation.profiles import PileSettings
-from a3_jax.evaluation.requests import Blank
+from a3_jax.evaluation.models.interface import TextBlank
+from a3_jax.evaluation.tasks.examples import derived_seed
+from a3_jax.evaluation.tasks.files import DataRow
+from a3_jax.evaluation.tasks.profiles import PileSettings
 from a3_jax.tokenizer import Tokenizer
 
 _CHARACTERS_A_TOKEN = 32  # a text is cut far behind the tokens that are looked at: books are long
@@ -33,7 +33,7 @@ class PromptExample:
     tokens: np.ndarray
     seed: int
 
-    def blank(self, length: int) -> Blank:
+    def blank(self, length: int) -> TextBlank:
         """The rest of a text of `length` tokens, this prompt included.
 
         Raises:
@@ -42,11 +42,11 @@ class PromptExample:
         if length <= len(self.tokens):
             message = f"{length} tokens are no more than the prompt of row {self.row}, {len(self.tokens)}"
             raise InputError(message, field="pile.lengths")
-        return Blank(self.tokens, np.zeros(0, np.int32), length - len(self.tokens), self.seed)
+        return TextBlank(self.tokens, np.zeros(0, np.int32), length - len(self.tokens), self.seed)
 
 
 def pile_prompts(
-    rows: Iterable[Row], tokenizer: Tokenizer, evaluator: Tokenizer, settings: PileSettings, seed: int = 0
+    rows: Iterable[DataRow], tokenizer: Tokenizer, evaluator: Tokenizer, settings: PileSettings, seed: int = 0
 ) -> list[PromptExample]:
     """The first `settings.prompt` evaluator tokens of documents that are long enough, drawn by seed.
 
@@ -79,7 +79,7 @@ def pile_prompts(
     ]
 
 
-def unconditional_blanks(tokenizer: Tokenizer, length: int, samples: int, seed: int = 0) -> list[Blank]:
+def unconditional_blanks(tokenizer: Tokenizer, length: int, samples: int, seed: int = 0) -> list[TextBlank]:
     """Blanks of whole texts of `length` tokens, BOS included; of EOS where a tokenizer has no BOS.
 
     Raises:
@@ -91,4 +91,4 @@ def unconditional_blanks(tokenizer: Tokenizer, length: int, samples: int, seed: 
     if length < 2 or samples < 1:
         raise InputError(f"{samples} texts of {length} tokens, BOS included, hold nothing to write")
     prefix, nothing = np.asarray([first], np.int32), np.zeros(0, np.int32)
-    return [Blank(prefix, nothing, length - 1, derived_seed(seed, number)) for number in range(samples)]
+    return [TextBlank(prefix, nothing, length - 1, derived_seed(seed, number)) for number in range(samples)]

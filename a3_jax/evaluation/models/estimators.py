@@ -22,7 +22,7 @@ import numpy as np
 
 from a3_jax.decoding.options import make_options, one_of, whole_number
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.scorers import EMPTY_LEVELS, LOSS_WEIGHTS, level_masks, level_weights
+from a3_jax.evaluation.models.scorers import EMPTY_LEVELS, LOSS_WEIGHTS, level_masks, level_weights
 from a3_jax.model.config import ModelConfig
 
 _DREAM_EPS = 1e-3  # the least share of masked tokens

@@ -9,13 +9,12 @@ from typing import Any, Self
 import numpy as np
 
 from a3_jax.decoding.batched_decode import BlankRequest, DecodeRequest, decoding_params, fill
-from a3_jax.decoding.batching import bucket
+from a3_jax.decoding.batching import bucket, length_bucket, padded_count
 from a3_jax.decoding.generation import context_of
 from a3_jax.decoding.options import GenerateOptions, make_options, one_of, whole_number
 from a3_jax.decoding.scoring import PassRows, PassScores, run_passes
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.batching import length_bucket, padded_count
-from a3_jax.evaluation.requests import Blank, Target
+from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
 from a3_jax.model.two_stream import default_dtype
 from a3_jax.tokenizer import Tokenizer
 
@@ -103,7 +102,7 @@ class Decoder:
             for request, result in zip(requests, results, strict=True)
         ]
 
-    def _request(self, blank: Blank, suffix: np.ndarray) -> BlankRequest:
+    def _request(self, blank: TextBlank, suffix: np.ndarray) -> BlankRequest:
         """A blank as the decoding engine takes it; its seed is what its randomness is a function of."""
         whole_number("length", blank.length, 1)
         tokens = np.concatenate([blank.prefix, np.zeros(blank.length, np.int32), suffix]).astype(np.int32)
@@ -127,14 +126,14 @@ class Decoder:
         return decoding_params(self.checkpoint.params, self.checkpoint.config, self.options)
 
 
-def check_target(target: Target) -> None:
+def check_target(target: ScoreTarget) -> None:
     """Refuses a target whose part is empty or not in its text."""
     if not 0 <= target.start < target.stop <= len(target.tokens):
         part = f"{target.start}:{target.stop} of {len(target.tokens)}"
         raise InputError(f"tokens {part} are no part of the text", field="target")
 
 
-def left_rows(target: Target) -> PassRows:
+def left_rows(target: ScoreTarget) -> PassRows:
     """The tokens up to the target's end in reading order, its part scored; what follows has no row."""
     place = np.arange(target.stop, dtype=np.int32)
     return PassRows(np.asarray(target.tokens[: target.stop], np.int32), place, place, place >= target.start)
