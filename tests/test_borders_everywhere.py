@@ -16,8 +16,8 @@ from a3_jax.evaluation.tasks.catalogue import CODE, task_named
 from a3_jax.evaluation.tasks.examples import ChoiceExample, make_examples
 from a3_jax.evaluation.tasks.files import DataRow
 from a3_jax.evaluation.tasks.grading import grade, program_of, summarise
+from a3_jax.evaluation.tasks.perplexity import pile_prompts
 from a3_jax.evaluation.tasks.profiles import PROFILES, PileSettings, profile_named
-from a3_jax.evaluation.tasks.prompts import pile_prompts
 from tests import eval_fixtures as fixtures
 from tests import tiny
 from tests.decoding_cli import assert_refused, run, write_lines

@@ -11,8 +11,8 @@ import pytest
 
 from a3_jax.errors import InputError
 from a3_jax.evaluation.models.diffusion import MaskedDiffusion
-from a3_jax.evaluation.models.estimators import ESTIMATORS, make_estimator, usual_estimator
 from a3_jax.evaluation.models.interface import ScoreTarget
+from a3_jax.evaluation.models.scorers import ESTIMATORS, make_estimator, usual_estimator
 from tests import tiny
 from tests.oracles import log_softmax, two_stream_logits
 

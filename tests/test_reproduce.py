@@ -118,11 +118,11 @@ def test_perplexities_by_order_and_length(tmp_path):
 
 def test_only_the_profile_asked_for_counts_and_the_others_are_told(tmp_path):
     figures = {"accuracy": (50.0, 1.0)}
-    write_result(tmp_path / "a3-3b", "siqa", figures, profile="lm_eval")
+    write_result(tmp_path / "a3-3b", "siqa", figures, profile="diffullama_script")
     found = compare(TABLE1, tmp_path)
     assert cell(found, "A3-3B", "siqa_acc").ours is None
-    assert any("--profile=lm_eval" in note for note in found.notes)
-    assert cell(compare(TABLE1, tmp_path, "lm_eval"), "A3-3B", "siqa_acc").ours.value == 50.0
+    assert any("--profile=diffullama_script" in note for note in found.notes)
+    assert cell(compare(TABLE1, tmp_path, "diffullama_script"), "A3-3B", "siqa_acc").ours.value == 50.0
 
 
 def test_the_profile_as_it_is_goes_before_changed_and_shorter_runs(tmp_path):
@@ -245,7 +245,7 @@ def test_terminal_markdown_and_json(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["tabel1"], "TABLE: no table 'tabel1'; did you mean 'table1'?"),
-        (["table1", "--profile=lmeval"], "did you mean 'lm_eval'?"),
+        (["table1", "--profile=a3_best_gues"], "did you mean 'a3_best_guess'?"),
         (["x"], "known are table1, table2, table3, all"),
     ],
 )

@@ -19,7 +19,6 @@ profiles:
   a3_best_guess      data and metrics of the DiffuLLaMA scripts, A3's own way of scoring (default)
   diffullama_script  the released scripts of DiffuLLaMA, oddities and all
   diffullama_paper   the same where its paper says otherwise
-  lm_eval            templates and metrics of lm-evaluation-harness 0.4
 
 examples:
   a3 eval --list --data_dir=data

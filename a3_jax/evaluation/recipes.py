@@ -147,7 +147,7 @@ PAPER_TABLES: dict[str, PaperTable] = {
                 _QUOTED,
                 _TOKENS,
                 "TriviaQA's exact match counts an answer that contains a normalised alias; multiple choice "
-                "goes by the profile's rule: only profile lm_eval has acc and acc_norm of the harness.",
+                "goes by the profile's rule: acc and acc_norm of the harness are those of task lm_eval:NAME.",
                 "Dream-7B near chance on HellaSwag (26.9, chance 25) is far below what its authors report by "
                 "their own rules: no figure to aim at.",
             ),

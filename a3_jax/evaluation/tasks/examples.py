@@ -1,11 +1,10 @@
-"""Rows become what a model is asked: token by token as the profile's protocol puts texts together.
+"""Rows of data become requests to a model, their texts put together as the profile's protocol says.
 
     context            choice                      prefix          blank        suffix
     Question: .. Answer:| by train                 s1 s2 |  _  _  _  _  _ | s4 s5
 
 A text is encoded as a whole and cut as `borders.cut` says, unless the profile follows a script that
-encodes pieces by themselves. Longer examples than the model takes are made all the same: the caller counts
-them.
+encodes pieces by themselves. Examples longer than the model's context are made too: the caller counts them.
 """
 
 import dataclasses
@@ -17,25 +16,26 @@ import numpy as np
 
 from a3_jax.borders import Cut, cut
 from a3_jax.errors import InputError
+from a3_jax.evaluation.models import AR
 from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
 from a3_jax.evaluation.tasks.catalogue import CHOICE, CODE, PERPLEXITY, Task
-from a3_jax.evaluation.tasks.cleaning import clean
 from a3_jax.evaluation.tasks.files import DataRow
-from a3_jax.evaluation.tasks.profiles import AR, Profile
+from a3_jax.evaluation.tasks.profiles import Profile
 from a3_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChoiceExample:
-    """A row of a task of choices.
+    """A row whose choices are to be scored.
 
     Attributes:
       id: the row's own name, or its number.
-      row: its number over all files, from 1. sample: always 0.
-      targets: one a choice.
+      row: its number over all files, from 1.
+      sample: always 0.
+      targets: one per choice.
       gold: index of the right choice.
       choices: their texts as scored, without the space in front.
-      tokens, characters, bytes: how long each is; tokens as scored, special ones included.
+      tokens, characters, bytes: length of each; tokens as scored, special ones included.
     """
 
     id: str
@@ -50,7 +50,7 @@ class ChoiceExample:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest choice with its context."""
+        """Number of tokens of the longest choice with its context."""
         return max(len(target.tokens) for target in self.targets)
 
 
@@ -59,12 +59,13 @@ class FillExample:
     """A row whose blank is to be filled.
 
     Attributes:
-      id, row: as of a `ChoiceExample`. sample: which of several completions of the row, from 0.
-      blank: what the model gets.
+      id, row: as in `ChoiceExample`.
+      sample: which of several completions of the row, from 0.
+      blank: the request to the model.
       gold: [n] int32, tokens of a right answer.
       references: texts of right answers.
-      values: the row, for the judge.
-      before, after: given text that the blank holds at its ends, as of a `borders.Cut`.
+      values: the row, for grading.
+      before, after: given text that the blank holds at its ends, as in `borders.Cut`.
     """
 
     id: str
@@ -79,7 +80,7 @@ class FillExample:
 
     @property
     def length(self) -> int:
-        """Tokens with the blank's."""
+        """Number of tokens, the blank's included."""
         return len(self.blank)
 
 
@@ -96,19 +97,16 @@ def make_examples(
     samples: int = 1,
     shots: Sequence[DataRow] = (),
 ) -> Iterator[Example]:
-    """The examples of a task, in the order of its rows.
+    """Yields the examples of a task, in the order of its rows.
 
     Args:
       seed: each target's and blank's own seed is a function of it, the row's number and the choice
         (or sample) alone.
-      samples: completions a row; choices have one.
-      shots: training rows, the first of which stand before each prompt where the profile says so.
-
-    Raises:
-      InputError: a row that gives no example, with its file and number.
+      samples: completions per row; choices have one.
+      shots: training rows, the first of which precede each prompt where the profile says so.
     """
     if task.kind == PERPLEXITY:
-        raise ValueError(f"{task.name} has no examples: see `prompts`")
+        raise ValueError(f"{task.name} has no examples: see `perplexity`")
     maker = _Maker(task, profile, tokenizer, _prompts_before(task, profile, shots))
     for number, row in enumerate(rows, start=1):
         name = _name(task, row, number)
@@ -119,14 +117,26 @@ def make_examples(
 
 
 def is_too_long(task: Task, profile: Profile, example: Example, max_length: int) -> bool:
-    """Whether an example is longer than the model takes, or than the profile takes programs."""
+    """Tells whether an example exceeds the model's context, or a program the profile's cap."""
     cap = profile.code_max_tokens if task.kind == CODE else None
     return example.length > (max_length if cap is None else min(max_length, cap))
 
 
 def derived_seed(seed: int, *numbers: int) -> int:
-    """A seed below 2**32 from a seed and whole numbers, by NumPy's hash."""
+    """Returns a seed below 2**32 made of a seed and whole numbers, by NumPy's hash."""
     return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0])
+
+
+def clean(text: str) -> str:
+    """Cleans a text of HellaSwag as every evaluator does.
+
+    Outer space goes; " [title]" becomes ". "; every shortest `[...]` goes; each double space becomes a
+    single one, once:
+
+        "Roof [title] Tools [step] Get  a ladder."  ->  "Roof. Tools Get a ladder."
+    """
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 class _Maker:
@@ -168,24 +178,24 @@ class _Maker:
             )
 
     def context(self, row: DataRow) -> str:
-        """What stands before the choices or the blank."""
+        """Returns what precedes the choices or the blank."""
         values = {name: row.values[name].capitalize() for name in self.task.capitalised}
         text = self.profile.context_of(self.task).format(**{**row.values, **values})
         return clean(text) if self.task.is_cleaned else text
 
     def joined(self, before: str, after: str) -> tuple[str, str]:
-        """Two texts that meet, with the space between them where the profile wants it."""
+        """Returns two texts that meet, with a space between them where the profile wants it."""
         if self.profile.join_space != "natural":
-            return before, f" {after}" if self.profile.join_space == "delimiter" else after
+            return before, after
         before, after = before.rstrip(" "), after.lstrip(" ")
         return before, f" {after}" if before and not before[-1].isspace() else after
 
     def tidy(self, text: str) -> str:
-        """Takes outer and doubled white space from a choice or an answer, where texts are natural."""
+        """Removes outer and doubled white space from a choice or an answer, where texts are natural."""
         return re.sub(" {2,}", " ", text.strip()) if self.profile.join_space == "natural" else text
 
     def cut(self, prefix: str, middle: str, suffix: str = "") -> Cut:
-        """The tokens of a text and of its predicted middle."""
+        """Returns the tokens of a text and of its predicted middle."""
         if self.profile.tokenising != "separate":
             return cut(self.tokenizer, prefix, middle, suffix)
         prefix_ids, middle_ids, suffix_ids = self.tokenizer.encode_batch([prefix, middle, suffix], "no")
@@ -195,13 +205,6 @@ class _Maker:
         if self.profile.tokenising == "whole":
             text = cut(self.tokenizer, context, "".join(pieces))
             before, scored = text.prefix, text.middle
-        elif (
-            self.profile.tokenising == "joint"
-        ):  # as the harness counts, spaces before a choice being the choice's
-            given = context.rstrip()
-            whole = self.tokenizer.encode(context + "".join(pieces), "no")
-            start = max(min(len(self.tokenizer.encode(given, "no")) if given else 0, len(whole) - 1), 0)
-            before, scored = whole[:start], whole[start:]
         else:
             before = self.tokenizer.encode(context, "no") if context else []
             again = self._front if self._bos == "each" else []
@@ -215,7 +218,7 @@ class _Maker:
         return ScoreTarget(tokens, len(before), len(tokens), seed)
 
     def _with_front(self, tokens: list[int]) -> list[int]:
-        """With BOS, where the profile has one; where nothing else stands before what is predicted, always."""
+        """Adds BOS where the profile has one; always where nothing else precedes what is predicted."""
         if not self._front and not tokens:
             first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
             return [] if first is None else [first]
@@ -227,7 +230,7 @@ def _name(task: Task, row: DataRow, number: int) -> str:
 
 
 def _plain_choices(maker: _Maker, row: DataRow) -> list[tuple[str, tuple[str, ...], str]]:
-    """(context, pieces scored, text) of each choice."""
+    """Returns (context, pieces scored, text) of each choice."""
     fields = maker.task.choices
     texts = row.values[fields[0]] if len(fields) == 1 else [row.values[field] for field in fields]
     if maker.task.is_cleaned:
@@ -243,19 +246,18 @@ def _plain_choices(maker: _Maker, row: DataRow) -> list[tuple[str, tuple[str, ..
 
 
 def _gap_choices(maker: _Maker, row: DataRow) -> list[tuple[str, tuple[str, ...], str]]:
-    """The same where a choice stands in a gap `_` of a sentence, and the sentence goes on behind it."""
+    """Returns the same where choices fill a gap `_` of a sentence, which continues after it."""
     field = maker.task.gap or ""
-    before, found, behind = row.values[field].partition("_")
+    before, found, after = row.values[field].partition("_")
     if not found:
         raise row.error("has no gap '_'", field)
     is_natural = maker.profile.join_space == "natural"
-    rest = re.sub(" {2,}", " ", behind).rstrip() if is_natural else behind.strip()
+    rest = re.sub(" {2,}", " ", after).rstrip() if is_natural else after.strip()
     parts = []
     for option in (maker.tidy(row.values[field]) for field in maker.task.choices):
         context, choice = maker.joined(before, option) if is_natural else (before, option)
         if maker.profile.winogrande_pieces == "suffix":
-            context, rest_scored = context + choice, rest if is_natural else maker.joined("", rest)[1]
-            parts.append((context, (rest_scored,), rest.strip()))
+            parts.append((context + choice, (rest,), rest.strip()))
         elif maker.profile.winogrande_pieces == "three":
             parts.append((context, (choice, rest), option + rest))
         else:
@@ -266,7 +268,7 @@ def _gap_choices(maker: _Maker, row: DataRow) -> list[tuple[str, tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Gap:
-    """A text with its gap, how many blank tokens stand for it, and what may stand in it."""
+    """A text with its gap, the number of blank tokens in place of it, and the texts that may fill it."""
 
     text: Cut
     length: int
@@ -274,7 +276,7 @@ class _Gap:
 
 
 def _triviaqa_gap(maker: _Maker, row: DataRow) -> _Gap:
-    """A prompt; the blank is as long as the longest alias, and whatever the profile adds."""
+    """A prompt; the blank is as long as the longest alias, plus what the profile adds."""
     prompt, aliases = maker.context(row), row.values["answer"]["aliases"]
     cuts = [maker.cut(*maker.joined(prompt, maker.tidy(alias))) for alias in aliases if alias.strip()]
     text, length = max(cuts, key=lambda one: len(one.middle)), maker.profile.length.get(maker.task.name)
@@ -291,8 +293,8 @@ def _rocstories_gap(maker: _Maker, row: DataRow) -> _Gap:
     )
     ending = maker.tidy(row.values[maker.task.choices[row.values["AnswerRightEnding"]]])
     before, middle = maker.joined(f"{first} {second}", third)
-    _, behind = maker.joined(third, f"{fourth} {ending}")
-    text = maker.cut(before, middle, behind)
+    _, after = maker.joined(third, f"{fourth} {ending}")
+    text = maker.cut(before, middle, after)
     is_by_slip = maker.profile.model == AR and maker.profile.ar_cap == "characters"
     return _Gap(text, len(third) if is_by_slip else len(text.middle), (third,))
 
@@ -330,7 +332,7 @@ _GAPS = {
 
 
 def _prompts_before(task: Task, profile: Profile, shots: Sequence[DataRow]) -> str:
-    """The solved examples in front of a prompt."""
+    """Returns the solved examples in front of a prompt."""
     wanted = profile.shots.get(task.name, 0)
     if len(shots) < wanted:
         raise InputError(f"{wanted} training rows are needed, got {len(shots)}", field=task.name)

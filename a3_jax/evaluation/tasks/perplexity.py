@@ -1,25 +1,28 @@
-"""How likely a left-to-right evaluator holds what a model wrote: after prompts of The Pile, or from nothing.
+"""Perplexity, under a left-to-right evaluator, of what a model writes: after Pile prompts, or from nothing.
 
     BOS | prompt            | what the model wrote
         | `ppl_full` takes the loss of both, `ppl` of what was written alone, given the prompt
 
-Perplexities are per token of the evaluator, so models with other tokenizers compare: their texts are
+Perplexities are per token of the evaluator, so models with different tokenizers compare: their texts are
 decoded and encoded again, and the border is where the prompt's characters end.
 """
 
 import dataclasses
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from a3_jax.borders import completion, predicted_tokens
+from a3_jax.borders import completion, predicted_tokens, whole_text
 from a3_jax.decoding.options import whole_number
 from a3_jax.errors import InputError
-from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
+from a3_jax.evaluation.models import A3, AR
+from a3_jax.evaluation.models.interface import NO_TOKENS, ScoreTarget, TextBlank
 from a3_jax.evaluation.tasks.catalogue import Task
-from a3_jax.evaluation.tasks.files import TaskFiles, read_rows
+from a3_jax.evaluation.tasks.examples import derived_seed
+from a3_jax.evaluation.tasks.files import DataRow, TaskFiles, read_rows
 from a3_jax.evaluation.tasks.metrics import (
     Figure,
     bits_per_byte,
@@ -28,10 +31,11 @@ from a3_jax.evaluation.tasks.metrics import (
     perplexity,
     unigram_entropy,
 )
-from a3_jax.evaluation.tasks.profiles import A3, AR, PileSettings, Profile
-from a3_jax.evaluation.tasks.prompts import pile_prompts, unconditional_blanks
+from a3_jax.evaluation.tasks.profiles import PileSettings, Profile
+from a3_jax.tokenizer import Tokenizer
 
-# What Table 2 calls its orders, in the samplers of masked-diffusion models.
+_CHARACTERS_A_TOKEN = 32  # documents are cut well after the tokens that count: books are long
+# The samplers of masked-diffusion models for the orders of Table 2.
 _LLADA = {"random": "random", "confidence": "low_confidence", "entropy": "entropy"}
 _DREAM = {"random": "origin", "confidence": "maskgit_plus", "entropy": "entropy"}
 _FILTERS = ("temperature", "top_p", "top_k")
@@ -42,8 +46,8 @@ class Variant:
     """A column of the table: texts of one length, written in one order.
 
     Attributes:
-      order: its name in figures; "l2r" for left-to-right models, "own" where the caller says how to write.
-      length: tokens of a whole text, prompt included.
+      order: its name in figures; "l2r" for left-to-right models, "own" for the caller's own options.
+      length: number of tokens of a whole text, prompt included.
       generate: decoding options.
     """
 
@@ -61,9 +65,9 @@ class Writing:
     """One text to write.
 
     Attributes:
-      variant: how.
-      row: the document that its prompt begins, from 1; without a prompt the number of the text.
-      blank: what is asked of the model.
+      variant: how it is written.
+      row: the number of the document whose beginning is the prompt, from 1; without a prompt of the text.
+      blank: the request to the model.
     """
 
     variant: Variant
@@ -75,12 +79,77 @@ class Writing:
         return f"{self.variant.name}/{self.row}", self.row, 0
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptExample:
+    """The beginning of a document.
+
+    Attributes:
+      row: the document's number in its files, from 1.
+      text: the prompt, without a last character that the evaluator's tokens hold only in part.
+      tokens: [P] int32 of the evaluated model, BOS first where its tokenizer adds one.
+      seed: seed of what continues it.
+    """
+
+    row: int
+    text: str
+    tokens: np.ndarray
+    seed: int
+
+    def blank(self, length: int) -> TextBlank:
+        """Returns the rest of a text of `length` tokens, this prompt included, as a blank."""
+        if length <= len(self.tokens):
+            message = f"{length} tokens are no more than the prompt of row {self.row}, {len(self.tokens)}"
+            raise InputError(message, field="pile.lengths")
+        return TextBlank(self.tokens, NO_TOKENS, length - len(self.tokens), self.seed)
+
+
+def pile_prompts(
+    rows: Iterable[DataRow], tokenizer: Tokenizer, evaluator: Tokenizer, settings: PileSettings, seed: int = 0
+) -> list[PromptExample]:
+    """Returns the first `settings.prompt` evaluator tokens of documents that are long enough, drawn by seed.
+
+    Every document gets a number from (seed, row); of those with at least `settings.min_tokens` evaluator
+    tokens, the `settings.samples` with the smallest numbers are taken, in the order of the file: the choice
+    does not depend on the evaluated model. Only documents whose number could still be chosen are encoded.
+    """
+    kept: list[tuple[int, int, str]] = []  # a heap: (-draw, -row, prompt)
+    for number, row in enumerate(rows, start=1):
+        draw = derived_seed(seed, number)
+        if len(kept) == settings.samples and -draw <= kept[0][0]:
+            continue
+        text = row.values["text"][: settings.min_tokens * _CHARACTERS_A_TOKEN]
+        ((tokens, offsets),) = evaluator.encode_with_offsets([text])
+        if len(tokens) >= settings.min_tokens:
+            entry = (-draw, -number, whole_text(text, offsets, settings.prompt))
+            (heapq.heappushpop if len(kept) == settings.samples else heapq.heappush)(kept, entry)
+    if len(kept) < settings.samples:
+        wanted = f"{settings.samples} documents of {settings.min_tokens} tokens"
+        message = f"{wanted} are wanted, {len(kept)} are there"
+        raise InputError(message, field="pile.samples")
+    chosen = sorted((-number, text) for _, number, text in kept)
+    return [
+        PromptExample(number, text, np.asarray(tokenizer.encode(text), np.int32), derived_seed(seed, number))
+        for number, text in chosen
+    ]
+
+
+def unconditional_blanks(tokenizer: Tokenizer, length: int, samples: int, seed: int = 0) -> list[TextBlank]:
+    """Returns blanks of whole texts of `length` tokens that begin with BOS, or EOS where there is no BOS."""
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if first is None:
+        raise InputError("the tokenizer has neither BOS nor EOS, and a text must begin with one")
+    if length < 2 or samples < 1:
+        raise InputError(f"{samples} texts of {length} tokens, BOS included, hold nothing to write")
+    prefix = np.asarray([first], np.int32)
+    return [TextBlank(prefix, NO_TOKENS, length - 1, derived_seed(seed, number)) for number in range(samples)]
+
+
 def variants_of(profile: Profile, family: str | None, generate: dict[str, Any]) -> list[Variant]:
-    """The columns that a profile asks of a model.
+    """Returns the columns that a profile asks of a model.
 
     Args:
-      family: of the checkpoint; decides the samplers of masked-diffusion models.
-      generate: options of the caller. With any beside temperature and filters, they say the order too.
+      family: the checkpoint's family; decides the samplers of masked-diffusion models.
+      generate: the caller's options. Any beside temperature and filters replaces the orders too.
     """
     pile = profile.pile
     _check(pile)
@@ -112,14 +181,11 @@ def writings(
     seed: int,
     samples: int | None,
 ) -> list[list[Writing]]:
-    """The texts to write, by variant.
+    """Returns the texts to write, by variant.
 
     Args:
       tokenizer, evaluator: tokenizers of the model and of the evaluator.
-      samples: texts a variant; None: as many as the profile says.
-
-    Raises:
-      InputError: too few documents, or a length that leaves nothing to write.
+      samples: texts per variant; None: as many as the profile says.
     """
     settings = profile.pile if samples is None else dataclasses.replace(profile.pile, samples=samples)
     _check(settings)
@@ -136,15 +202,15 @@ def writings(
     return [[Writing(variant, one.row, one.blank(variant.length)) for one in prompts] for variant in variants]
 
 
-def write_and_judge(chunk: Sequence[Writing], model, evaluator) -> list[dict[str, Any]]:
-    """Records of texts of one variant.
+def write_and_score(chunk: Sequence[Writing], model, evaluator) -> list[dict[str, Any]]:
+    """Lets a model write texts of one variant, and an evaluator score them.
 
     Args:
       model: an `EvaluatedModel` with its options set.
       evaluator: one that gives exact left-to-right log-probabilities.
 
     Returns:
-      One dict a text: "id", "row", "sample", "variant", "prompt" and "text" (what was written), "tokens" (the
+      One record per text: "id", "row", "sample", "variant", "prompt", "text" (as written), "tokens" (the
       model's own), "nats" and "nats_full" (losses under the evaluator, of what was written and of all),
       "scored" and "scored_full" (its tokens), "bytes" (of the text), "cut" (tokens beyond its context),
       "entropy" (of the model's tokens, nats).
@@ -157,7 +223,7 @@ def write_and_judge(chunk: Sequence[Writing], model, evaluator) -> list[dict[str
     losses = _losses(readings, evaluator)
     records = []
     for one, tokens, reading, loss in zip(chunk, written, readings, losses, strict=True):
-        behind = loss[max(reading.border - reading.first, 0) :]
+        written_loss = loss[max(reading.border - reading.first, 0) :]
         name, row, sample = one.key
         records.append(
             {
@@ -168,9 +234,9 @@ def write_and_judge(chunk: Sequence[Writing], model, evaluator) -> list[dict[str
                 "prompt": reading.prompt,
                 "text": reading.text,
                 "tokens": [int(token) for token in tokens],
-                "nats": float(behind.sum()),
+                "nats": float(written_loss.sum()),
                 "nats_full": float(loss.sum()),
-                "scored": len(behind),
+                "scored": len(written_loss),
                 "scored_full": len(loss),
                 "bytes": len(reading.text.encode("utf-8", "replace")),
                 "cut": reading.cut,
@@ -181,18 +247,15 @@ def write_and_judge(chunk: Sequence[Writing], model, evaluator) -> list[dict[str
 
 
 def is_retokenised(model, evaluator) -> bool:
-    """Whether texts have to be decoded for the evaluator."""
+    """Tells whether texts must be decoded and encoded again for the evaluator."""
     return not model.tokenizer.encodes_like(evaluator.tokenizer)
 
 
 def summarise_texts(records: Sequence[dict[str, Any]], variants: Sequence[Variant]) -> dict[str, Figure]:
-    """Figures by metric and variant, such as `ppl_random_512`: the perplexities of what was written first.
+    """Returns figures by metric and variant, such as `ppl_random_512`; the perplexities come first.
 
-    `ppl_*` are of the corpus, exp(all nats / all tokens), with the standard error of that ratio;
-    `ppl_*_mean` means of the texts' own. Texts without a token to score (`scored` 0) are left out.
-
-    Raises:
-      InputError: a variant without such a text.
+    `ppl_*` are over the corpus, exp(all nats / all tokens), with the standard error of that ratio;
+    `ppl_mean_*` are means over texts. Texts without a token to score (`scored` 0) are left out.
     """
     first, rest = {}, {}
     for variant in variants:
@@ -210,7 +273,7 @@ def summarise_texts(records: Sequence[dict[str, Any]], variants: Sequence[Varian
 
 
 def corpus_figure(nats: Sequence[float], counts: Sequence[int]) -> Figure:
-    """exp(all nats / all tokens) of [n] texts, with the standard error of a ratio of sums (delta method)."""
+    """Returns exp(all nats / all tokens) of [n] texts; standard error of a ratio of sums (delta method)."""
     value = perplexity(nats, counts)["corpus"]
     if len(nats) < 2:
         return Figure(value, None, len(nats))
@@ -253,7 +316,7 @@ def _check(pile: PileSettings) -> None:
 
 
 def _with_steps(way: dict[str, Any], length: int, pile: PileSettings) -> dict[str, Any]:
-    """Masked-diffusion samplers are told how many forwards, not how many tokens each commits."""
+    """Sets a masked-diffusion sampler's number of forwards, which decides how many tokens each commits."""
     if "sampler" not in way or "steps" in way:
         return way
     return {**way, "steps": "length" if pile.step_size == 1 else -(-length // pile.step_size)}
@@ -265,10 +328,10 @@ class _Reading:
 
     Attributes:
       tokens: [T] int32, its BOS (or EOS, where it has no BOS) first.
-      first: index of the first token that is scored.
+      first: index of the first scored token.
       border: index of the first token that holds a character of what was written.
       prompt, text: the two parts.
-      cut: tokens that its context had no room for.
+      cut: number of tokens beyond the evaluator's context.
     """
 
     tokens: np.ndarray
@@ -300,14 +363,11 @@ class _Reading:
 
 
 def _losses(readings: Sequence[_Reading], evaluator) -> list[np.ndarray]:
-    """[T - first] float64 nats of each; empty where a text has no token to score."""
+    """Returns [T - first] float64 nats of each text; empty where a text has no token to score."""
     targets = {
         index: ScoreTarget(one.tokens, one.first, len(one.tokens))
         for index, one in enumerate(readings)
         if len(one.tokens) > one.first
     }
     scored = dict(zip(targets, evaluator.token_logprobs(list(targets.values())), strict=True))
-    nothing = np.zeros(0, np.float64)
-    return [
-        -scored[index].astype(np.float64) if index in scored else nothing for index in range(len(readings))
-    ]
+    return [-np.asarray(scored.get(index, ()), np.float64) for index in range(len(readings))]
