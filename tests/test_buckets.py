@@ -13,7 +13,7 @@ from a3_jax import paths
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, InputError, RunError
 from a3_jax.evaluation import task_run
-from a3_jax.evaluation.harness_tasks import harness_files
+from a3_jax.evaluation.lm_eval_run import harness_files
 from a3_jax.evaluation.results import RecordFile
 from a3_jax.evaluation.runner import evaluate
 from a3_jax.training import train as training

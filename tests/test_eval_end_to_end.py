@@ -8,7 +8,7 @@ import pytest
 
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_OK
-from a3_jax.evaluation.recipes import PAPER_TABLES
+from a3_jax.evaluation.paper_tables import PAPER_TABLES
 from tests.eval_fixtures import write_fixtures
 from tests.tiny_hf import write_tiny_llama
 from tests.training_fixtures import LINES

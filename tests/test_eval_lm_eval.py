@@ -24,9 +24,12 @@ import lm_eval.tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from a3_jax.evaluation import lm_eval_run  # noqa: E402
-from a3_jax.evaluation.harness_tasks import harness_files  # noqa: E402
 from a3_jax.evaluation.lm_eval_model import HarnessModel, windows  # noqa: E402
-from a3_jax.evaluation.lm_eval_run import local_splits, run_lm_eval  # noqa: E402
+from a3_jax.evaluation.lm_eval_run import (  # noqa: E402
+    harness_files,
+    local_splits,
+    run_lm_eval,
+)
 
 LONGEST = 64
 PAIRS = [

@@ -9,8 +9,7 @@ import pytest
 
 from a3_jax.cli import _parse, main
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
-from a3_jax.evaluation.published import published, published_figures, sources, statuses
-from a3_jax.evaluation.recipes import PAPER_TABLES, ROWS
+from a3_jax.evaluation.paper_tables import PAPER_TABLES, ROWS, published, published_figures, sources, statuses
 from a3_jax.evaluation.reproduce import compare
 from a3_jax.evaluation.results import Result
 from a3_jax.evaluation.tasks.catalogue import TASKS

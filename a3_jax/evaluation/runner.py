@@ -10,7 +10,7 @@ from typing import Any
 
 from a3_jax.decoding.options import whole_number
 from a3_jax.errors import EXIT_PREEMPTED, InputError, RunError, check_seed
-from a3_jax.evaluation.harness_tasks import HARNESS, harness_files, run_harness
+from a3_jax.evaluation.lm_eval_run import HARNESS, harness_files, run_harness
 from a3_jax.evaluation.models import AR
 from a3_jax.evaluation.models.opening import kind_of, load_model
 from a3_jax.evaluation.results import (

@@ -1,18 +1,70 @@
-"""The rows of the paper's tables as data: which model, and the commands that make and evaluate it.
+"""The paper's tables as data: published figures, and for each row the commands that make and evaluate it.
 
-A row has a name, under which its results lie: `a3 eval ... --results=RESULTS/a3-1b` wrote RESULTS/a3-1b/.
+A row's name is the directory of its results: `a3 eval ... --results=RESULTS/a3-1b` writes RESULTS/a3-1b/.
+The figures are in `paper_tables.json`, each with its source and how certain it is.
 """
 
 import dataclasses
+import functools
+import importlib.resources
+import json
 import shlex
 
 from a3_jax.errors import InputError, nearest
 from a3_jax.evaluation.tasks.catalogue import PERPLEXITY, TASKS, Task
 
-ALL = "all"
-EVALUATOR = "Llama-3.1-8B"
-DATA_DIR = "data"
-_ROWS_OF_TEXT = "fineweb-2048"
+SUSPECT, COPIED = "suspect", "copied"  # of the statuses
+_ALL = "all"
+_EVALUATOR, _DATA_DIR, _TRAINING_ROWS = "Llama-3.1-8B", "data", "fineweb-2048"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A figure of a table.
+
+    Attributes:
+      table, model, metric: its place; metrics as in `catalogue.Task.cells`.
+      value, unit: as printed; percent are points.
+      source: key of `sources`.
+      status: key of `statuses`.
+      note: what is odd about it; "" for nothing.
+    """
+
+    table: str
+    model: str
+    metric: str
+    value: float
+    unit: str
+    source: str
+    status: str
+    note: str = ""
+
+
+@functools.cache
+def _file() -> dict:
+    text = importlib.resources.files("a3_jax.evaluation").joinpath("paper_tables.json")
+    return json.loads(text.read_text(encoding="utf-8"))
+
+
+def sources() -> dict[str, str]:
+    """Returns what the sources are, by key."""
+    return dict(_file()["sources"])
+
+
+def statuses() -> dict[str, str]:
+    """Returns what "read", "quoted", "copied" and so on mean for a figure."""
+    return dict(_file()["statuses"])
+
+
+@functools.cache
+def published_figures() -> tuple[Published, ...]:
+    """Returns all published figures, in the order of the tables."""
+    return tuple(Published(**entry) for entry in _file()["entries"])
+
+
+def published(table: str) -> dict[tuple[str, str], Published]:
+    """Returns the figures of a table by (model, metric)."""
+    return {(each.model, each.metric): each for each in published_figures() if each.table == table}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +72,12 @@ class TableRow:
     """A model of the tables.
 
     Attributes:
-      name: of the directory of its results.
-      model: kind of model, as in `a3 eval --model`; None: cited alone, this code can't run it.
-      checkpoint: what `a3 eval` is given.
-      commands: that make the checkpoint.
-      needs: what the commands take, one text each.
-      why_cited: of a row that is cited alone.
+      name: name of the directory of its results.
+      model: kind of model, as in `a3 eval --model`; None: only cited, this code can't run it.
+      checkpoint: the checkpoint to evaluate.
+      commands: commands that make the checkpoint.
+      needs: what the commands need, one text each.
+      why_cited: why a row is only cited.
     """
 
     name: str
@@ -41,10 +93,11 @@ class PaperTable:
     """A table.
 
     Attributes:
-      name: as in `a3 reproduce NAME`. key: in `paper_tables.json` and `tasks.Task.cells`.
+      name: as in `a3 reproduce NAME`.
+      key: as in `paper_tables.json` and `catalogue.Task.cells`.
       title: what it shows.
       rows: (name of a `TableRow`, its model's name in the paper), from top to bottom.
-      lower_is_better: of its figures.
+      lower_is_better: whether lower figures are better.
       notes: what a reader must know.
     """
 
@@ -57,7 +110,7 @@ class PaperTable:
 
     @property
     def columns(self) -> tuple[tuple[Task, str, str], ...]:
-        """(task, metric of its results, metric in the paper) of the columns, from left to right."""
+        """(task, metric of its results, metric in the paper) for each column, from left to right."""
         return tuple(
             (task, metric, name)
             for task in TASKS.values()
@@ -71,7 +124,7 @@ def _llama(name: str) -> str:
 
 
 def _trained(name: str, config: str, source: str, hardware: str) -> TableRow:
-    """A row that is adapted from a left-to-right model."""
+    """Makes a row whose model is adapted from a left-to-right one."""
     run, start = f"runs/{name}", f"{source}-a3".lower()
     return TableRow(
         name=name,
@@ -79,10 +132,10 @@ def _trained(name: str, config: str, source: str, hardware: str) -> TableRow:
         checkpoint=run,
         commands=(
             f"a3 convert {source} {start}",
-            f"a3 data prepare 'fineweb/*.parquet' {_ROWS_OF_TEXT} --tokenizer={source} --seq_len=2048 "
+            f"a3 data prepare 'fineweb/*.parquet' {_TRAINING_ROWS} --tokenizer={source} --seq_len=2048 "
             "--holdout=1000",
             f"a3 train --config=configs/{config}.py --workdir={run} --config.init_from={start} "
-            f"--config.data={_ROWS_OF_TEXT}",
+            f"--config.data={_TRAINING_ROWS}",
         ),
         needs=(
             _llama(source),
@@ -184,37 +237,37 @@ PAPER_TABLES: dict[str, PaperTable] = {
 
 
 def tables_named(name: str) -> list[PaperTable]:
-    """The table of a name, or all of them.
-
-    Raises:
-      InputError: no such table; with the nearest name.
-    """
-    known = [*PAPER_TABLES, ALL]
+    """Returns the table of a name, or all of them."""
+    known = [*PAPER_TABLES, _ALL]
     if name not in known:
         message = f"no table {name!r}{nearest(name, known) or '; known are ' + ', '.join(known)}"
         raise InputError(message, field="TABLE")
-    return list(PAPER_TABLES.values()) if name == ALL else [PAPER_TABLES[name]]
+    return list(PAPER_TABLES.values()) if name == _ALL else [PAPER_TABLES[name]]
 
 
 def evaluation_command(row: TableRow, tasks, profile: str, results: str) -> str:
-    """The command that evaluates a row on tasks, into its directory of results."""
+    """Returns the command that evaluates a row on tasks, into its directory of results."""
     words = ["a3", "eval", row.checkpoint, f"--tasks={','.join(task.name for task in tasks)}"]
-    words += [f"--data_dir={DATA_DIR}", f"--profile={profile}", f"--results={results.rstrip('/')}/{row.name}"]
+    words += [
+        f"--data_dir={_DATA_DIR}",
+        f"--profile={profile}",
+        f"--results={results.rstrip('/')}/{row.name}",
+    ]
     if row.model != "a3":
         words.append(f"--model={row.model}")
     if any(task.kind == PERPLEXITY for task in tasks):
-        words.append(f"--evaluator={EVALUATOR}")
+        words.append(f"--evaluator={_EVALUATOR}")
     return shlex.join(words)
 
 
 def needs(row: TableRow, tasks) -> list[str]:
-    """What the commands of a row and `evaluation_command` take, data files of the tasks apart."""
+    """Returns what the commands of a row and `evaluation_command` need, except for the data files."""
     found = list(row.needs)
     if any(task.kind == PERPLEXITY for task in tasks):
-        found.append(f"as the evaluator, {_llama(EVALUATOR)}")
+        found.append(f"as the evaluator, {_llama(_EVALUATOR)}")
     return found
 
 
 def data_files(tasks) -> list[str]:
-    """The data file of each task and where people get it; `a3 eval --list` tells its other names."""
-    return [f"{DATA_DIR}/{task.name}/{task.files[0]}: {task.where}" for task in tasks if task.files]
+    """Returns the data file of each task and where people get it; `a3 eval --list` has its other names."""
+    return [f"{_DATA_DIR}/{task.name}/{task.files[0]}: {task.where}" for task in tasks if task.files]
