@@ -146,34 +146,21 @@ def _trained(name: str, config: str, source: str, hardware: str) -> TableRow:
 
 
 _V5E_64 = "v5e:8x8 (64 chips of 16 GiB)"
-ROWS: dict[str, TableRow] = {
-    row.name: row
-    for row in (
-        TableRow("llama-3.1-8b", "ar", "Llama-3.1-8B", needs=(_llama("Llama-3.1-8B"),)),
-        TableRow(
-            "plaid-1b",
-            None,
-            why_cited="continuous diffusion, which this code does not run; the paper copies its figures too",
-        ),
-        TableRow(
-            "dream-7b",
-            "masked_diffusion",
-            "Dream-v0-Base-7B",
-            needs=("Dream-v0-Base-7B from huggingface.co/Dream-org (safetensors)",),
-        ),
-        TableRow(
-            "diffullama-7b",
-            "masked_diffusion",
-            "diffullama",
-            needs=("diffullama from huggingface.co/diffusionfamily (safetensors)",),
-        ),
-        _trained("a3-1b", "a3_llama32_1b", "Llama-3.2-1B", "v5e:4x4 (16 chips of 16 GiB)"),
-        _trained("a3-3b", "a3_llama32_3b", "Llama-3.2-3B", _V5E_64),
-        _trained("a3-8b", "a3_llama31_8b", "Llama-3.1-8B", "v5p:4x4x4 (64 chips of 95 GiB)"),
-        _trained("a3-three-stages", "a3_ablation_three_stages", "Llama-3.2-3B", _V5E_64),
-        _trained("a3-last-stage", "a3_ablation_last_stage", "Llama-3.2-3B", _V5E_64),
-    )
-}
+_ROWS = (
+    TableRow("llama-3.1-8b", "ar", "Llama-3.1-8B", needs=(_llama("Llama-3.1-8B"),)),
+    TableRow("plaid-1b", None, why_cited="continuous diffusion, which this code does not run; the paper "
+             "copies its figures too"),
+    TableRow("dream-7b", "masked_diffusion", "Dream-v0-Base-7B",
+             needs=("Dream-v0-Base-7B from huggingface.co/Dream-org (safetensors)",)),
+    TableRow("diffullama-7b", "masked_diffusion", "diffullama",
+             needs=("diffullama from huggingface.co/diffusionfamily (safetensors)",)),
+    _trained("a3-1b", "a3_llama32_1b", "Llama-3.2-1B", "v5e:4x4 (16 chips of 16 GiB)"),
+    _trained("a3-3b", "a3_llama32_3b", "Llama-3.2-3B", _V5E_64),
+    _trained("a3-8b", "a3_llama31_8b", "Llama-3.1-8B", "v5p:4x4x4 (64 chips of 95 GiB)"),
+    _trained("a3-three-stages", "a3_ablation_three_stages", "Llama-3.2-3B", _V5E_64),
+    _trained("a3-last-stage", "a3_ablation_last_stage", "Llama-3.2-3B", _V5E_64),
+)  # fmt: skip
+ROWS: dict[str, TableRow] = {row.name: row for row in _ROWS}
 
 _QUOTED = "The paper's figures stand here as public reading notes quote them (docs/evaluation.md)."
 _TOKENS = (

@@ -33,7 +33,7 @@ from a3_jax.paths import as_path
 NOT_RUN, CITED, CHANGED = "not run", "cited", "~"
 _MARKS = {COPIED: "*", SUSPECT: "?"}
 _LEGEND = "Each cell: the paper's figure; ours with its standard error; their difference in standard errors."
-_TOLD = {
+_EXPLANATIONS = {
     "*": "* copied in the paper from DiffuLLaMA, arXiv 2410.17891",
     "?": "? probably a slip of the paper: equal to the ROCStories figures of Llama-3.1-8B",
 }
@@ -306,32 +306,31 @@ def footnotes(comparison: Comparison) -> list[str]:
     """Returns the legend, the marks that occur, what is special about results, and the notes."""
     cells = [(row, cell) for row in comparison.rows for cell in row.cells]
     marks = {_MARKS.get(cell.published.status, "") for _, cell in cells if cell.published}
-    told = [_LEGEND, *(text for mark, text in _TOLD.items() if mark in marks)]
+    notes = [_LEGEND, *(text for mark, text in _EXPLANATIONS.items() if mark in marks)]
     for row, cell in cells:
         if cell.changes:
             changes = ", ".join(cell.changes)
-            told.append(f"{CHANGED} {row.label}, {cell.task.name}: not the profile as it is: {changes}")
+            notes.append(f"{CHANGED} {row.label}, {cell.task.name}: not the profile as it is: {changes}")
     for row in comparison.rows:
-        told += _ours(row)
+        notes += _origins(row)
         if row.recipe is not None and row.recipe.why_cited:
-            told.append(f"{row.label} is cited alone: {row.recipe.why_cited}.")
-    return [*dict.fromkeys(told), *comparison.notes]
+            notes.append(f"{row.label} is cited alone: {row.recipe.why_cited}.")
+    return [*dict.fromkeys(notes), *comparison.notes]
 
 
-def _ours(row: RowComparison) -> list[str]:
+def _origins(row: RowComparison) -> list[str]:
     """Names the checkpoints of a row's figures, and the number of examples."""
     counts: dict[str, dict[str, str]] = {}
     for cell in row.cells:
         if cell.ours and cell.result:
             origin, skipped = cell.result.checkpoint, sum(cell.result.skipped.values())
             place = f"{origin.get('path')} ({str(origin.get('fingerprint'))[:16]})"
-            told = f"{cell.task.name} {cell.result.examples:,}" + (
-                f" ({skipped:,} skipped)" if skipped else ""
-            )
-            counts.setdefault(place, {})[cell.task.name] = told
+            count = f"{cell.task.name} {cell.result.examples:,}"
+            count += f" ({skipped:,} skipped)" if skipped else ""
+            counts.setdefault(place, {})[cell.task.name] = count
     return [
-        f"{row.label}: ours is {place}; examples: {', '.join(told.values())}"
-        for place, told in counts.items()
+        f"{row.label}: ours is {place}; examples: {', '.join(found.values())}"
+        for place, found in counts.items()
     ]
 
 

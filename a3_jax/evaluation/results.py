@@ -80,8 +80,8 @@ class Result:
         """Reads the JSON of a file; refuses another schema version, missing fields and wrong types."""
         schema = value.get("schema")
         if schema != SCHEMA:
-            told = f"version {SCHEMA} is read, this is {schema!r}: run the evaluation again"
-            raise InputError(told, file=file, field="schema")
+            message = f"version {SCHEMA} is read, this is {schema!r}: run the evaluation again"
+            raise InputError(message, file=file, field="schema")
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in value:
@@ -170,8 +170,8 @@ def load_results(directory) -> list[Result]:
 
 def _figure(name: str, value, file) -> Figure:
     if not isinstance(value, dict) or sorted(value) != ["count", "standard_error", "value"]:
-        told = "must have value, standard_error and count"
-        raise InputError(told, file=file, field=f"figures.{name}")
+        message = "must have value, standard_error and count"
+        raise InputError(message, file=file, field=f"figures.{name}")
     for key in ("value", "standard_error", "count"):
         is_number = isinstance(value[key], int | float) and not isinstance(value[key], bool)
         if not is_number and not (key == "standard_error" and value[key] is None):

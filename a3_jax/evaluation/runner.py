@@ -131,8 +131,8 @@ def run_chunks(task_run: TaskRun, records: RecordFile, stop: Stop = _never, tell
         missing = [index for index, item in enumerate(chunk) if task_run.key_of(item) not in known]
         if missing:
             if stop():
-                told = f"{task_run.task}: stopped at {done:,} of {total:,} examples; the same command goes on"
-                raise RunError(EXIT_PREEMPTED, told)
+                where = f"{task_run.task}: stopped at {done:,} of {total:,} examples"
+                raise RunError(EXIT_PREEMPTED, f"{where}; the same command goes on")
             started = time.monotonic()
             found = task_run.answer(chunk)
             seconds = round((time.monotonic() - started) / len(missing), 6)

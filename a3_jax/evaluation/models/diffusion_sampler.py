@@ -66,7 +66,7 @@ class _Rule(NamedTuple):
     """Which masked tokens a step commits.
 
     Attributes:
-      choice: a name of `_CHOICES`.
+      choice: "best" (so many), "best_share" (such a share of the masked), "all_but_worst" or "chance".
       schedule: (tokens of the blank, steps) -> an amount for each step.
       score: "drawn" (log-probability of what was drawn), "plain" (at temperature 1, unfiltered), or a
         criterion of `decoding.sampling.candidate_score`.
@@ -273,11 +273,13 @@ def _sample(params, text: PaddedTexts, *, spec: _LoopSpec) -> SamplerState:
         shown = jnp.where(state.masked, mask_token, state.chosen)
         tokens = text.tokens.at[rows, blank_columns].set(shown, mode="drop")
         hidden = predicting_rows(model, params, tokens, text.lengths, jnp.where(inside, columns, 0))
-        keys = jax.vmap(lambda key: _keys(key, state.step, place))(text.key)
+        # A column's key is a function of the blank's own key, the step and the column.
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(text.key, state.step)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(step_keys, place)
         draw_and_score = functools.partial(_drawn, params, spec, model.precision)
         drawn, score = map_rows(draw_and_score, (hidden, keys), config.vocab_size)
-        amount = text.schedule[:, state.step]
-        commit = state.masked & jax.vmap(_CHOICES[spec.choice])(score, state.masked, inside, amount)
+        amount, chosen = text.schedule[:, state.step], functools.partial(_commits, spec.choice)
+        commit = state.masked & jax.vmap(chosen)(score, state.masked, inside, amount)
         return SamplerState(
             step=state.step + 1,
             chosen=jnp.where(commit, drawn, state.chosen),
@@ -288,11 +290,6 @@ def _sample(params, text: PaddedTexts, *, spec: _LoopSpec) -> SamplerState:
     nothing = jnp.zeros(inside.shape, jnp.int32)
     first = SamplerState(step=jnp.int32(0), chosen=nothing, masked=inside, committed=nothing)
     return jax.lax.while_loop(lambda state: jnp.any(state.masked), step, first)
-
-
-def _keys(key, step, place):
-    """Returns a key for each column: a function of the blank's own key, the step and the column."""
-    return jax.vmap(lambda column: jax.random.fold_in(jax.random.fold_in(key, step), column))(place)
 
 
 def _drawn(params, spec: _LoopSpec, precision, hidden_D, key):
@@ -309,30 +306,15 @@ def _drawn(params, spec: _LoopSpec, precision, hidden_D, key):
     return token, candidate_score(log_probs_V, score_key, score)
 
 
-def _best(score, masked, inside, amount):
-    """Commits the best `amount` of the masked, the first on a tie."""
-    del inside
-    return _rank(-score, masked) < amount
-
-
-def _best_share(score, masked, inside, amount):
-    return _best(score, masked, inside, jnp.floor(jnp.sum(masked) * amount))
-
-
-def _all_but_worst(score, masked, inside, amount):
-    """Commits all but the `amount` worst of the blank, counting committed ones."""
-    del masked
-    return _rank(score, inside) >= amount
-
-
-def _chance(score, masked, inside, amount):
-    del masked, inside
-    return score < amount  # the score is uniform
-
-
-_CHOICES = {
-    "best": _best, "best_share": _best_share, "all_but_worst": _all_but_worst, "chance": _chance,
-}  # fmt: skip
+def _commits(choice: str, score, masked, inside, amount):
+    """Returns [Q] bool: the columns of one blank that a step commits; `choice` as in `_Rule`."""
+    if choice == "chance":
+        return score < amount  # the score is uniform
+    if choice == "all_but_worst":  # of the whole blank, committed columns included
+        return _rank(score, inside) >= amount
+    if choice == "best_share":
+        amount = jnp.floor(jnp.sum(masked) * amount)
+    return _rank(-score, masked) < amount  # the first on a tie
 
 
 def _rank(value, among):

@@ -109,7 +109,7 @@ def make_examples(
         raise ValueError(f"{task.name} has no examples: see `perplexity`")
     maker = _Maker(task, profile, tokenizer, _prompts_before(task, profile, shots))
     for number, row in enumerate(rows, start=1):
-        name = _name(task, row, number)
+        name = next((row.values[field] for field in task.id_fields if field in row.values), str(number))
         if task.kind == CHOICE:
             yield maker.choice(row, number, name, seed)
         else:
@@ -155,16 +155,9 @@ class _Maker:
         )
         texts = tuple(text for _, _, text in parts)
         label = next(field.name for field in self.task.fields if field.kind == "label")
-        return ChoiceExample(
-            id=name,
-            row=number,
-            targets=targets,
-            gold=row.values[label],
-            choices=texts,
-            tokens=tuple(target.stop - target.start for target in targets),
-            characters=tuple(len(text) for text in texts),
-            bytes=tuple(len(text.encode()) for text in texts),
-        )
+        lengths = tuple(target.stop - target.start for target in targets)
+        characters, sizes = tuple(map(len, texts)), tuple(len(text.encode()) for text in texts)
+        return ChoiceExample(name, number, targets, row.values[label], texts, lengths, characters, sizes)
 
     def fills(self, row: DataRow, number: int, name: str, seed: int, samples: int) -> Iterator[FillExample]:
         gap = (_code_gap if self.task.kind == CODE else _GAPS[self.task.name])(self, row)
@@ -225,10 +218,6 @@ class _Maker:
         return [*self._front, *tokens]
 
 
-def _name(task: Task, row: DataRow, number: int) -> str:
-    return next((row.values[field] for field in task.id_fields if field in row.values), str(number))
-
-
 def _plain_choices(maker: _Maker, row: DataRow) -> list[tuple[str, tuple[str, ...], str]]:
     """Returns (context, pieces scored, text) of each choice."""
     fields = maker.task.choices
@@ -276,7 +265,7 @@ class _Gap:
 
 
 def _triviaqa_gap(maker: _Maker, row: DataRow) -> _Gap:
-    """A prompt; the blank is as long as the longest alias, plus what the profile adds."""
+    """Takes a prompt; the blank is as long as the longest alias, plus what the profile adds."""
     prompt, aliases = maker.context(row), row.values["answer"]["aliases"]
     cuts = [maker.cut(*maker.joined(prompt, maker.tidy(alias))) for alias in aliases if alias.strip()]
     text, length = max(cuts, key=lambda one: len(one.middle)), maker.profile.length.get(maker.task.name)
@@ -287,7 +276,7 @@ def _triviaqa_gap(maker: _Maker, row: DataRow) -> _Gap:
 
 
 def _rocstories_gap(maker: _Maker, row: DataRow) -> _Gap:
-    """Sentences 1 and 2, a blank for the third, then 4 and the right ending."""
+    """Takes sentences 1 and 2, a blank for the third, then 4 and the right ending."""
     first, second, third, fourth = (
         maker.tidy(row.values[f"InputSentence{number}"]) for number in (1, 2, 3, 4)
     )
@@ -300,7 +289,7 @@ def _rocstories_gap(maker: _Maker, row: DataRow) -> _Gap:
 
 
 def _lambada_gap(maker: _Maker, row: DataRow) -> _Gap:
-    """All of a passage but its last word; the spaces before that word belong to the blank."""
+    """Takes all of a passage but its last word; the spaces before that word belong to the blank."""
     text = row.values["text"].strip()
     start = len(text) - len(re.split(r"\s", text)[-1])
     if not start:
@@ -317,18 +306,15 @@ def _gsm8k_gap(maker: _Maker, row: DataRow) -> _Gap:
 
 
 def _code_gap(maker: _Maker, row: DataRow) -> _Gap:
-    """A program with a hole, as it is, under every profile: spaces mean something there."""
+    """Takes a program with a hole as it is, under every profile: its spaces have a meaning."""
     middle = row.values["canonical_solution"]
     text = cut(maker.tokenizer, row.values["prompt"], middle, row.values["suffix"])
     return _Gap(text, len(text.middle), (middle,))
 
 
 _GAPS = {
-    "triviaqa": _triviaqa_gap,
-    "rocstories": _rocstories_gap,
-    "lambada": _lambada_gap,
-    "gsm8k": _gsm8k_gap,
-}
+    "triviaqa": _triviaqa_gap, "rocstories": _rocstories_gap, "lambada": _lambada_gap, "gsm8k": _gsm8k_gap,
+}  # fmt: skip
 
 
 def _prompts_before(task: Task, profile: Profile, shots: Sequence[DataRow]) -> str:

@@ -270,7 +270,7 @@ def _checked(task: Task, row: DataRow, record: dict) -> Iterator[tuple[str, Any]
     for field in task.fields:
         name = next((name for name in field.names if name in record), None)
         if name is not None:
-            yield field.name, _CHECKS[field.kind](task, row, field, record[name])
+            yield field.name, _value(task, row, field, record[name])
         elif field.required:
             message = f"is missing{nearest(field.name, record) or '; the row has ' + ', '.join(record)}"
             if field.kind == "label" and task.labels_file:
@@ -278,8 +278,34 @@ def _checked(task: Task, row: DataRow, record: dict) -> Iterator[tuple[str, Any]
             raise row.error(message, field.name)
 
 
-def _text(task: Task, row: DataRow, field: Field, value) -> str:
-    del task
+def _value(task: Task, row: DataRow, field: Field, value) -> Any:
+    """Checks a value; labels become the index of the choice, identifiers texts."""
+    if field.kind == "answer":
+        return _aliases(row, field, value)
+    if field.kind == "texts":
+        if not isinstance(value, list | tuple) or len(value) != len(task.labels):
+            got = f"{len(value)} of them" if isinstance(value, list | tuple) else _type(value)
+            raise row.error(f"must be a list of {len(task.labels)} texts, got {got}", field.name)
+        return [_text(row, field, text) for text in value]
+    if field.kind == "text":
+        return _text(row, field, value)
+    is_name = isinstance(value, str | int) and not isinstance(value, bool)  # files hold either
+    if field.kind == "id":
+        if not is_name:
+            raise row.error(f"must be a text or a whole number, got {_type(value)}", field.name)
+        return str(value)
+    if not is_name:
+        raise row.error(f"must be one of {', '.join(task.labels)}, got {_type(value)}", field.name)
+    label = str(value).strip()
+    if label in ("", "-1"):
+        message = f"has no label ({value!r}), as in a test split: take the validation split"
+        raise row.error(message, field.name)
+    if label not in task.labels:
+        raise row.error(f"must be one of {', '.join(task.labels)}, got {value!r}", field.name)
+    return task.labels.index(label)
+
+
+def _text(row: DataRow, field: Field, value) -> str:
     if not isinstance(value, str):
         raise row.error(f"must be a text, got {_type(value)}", field.name)
     if not value.strip() and not field.may_be_empty:
@@ -287,30 +313,8 @@ def _text(task: Task, row: DataRow, field: Field, value) -> str:
     return value
 
 
-def _texts(task: Task, row: DataRow, field: Field, value) -> list[str]:
-    if not isinstance(value, list | tuple) or len(value) != len(task.labels):
-        got = f"{len(value)} of them" if isinstance(value, list | tuple) else _type(value)
-        raise row.error(f"must be a list of {len(task.labels)} texts, got {got}", field.name)
-    return [_text(task, row, field, text) for text in value]
-
-
-def _label(task: Task, row: DataRow, field: Field, value) -> int:
-    """Returns the index of the choice; files hold labels as texts or as numbers."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise row.error(f"must be one of {', '.join(task.labels)}, got {_type(value)}", field.name)
-    label = str(value).strip()
-    if label in ("", "-1"):
-        raise row.error(
-            f"has no label ({value!r}), as in a test split: take the validation split", field.name
-        )
-    if label not in task.labels:
-        raise row.error(f"must be one of {', '.join(task.labels)}, got {value!r}", field.name)
-    return task.labels.index(label)
-
-
-def _answer(task: Task, row: DataRow, field: Field, value) -> dict[str, list[str]]:
+def _aliases(row: DataRow, field: Field, value) -> dict[str, list[str]]:
     """Returns the aliases of a TriviaQA answer, as written and normalised by the data set's authors."""
-    del task
     if not isinstance(value, dict):
         raise row.error(f"must be a record with aliases, got {_type(value)}", field.name)
     found = {}
@@ -324,15 +328,5 @@ def _answer(task: Task, row: DataRow, field: Field, value) -> dict[str, list[str
     return found
 
 
-def _id(task: Task, row: DataRow, field: Field, value) -> str:
-    del task
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise row.error(f"must be a text or a whole number, got {_type(value)}", field.name)
-    return str(value)
-
-
 def _type(value) -> str:
     return "nothing" if value is None else type(value).__name__
-
-
-_CHECKS = {"text": _text, "texts": _texts, "label": _label, "answer": _answer, "id": _id}

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from a3_jax.borders import completion, predicted_tokens, whole_text
-from a3_jax.decoding.options import whole_number
 from a3_jax.errors import InputError
 from a3_jax.evaluation.models import A3, AR
 from a3_jax.evaluation.models.interface import NO_TOKENS, ScoreTarget, TextBlank
@@ -152,7 +151,6 @@ def variants_of(profile: Profile, family: str | None, generate: dict[str, Any]) 
       generate: the caller's options. Any beside temperature and filters replaces the orders too.
     """
     pile = profile.pile
-    _check(pile)
     base = {"temperature": pile.temperature, "top_p": pile.top_p}
     if any(name not in _FILTERS for name in generate):
         ways = {"own": base | generate}
@@ -164,11 +162,13 @@ def variants_of(profile: Profile, family: str | None, generate: dict[str, Any]) 
     else:
         samplers = _LLADA if family == "llada" else _DREAM
         ways = {order: {"sampler": samplers[order], **base, **generate} for order in pile.orders}
-    return [
-        Variant(name, length, _with_steps(way, length, pile))
-        for length in pile.lengths
-        for name, way in ways.items()
-    ]
+    found = []
+    for length in pile.lengths:
+        for name, way in ways.items():
+            if "sampler" in way and "steps" not in way:  # forwards, which decide how many each commits
+                way = {**way, "steps": "length" if pile.step_size == 1 else -(-length // pile.step_size)}
+            found.append(Variant(name, length, way))
+    return found
 
 
 def writings(
@@ -188,7 +188,6 @@ def writings(
       samples: texts per variant; None: as many as the profile says.
     """
     settings = profile.pile if samples is None else dataclasses.replace(profile.pile, samples=samples)
-    _check(settings)
     if not task.files:
         blanks = {
             length: unconditional_blanks(tokenizer, length, settings.samples, seed)
@@ -223,7 +222,7 @@ def write_and_score(chunk: Sequence[Writing], model, evaluator) -> list[dict[str
     losses = _losses(readings, evaluator)
     records = []
     for one, tokens, reading, loss in zip(chunk, written, readings, losses, strict=True):
-        written_loss = loss[max(reading.border - reading.first, 0) :]
+        written_loss = loss[reading.border - 1 :]
         name, row, sample = one.key
         records.append(
             {
@@ -261,14 +260,24 @@ def summarise_texts(records: Sequence[dict[str, Any]], variants: Sequence[Varian
     for variant in variants:
         own = [record for record in records if record["variant"] == variant.name and record["scored"]]
         if not own:
-            raise InputError(
-                f"no text of {variant.name} has a token that the evaluator can score", field="tasks"
-            )
-        nats, counts = _columns(own, "nats", "scored")
+            message = f"no text of {variant.name} has a token that the evaluator can score"
+            raise InputError(message, field="tasks")
+        nats, counts, full, full_counts, sequences, sizes, entropies = (
+            [record[name] for record in own]
+            for name in ("nats", "scored", "nats_full", "scored_full", "tokens", "bytes", "entropy")
+        )
         first[f"ppl_{variant.name}"] = corpus_figure(nats, counts)
-        rest |= {
-            f"{name}_{variant.name}": figure for name, figure in _other_figures(own, nats, counts).items()
+        others = {
+            "ppl_mean": mean_figure(np.exp(np.divide(nats, counts)).tolist(), 1.0),
+            "ppl_full": corpus_figure(full, full_counts),
+            "ppl_full_mean": mean_figure(np.exp(np.divide(full, full_counts)).tolist(), 1.0),
+            "unigram_entropy": mean_figure(entropies, 1.0),
+            "distinct_1": Figure(distinct_n(sequences, 1), None, len(own)),
+            "distinct_2": Figure(distinct_n(sequences, 2), None, len(own)),
         }
+        if sum(sizes):
+            others["bits_per_byte"] = Figure(bits_per_byte(nats, sizes), None, len(own))
+        rest |= {f"{name}_{variant.name}": figure for name, figure in others.items()}
     return first | rest
 
 
@@ -283,59 +292,18 @@ def corpus_figure(nats: Sequence[float], counts: Sequence[int]) -> Figure:
     return Figure(value, float(value * spread), len(nats))
 
 
-def _other_figures(own, nats, counts) -> dict[str, Figure]:
-    full, full_counts = _columns(own, "nats_full", "scored_full")
-    sequences, sizes = [record["tokens"] for record in own], [record["bytes"] for record in own]
-    figures = {
-        "ppl_mean": mean_figure(np.exp(np.divide(nats, counts)).tolist(), 1.0),
-        "ppl_full": corpus_figure(full, full_counts),
-        "ppl_full_mean": mean_figure(np.exp(np.divide(full, full_counts)).tolist(), 1.0),
-        "unigram_entropy": mean_figure([record["entropy"] for record in own], 1.0),
-        "distinct_1": Figure(distinct_n(sequences, 1), None, len(own)),
-        "distinct_2": Figure(distinct_n(sequences, 2), None, len(own)),
-    }
-    if sum(sizes):
-        figures["bits_per_byte"] = Figure(bits_per_byte(nats, sizes), None, len(own))
-    return figures
-
-
-def _columns(records, *names) -> list[list]:
-    return [[record[name] for record in records] for name in names]
-
-
-def _check(pile: PileSettings) -> None:
-    for name, values in (
-        ("samples", [pile.samples]), ("prompt", [pile.prompt]), ("min_tokens", [pile.min_tokens]),
-        ("step_size", [pile.step_size]), ("lengths", pile.lengths),
-    ):  # fmt: skip
-        for value in values:
-            whole_number(f"pile.{name}", value, 1)
-    for order in pile.orders:
-        if order not in _DREAM:
-            raise InputError(f"must be among {', '.join(_DREAM)}, got {order!r}", field="pile.orders")
-
-
-def _with_steps(way: dict[str, Any], length: int, pile: PileSettings) -> dict[str, Any]:
-    """Sets a masked-diffusion sampler's number of forwards, which decides how many tokens each commits."""
-    if "sampler" not in way or "steps" in way:
-        return way
-    return {**way, "steps": "length" if pile.step_size == 1 else -(-length // pile.step_size)}
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Reading:
     """A text as the evaluator reads it.
 
     Attributes:
       tokens: [T] int32, its BOS (or EOS, where it has no BOS) first.
-      first: index of the first scored token.
       border: index of the first token that holds a character of what was written.
       prompt, text: the two parts.
       cut: number of tokens beyond the evaluator's context.
     """
 
     tokens: np.ndarray
-    first: int
     border: int
     prompt: str
     text: str
@@ -358,16 +326,16 @@ class _Reading:
         before = [] if start is None else [start]
         whole = np.asarray([*before, *tokens], np.int32)
         kept = whole[: getattr(evaluator, "scored_length", evaluator.max_length)]
-        border = max(border + len(before), 1)  # nothing scores a text's very first token
-        return cls(kept, 1, border, prompt, text, len(whole) - len(kept))
+        border = max(border + len(before), 1)  # the very first token is never scored
+        return cls(kept, border, prompt, text, len(whole) - len(kept))
 
 
 def _losses(readings: Sequence[_Reading], evaluator) -> list[np.ndarray]:
-    """Returns [T - first] float64 nats of each text; empty where a text has no token to score."""
+    """Returns [T - 1] float64 nats of each text, its first token left out; empty where nothing is left."""
     targets = {
-        index: ScoreTarget(one.tokens, one.first, len(one.tokens))
+        index: ScoreTarget(one.tokens, 1, len(one.tokens))
         for index, one in enumerate(readings)
-        if len(one.tokens) > one.first
+        if len(one.tokens) > 1
     }
     scored = dict(zip(targets, evaluator.token_logprobs(list(targets.values())), strict=True))
     return [-np.asarray(scored.get(index, ()), np.float64) for index in range(len(readings))]

@@ -28,6 +28,7 @@ from a3_jax.evaluation.tasks.catalogue import (
 )
 
 BOS_POLICIES = ("first", "each", "none")
+PILE_ORDERS = ("random", "confidence", "entropy")
 RULES = ("sum", "per_token", "per_character", "per_byte")
 _VALUES = {
     "join_space": ("script", "natural"),
@@ -61,10 +62,20 @@ class PileSettings:
     prompt: int = 128
     min_tokens: int = 1024
     lengths: tuple[int, ...] = (512, 1024)
-    orders: tuple[str, ...] = ("random", "confidence", "entropy")
+    orders: tuple[str, ...] = PILE_ORDERS
     step_size: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
+
+    def __post_init__(self):
+        for name in ("samples", "prompt", "min_tokens", "step_size"):
+            whole_number(f"pile.{name}", getattr(self, name), 1)
+        for length in self.lengths:
+            whole_number("pile.lengths", length, 1)
+        for order in self.orders:
+            if order not in PILE_ORDERS:
+                message = f"must be among {', '.join(PILE_ORDERS)}, got {order!r}"
+                raise InputError(message, field="pile.orders")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +279,7 @@ _RULE_AR = {"hellaswag": "per_token", "winogrande": "per_token", "piqa": "sum", 
 
 
 def _sampled(model: str) -> dict[str, dict]:
-    """Filling as in the diffusion scripts: confidence order, temperature 0.9, no top-p."""
+    """Fills as the diffusion scripts do: confidence order, temperature 0.9, no top-p."""
     if model == AR:
         return {task: {"temperature": 0.0} for task in _FILL_TASKS}
     if model == A3:
