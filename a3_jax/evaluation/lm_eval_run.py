@@ -145,9 +145,9 @@ def run_lm_eval(
                 field="tasks",
             )
     with (
-        tempfile.TemporaryDirectory() as work,
+        tempfile.TemporaryDirectory() as scratch,
         _network(download),
-        _local_files(manager, task_names, data_dir, Path(work), num_fewshot) as local,
+        _local_files(manager, task_names, data_dir, Path(scratch), num_fewshot) as local,
     ):
         if not download:
             _refuse_absent(manager, task_names, local, data_dir)
@@ -224,7 +224,7 @@ def _known_tasks():
 
 
 @contextlib.contextmanager
-def _local_files(manager, task_names, data_dir, work: Path, num_fewshot: int | None) -> Iterator[set[str]]:
+def _local_files(manager, task_names, data_dir, scratch: Path, num_fewshot: int | None) -> Iterator[set[str]]:
     """Points every requested task that has a directory of files to them, for a while; yields their names."""
     if data_dir is None:
         yield set()
@@ -240,10 +240,10 @@ def _local_files(manager, task_names, data_dir, work: Path, num_fewshot: int | N
                 continue
             splits = local_splits(directory, _splits_of(entry))
             if splits:
-                copies = work / name
+                copies = scratch / name
                 splits = {split: [_plain(path, copies) for path in paths] for split, paths in splits.items()}
-                config = _local_config(entry.cfg, entry.yaml_path, directory, splits, work, num_fewshot)
-                path = work / f"{directory.name}.yaml"
+                config = _local_config(entry.cfg, entry.yaml_path, directory, splits, scratch, num_fewshot)
+                path = scratch / f"{directory.name}.yaml"
                 path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
                 replaced[directory.name] = entry
                 index[directory.name] = dataclasses.replace(entry, yaml_path=path)
@@ -269,7 +269,7 @@ def _plain(path: str, copies: Path) -> str:
 
 
 def _local_config(
-    base: Mapping[str, Any], base_path, directory: Path, splits, work: Path, num_fewshot: int | None
+    base: Mapping[str, Any], base_path, directory: Path, splits, scratch: Path, num_fewshot: int | None
 ) -> dict[str, Any]:
     """Returns a task's config with its data set replaced; splits that have no file don't exist."""
     evaluated = base.get("test_split") or base.get("validation_split") or base.get("training_split")
@@ -289,7 +289,7 @@ def _local_config(
         "include": str(base_path),
         "dataset_path": builder,
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": splits, "cache_dir": str(work / "cache")},
+        "dataset_kwargs": {"data_files": splits, "cache_dir": str(scratch / "cache")},
         **absent,
     }
 
@@ -332,16 +332,16 @@ def _network(allowed: bool) -> Iterator[None]:
     from datasets import config
     from huggingface_hub import constants
 
-    switches = [(config, "HF_DATASETS_OFFLINE"), (config, "HF_HUB_OFFLINE"), (constants, "HF_HUB_OFFLINE")]
-    before = [getattr(module, name) for module, name in switches]
+    offline = [(config, "HF_DATASETS_OFFLINE"), (config, "HF_HUB_OFFLINE"), (constants, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in offline]
     alone = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"  # forked beside JAX's threads, bootstraps could hang
     try:
-        for module, name in switches:
+        for module, name in offline:
             setattr(module, name, not allowed)
         yield
     finally:
-        for (module, name), value in zip(switches, before, strict=True):
+        for (module, name), value in zip(offline, before, strict=True):
             setattr(module, name, value)
         if alone is None:
             del os.environ["DISABLE_MULTIPROC"]
