@@ -15,8 +15,7 @@ from a3_jax.checkpoints.command import add_convert, add_info, add_verify
 from a3_jax.data.command import add_data
 from a3_jax.decoding.command import add_generate, add_score
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, InputError, RunError, nearest
-from a3_jax.evaluation.command import add_eval
-from a3_jax.evaluation.reproduce_command import add_reproduce
+from a3_jax.evaluation.command import add_eval, add_reproduce
 from a3_jax.pods.command import add_goodput, add_launch, add_preflight, add_status
 from a3_jax.quickstart.command import add_quickstart
 from a3_jax.training.command import add_train, default_fields

@@ -15,8 +15,8 @@ import numpy as np
 from a3_jax.checkpoints.fingerprint import fingerprints, tree_names
 from a3_jax.decoding import scoring
 from a3_jax.errors import InputError
-from a3_jax.evaluation.requests import Target
-from a3_jax.evaluation.two_stream import TwoStream as EvaluatedModel
+from a3_jax.evaluation.models.any_order import AnyOrder as EvaluatedModel
+from a3_jax.evaluation.models.interface import ScoreTarget as Target
 from a3_jax.model.attention import IMPLEMENTATIONS, AttentionArgs, attention
 from a3_jax.model.flops import step_ratio, train_step_flops
 from a3_jax.model.sharding import batch_sharding, make_mesh

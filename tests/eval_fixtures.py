@@ -14,10 +14,10 @@ import pyarrow.parquet
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from a3_jax.evaluation.examples import ChoiceExample, make_examples
-from a3_jax.evaluation.files import find_data, read_rows
-from a3_jax.evaluation.profiles import profile_named
-from a3_jax.evaluation.tasks import TASKS, task_named
+from a3_jax.evaluation.tasks.catalogue import TASKS, task_named
+from a3_jax.evaluation.tasks.examples import ChoiceExample, make_examples
+from a3_jax.evaluation.tasks.files import find_data, read_rows
+from a3_jax.evaluation.tasks.profiles import profile_named
 from a3_jax.tokenizer import bytes_tokenizer, from_files
 
 CONTAINERS = ("hub", "original")

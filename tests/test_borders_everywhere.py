@@ -12,12 +12,12 @@ from a3_jax.data.dialogs import ChatTemplate, Specials, chat_parts, prompt_parts
 from a3_jax.data.encoding import Document, Encoder
 from a3_jax.data.table import GIVEN, PREDICTED
 from a3_jax.decoding import generate
-from a3_jax.evaluation.examples import ChoiceExample, make_examples
-from a3_jax.evaluation.files import Row
-from a3_jax.evaluation.judging import judge, program_of, summarise
-from a3_jax.evaluation.profiles import PROFILES, PileSettings, profile_named
-from a3_jax.evaluation.prompts import pile_prompts
-from a3_jax.evaluation.tasks import CODE, task_named
+from a3_jax.evaluation.tasks.catalogue import CODE, task_named
+from a3_jax.evaluation.tasks.examples import ChoiceExample, make_examples
+from a3_jax.evaluation.tasks.files import DataRow
+from a3_jax.evaluation.tasks.grading import grade, program_of, summarise
+from a3_jax.evaluation.tasks.perplexity import pile_prompts
+from a3_jax.evaluation.tasks.profiles import PROFILES, PileSettings, profile_named
 from tests import eval_fixtures as fixtures
 from tests import tiny
 from tests.decoding_cli import assert_refused, run, write_lines
@@ -49,7 +49,7 @@ def test_gold_answers_score_100_on_every_task(hub, kind, profile):
         examples = fixtures.read_examples(name, hub, profile, tokenizer)
         model = fixtures.OracleModel(examples, tokenizer)
         records = [
-            judge(task, profile, example, answer_of(example, model), tokenizer, allow_code_execution=False)
+            grade(task, profile, example, answer_of(example, model), tokenizer, allow_code_execution=False)
             for example in examples
         ]
         if task.kind == CODE:
@@ -77,10 +77,10 @@ def test_holes_in_programs(kind, hole):
     """The right tokens are the program's own, and come back as what stood in the hole."""
     tokenizer, (prompt, middle, suffix) = KINDS[kind](), hole
     values = {"task_id": "t", "entry_point": "f", "prompt": prompt, "suffix": suffix}
-    row = Row(1, "f", values | {"canonical_solution": middle, "test": ""})
+    row = DataRow(1, "f", values | {"canonical_solution": middle, "test": ""})
     task, profile = task_named("humaneval_infilling"), profile_named("a3_best_guess")
     (example,) = make_examples(task, profile, [row], tokenizer)
-    record = judge(task, profile, example, example.gold, tokenizer)
+    record = grade(task, profile, example, example.gold, tokenizer)
     assert record["completion"] == middle
     front = len(example.blank.prefix) - len(tokenizer.encode("")) if example.blank.prefix.size else 0
     tokens = [*example.blank.prefix, *example.gold, *example.blank.suffix]
@@ -103,12 +103,12 @@ PASSAGES = [
 def test_lambada_changes_nothing_before_the_last_word(kind, text, word):
     tokenizer = KINDS[kind]()
     task, profile = task_named("lambada"), profile_named("a3_best_guess")
-    (example,) = make_examples(task, profile, [Row(1, "f", {"text": text})], tokenizer)
+    (example,) = make_examples(task, profile, [DataRow(1, "f", {"text": text})], tokenizer)
     front = len(tokenizer.encode(""))
     whole = [*example.blank.prefix[front:], *example.gold]
     assert whole == tokenizer.encode(text.strip(), "no")
     assert example.references == (word,) and example.blank.length == len(example.gold)
-    assert judge(task, profile, example, example.gold, tokenizer)["figures"] == {"accuracy": 1.0}
+    assert grade(task, profile, example, example.gold, tokenizer)["figures"] == {"accuracy": 1.0}
 
 
 @kinds
@@ -122,8 +122,8 @@ def test_accents_may_be_characters_of_their_own(kind, word):
         ("triviaqa", {"question": "Where?", "answer": answer}),
     ):
         task = task_named(name)
-        (example,) = make_examples(task, profile, [Row(1, "f", values)], tokenizer)
-        figures = judge(task, profile, example, example.gold, tokenizer)["figures"]
+        (example,) = make_examples(task, profile, [DataRow(1, "f", values)], tokenizer)
+        figures = grade(task, profile, example, example.gold, tokenizer)["figures"]
         assert set(figures.values()) == {1.0}, figures
 
 
@@ -135,7 +135,7 @@ def row_of(name, choice, other="no"):
         "hellaswag": {"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": [choice, other, "x", "y"]},
         "winogrande": {"sentence": "The _ ran.", "option1": choice, "option2": other, "answer": 0},
     }
-    return Row(1, "f", {"label": 0} | values[name])
+    return DataRow(1, "f", {"label": 0} | values[name])
 
 
 @pytest.mark.parametrize("name", fixtures.CHOICES)
@@ -161,7 +161,7 @@ def test_white_space_of_choices_counts_nowhere(name, typed):
 def test_pile_prompts_end_with_a_whole_character(kind):
     evaluator = KINDS[kind]()
     text = "你好世界 the cat 🙂👩‍🚀é " * 40
-    rows = [Row(1, "f", {"text": text})]
+    rows = [DataRow(1, "f", {"text": text})]
     for count in range(1, 24):
         settings = PileSettings(samples=1, prompt=count, min_tokens=30)
         (prompt,) = pile_prompts(rows, evaluator, evaluator, settings)

@@ -12,9 +12,9 @@ import pytest
 from a3_jax import paths
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, InputError, RunError
-from a3_jax.evaluation import work
-from a3_jax.evaluation.harness_tasks import harness_files
-from a3_jax.evaluation.results import Records
+from a3_jax.evaluation import task_run
+from a3_jax.evaluation.lm_eval_run import harness_files
+from a3_jax.evaluation.results import RecordFile
 from a3_jax.evaluation.runner import evaluate
 from a3_jax.training import train as training
 from a3_jax.training.config import read_run_config
@@ -58,8 +58,8 @@ def test_a_config(bucket):
 
 def test_results(bucket, tmp_path, monkeypatch):
     """From data in a bucket into it, stopped after a chunk: the files are those of a local directory."""
-    monkeypatch.setattr(work, "_CHUNK", {})
-    monkeypatch.setattr(work, "_FILLED_CHUNK", 1)
+    monkeypatch.setattr(task_run, "_CHUNK", {})
+    monkeypatch.setattr(task_run, "_FILLED_CHUNK", 1)
     write_fixtures(bucket / "data")
     chunks = iter([True])
     with pytest.raises(RunError) as stopped:
@@ -84,7 +84,7 @@ def test_tables_of_results(bucket, capsys):
     write_fixtures(bucket / "data")
     evaluate(UniformModel(), ["piqa"], bucket / "data", results="gs://bucket/results/mine")
     assert main(["reproduce", "table1", "--results=gs://bucket/results", "--json"]) == 0
-    tables = json.loads(capsys.readouterr().out)["console"]
+    tables = json.loads(capsys.readouterr().out)["tables"]
     cells = next(row["cells"] for row in tables[0]["rows"] if row["row"] == "mine")
     assert [cell["task"] for cell in cells if cell["ours"]] == ["piqa"]
 
@@ -123,7 +123,7 @@ def test_what_is_decoded(bucket, trained, tmp_path, monkeypatch, capsys):
 
 def test_a_bucket_that_refuses_is_one_line(bucket, monkeypatch, capsys):
     (bucket / "run.py").write_text(CONFIG)
-    with Records("gs://bucket/results/x.records.jsonl") as records:
+    with RecordFile("gs://bucket/results/x.records.jsonl") as records:
         records.append([{"id": "a", "row": 1, "sample": 0}])
         monkeypatch.setattr(type(paths.as_path("gs://bucket")), "read_bytes", refuse)
         monkeypatch.setattr(type(paths.as_path("gs://bucket")), "write_bytes", refuse)
@@ -148,7 +148,7 @@ OPENERS = {
     "checkpoints/check.py": SYSTEM, "checkpoints/directories.py": LOCAL,
     "cli.py": SYSTEM, "data/prepare_state.py": LOCAL, "data/shards.py": ITS_OWN,
     "data/tensorflow_host.py": SYSTEM, "decoding/command.py": "pipes and devices",
-    "evaluation/confined.py": SYSTEM, "evaluation/lm_eval_run.py": ITS_OWN,
+    "evaluation/lm_eval_run.py": ITS_OWN, "evaluation/tasks/sandbox_child.py": SYSTEM,
     "pods/local.py": LAUNCH, "pods/xpk.py": "the package's own schema",
     "pods/run_records.py": LAUNCH, "pods/spec.py": LAUNCH,
     "runtime/lease.py": LOCAL, "runtime/tpu_hosts.py": SYSTEM, "runtime/watchdog.py": LOCAL,

@@ -241,7 +241,7 @@ def test_each_of_them_ends_an_answer_in_lm_eval():
     pytest.importorskip("lm_eval")
     from types import SimpleNamespace
 
-    from a3_jax.evaluation.lm_eval_adapter import _cut
+    from a3_jax.evaluation.lm_eval_model import _cut
 
     model: Any = SimpleNamespace(tokenizer=bytes_tokenizer().with_eos_ids([33]))
     for end in (257, 33):

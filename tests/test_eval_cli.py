@@ -8,7 +8,7 @@ import pytest
 
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PREEMPTED
-from a3_jax.evaluation.tasks import TASKS
+from a3_jax.evaluation.tasks.catalogue import TASKS
 from tests.eval_fixtures import write_fixtures
 from tests.tiny_hf import write_tiny_llama
 
@@ -84,12 +84,13 @@ def test_the_list(place, capsys):
 
 def test_a_figure_of_a_real_checkpoint_and_sigterm(place, tmp_path, capsys, monkeypatch):
     """Told to stop in the second chunk it ends that one, leaves with 75, and goes on with the third."""
-    from a3_jax.evaluation import two_stream, work
+    from a3_jax.evaluation import task_run
+    from a3_jax.evaluation.models import any_order
 
-    monkeypatch.setattr(work, "_CHUNK", {})
-    monkeypatch.setattr(work, "_FILLED_CHUNK", 1)
+    monkeypatch.setattr(task_run, "_CHUNK", {})
+    monkeypatch.setattr(task_run, "_FILLED_CHUNK", 1)
     results = f"--results={tmp_path}"
-    score, calls = two_stream.TwoStream.score, iter(range(9))
+    score, calls = any_order.AnyOrder.score, iter(range(9))
 
     def told_to_stop(self, targets):
         if next(calls) == 1:
@@ -98,7 +99,7 @@ def test_a_figure_of_a_real_checkpoint_and_sigterm(place, tmp_path, capsys, monk
         return score(self, targets)
 
     with monkeypatch.context() as patched:
-        patched.setattr(two_stream.TwoStream, "score", told_to_stop)
+        patched.setattr(any_order.AnyOrder, "score", told_to_stop)
         status, _, err = run(place, capsys, "--tasks=piqa", "--set=bos.piqa=first", results)
     assert status == EXIT_PREEMPTED and "the same command goes on" in err[-1]
     (file,) = tmp_path.glob("*.records.jsonl")

@@ -8,7 +8,7 @@ import pytest
 
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_OK
-from a3_jax.evaluation.recipes import PAPER_TABLES
+from a3_jax.evaluation.paper_tables import PAPER_TABLES
 from tests.eval_fixtures import write_fixtures
 from tests.tiny_hf import write_tiny_llama
 from tests.training_fixtures import LINES
@@ -50,7 +50,7 @@ def no_network():
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, no_network):
     """A directory of results: a model of one's own, the same as A3-1B, and its source for Llama-3.1-8B."""
-    place = tmp_path_factory.mktemp("console")
+    place = tmp_path_factory.mktemp("tables")
     write_fixtures(place / "data")
     (place / "text.txt").write_text("\n\n".join(" ".join(LINES[n:] + LINES[:n]) for n in range(len(LINES))))
     converted, data = str(place / "converted"), str(place / "text.txt")
@@ -72,7 +72,7 @@ def table(results, capsys, *arguments):
 
 @pytest.mark.slow
 def test_every_cell_of_the_row_is_a_figure_of_the_files(results, capsys):
-    found = json.loads(table(results, capsys, "--json"))["console"][0]
+    found = json.loads(table(results, capsys, "--json"))["tables"][0]
     rows = {row["row"]: row for row in found["rows"]}
     assert list(rows)[len(TABLE1.rows) :] == ["small"]
     for name, tasks in (("small", TASKS), ("llama-3.1-8b", AR_TASKS)):
@@ -91,7 +91,7 @@ def test_every_cell_of_the_row_is_a_figure_of_the_files(results, capsys):
 
 @pytest.mark.slow
 def test_a_row_of_the_paper_shows_both_figures_and_their_distance(results, capsys):
-    found = json.loads(table(results, capsys, "--json"))["console"][0]
+    found = json.loads(table(results, capsys, "--json"))["tables"][0]
     row = next(row for row in found["rows"] if row["row"] == "a3-1b")
     assert all(cell["ours"] for cell in row["cells"]) and not row["commands"]
     for cell in row["cells"]:

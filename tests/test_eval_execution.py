@@ -6,10 +6,10 @@ import time
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.execution import check_execution, check_program
-from a3_jax.evaluation.judging import judge, program_of, summarise
-from a3_jax.evaluation.profiles import profile_named
-from a3_jax.evaluation.tasks import TASKS, task_named
+from a3_jax.evaluation.tasks.catalogue import TASKS, task_named
+from a3_jax.evaluation.tasks.code_sandbox import check_execution, check_program
+from a3_jax.evaluation.tasks.grading import grade, program_of, summarise
+from a3_jax.evaluation.tasks.profiles import profile_named
 from tests import eval_fixtures as fixtures
 
 TASK, PROFILE = task_named("humaneval_infilling"), profile_named("a3_best_guess")
@@ -30,9 +30,11 @@ def test_refused_without_leave():
 
 
 def test_nothing_runs_without_leave(examples, monkeypatch):
-    monkeypatch.setattr("a3_jax.evaluation.judging.check_program", lambda program: pytest.fail("it ran"))
+    monkeypatch.setattr(
+        "a3_jax.evaluation.tasks.grading.check_program", lambda program: pytest.fail("it ran")
+    )
     tokenizer = fixtures.bytes_tokenizer()
-    record = judge(TASK, PROFILE, examples[0], examples[0].gold, tokenizer)
+    record = grade(TASK, PROFILE, examples[0], examples[0].gold, tokenizer)
     assert record["result"] == "not run" and record["figures"] == {}
     assert summarise(TASK, [record]) == {}
 
@@ -41,7 +43,7 @@ def test_right_wrong_and_empty_completions(examples):
     tokenizer = fixtures.bytes_tokenizer()
 
     def judged(example, answer):
-        return judge(TASK, PROFILE, example, answer, tokenizer, allow_code_execution=True)
+        return grade(TASK, PROFILE, example, answer, tokenizer, allow_code_execution=True)
 
     right = [judged(example, example.gold) for example in examples]
     assert [record["result"] for record in right] == ["passed", "passed"]

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.files import find_data, read_rows
-from a3_jax.evaluation.tasks import TASKS, task_named, task_records
+from a3_jax.evaluation.tasks.catalogue import TASKS, task_named, task_records
+from a3_jax.evaluation.tasks.files import find_data, read_rows
 from tests import eval_fixtures as fixtures
 from tests.eval_fixtures import write_csv, write_jsonl, write_parquet
 from tests.prepare_fixtures import POINTER

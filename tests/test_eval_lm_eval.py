@@ -11,9 +11,9 @@ import tokenizers
 
 from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.errors import InputError
-from a3_jax.evaluation.left_to_right import LeftToRight
-from a3_jax.evaluation.requests import Blank
-from a3_jax.evaluation.two_stream import TwoStream
+from a3_jax.evaluation.models.any_order import AnyOrder
+from a3_jax.evaluation.models.interface import TextBlank
+from a3_jax.evaluation.models.left_to_right import LeftToRight
 from tests.prepare_fixtures import POINTER, zstd
 from tests.tiny_hf import write_tiny_llama
 
@@ -24,9 +24,12 @@ import lm_eval.tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from a3_jax.evaluation import lm_eval_run  # noqa: E402
-from a3_jax.evaluation.harness_tasks import harness_files  # noqa: E402
-from a3_jax.evaluation.lm_eval_adapter import HarnessModel, windows  # noqa: E402
-from a3_jax.evaluation.lm_eval_run import local_splits, run_lm_eval  # noqa: E402
+from a3_jax.evaluation.lm_eval_model import HarnessModel, windows  # noqa: E402
+from a3_jax.evaluation.lm_eval_run import (  # noqa: E402
+    harness_files,
+    local_splits,
+    run_lm_eval,
+)
 
 LONGEST = 64
 PAIRS = [
@@ -98,7 +101,7 @@ def test_greedy_continuations(theirs, ours):
     likely = next(
         text
         for length in (3, 2, 1)
-        if (text := ours.model.tokenizer.decode(ours.model.fill([Blank(prefix, prefix[:0], length)])[0]))
+        if (text := ours.model.tokenizer.decode(ours.model.fill([TextBlank(prefix, prefix[:0], length)])[0]))
     )
     requests = ask("loglikelihood", (context, likely), (context, likely[:-1] + "~"))
     greedy = [answer[1] for answer in ours.loglikelihood(requests)]
@@ -203,7 +206,7 @@ def test_a_task_that_generates_with_examples(reader, tmp_path):
     rows = [{"question": f"{n} and {n}?", "answer": f"So {2 * n}.\n#### {2 * n}"} for n in range(3)]
     for split in ("test", "train"):
         write_rows(tmp_path / "gsm8k" / f"{split}.jsonl", rows)
-    model = TwoStream(reader, generate={"strategy": "dynamic", "step_size": 64})
+    model = AnyOrder(reader, generate={"strategy": "dynamic", "step_size": 64})
     results = run_lm_eval(model, ["gsm8k"], tmp_path, num_fewshot=1, limit=2, log_samples=True)
     (sample, _) = [s for s in results["samples"]["gsm8k"] if s["filter"] == "strict-match"]
     assert sample["arguments"][0][0].count("Question:") == 2
@@ -215,16 +218,16 @@ def test_a_task_that_generates_with_examples(reader, tmp_path):
 
 def test_any_order_answers(reader):
     """A model that draws orders: its estimate, and greedy told from left to right."""
-    model = TwoStream(reader, "mc_order", {"draws": 3})
+    model = AnyOrder(reader, "mc_order", {"draws": 3})
     requests = ask("loglikelihood", *PAIRS[:3])
     harness = HarnessModel(model, seed=1)
     answers = harness.loglikelihood(requests)
     assert answers == harness.loglikelihood(requests)
     assert answers != HarnessModel(model, seed=2).loglikelihood(requests)
-    chain = HarnessModel(TwoStream(reader)).loglikelihood(requests)
+    chain = HarnessModel(AnyOrder(reader)).loglikelihood(requests)
     assert all(abs(a[0] - b[0]) > 1e-4 for a, b in zip(answers, chain))
     rolling = ask("loglikelihood_rolling", ("some text",))
-    assert harness.loglikelihood_rolling(rolling) == HarnessModel(TwoStream(reader)).loglikelihood_rolling(
+    assert harness.loglikelihood_rolling(rolling) == HarnessModel(AnyOrder(reader)).loglikelihood_rolling(
         rolling
     )
 

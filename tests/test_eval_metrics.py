@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation import metrics
-from a3_jax.evaluation.cleaning import clean
+from a3_jax.evaluation.tasks import metrics
+from a3_jax.evaluation.tasks.examples import clean
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,6 @@ def test_squad_norm(text, normalised):
 )
 def test_triviaqa_norm_makes_spaces_of_punctuation(text, normalised):
     assert metrics.triviaqa_normalised(text) == normalised
-
-
-def test_harness_norm_keeps_articles():
-    assert metrics.harness_normalised("The U.S.") == "the us"
 
 
 @pytest.mark.parametrize(

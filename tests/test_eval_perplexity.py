@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.perplexity import Variant, Writing, write_and_judge
-from a3_jax.evaluation.requests import Blank
+from a3_jax.evaluation.models.interface import TextBlank
 from a3_jax.evaluation.runner import evaluate
+from a3_jax.evaluation.tasks.perplexity import Variant, Writing, write_and_score
 from tests.eval_fixtures import UniformModel, llama3_tokenizer
 
 SMALL = {"pile.samples": 3, "pile.prompt": 8, "pile.min_tokens": 20, "pile.lengths": [24, 32]}
@@ -67,8 +67,8 @@ def test_the_prompt_changes_the_full_perplexity_alone(tokenizer):
     length = len(model.tokenizer.encode(" and a kite", "no"))
     variant, nothing = Variant("random", 99, {}), np.zeros(0, np.int32)
     first, second = (
-        write_and_judge(
-            [Writing(variant, 1, Blank(np.asarray(model.tokenizer.encode(prompt)), nothing, length))],
+        write_and_score(
+            [Writing(variant, 1, TextBlank(np.asarray(model.tokenizer.encode(prompt)), nothing, length))],
             model,
             evaluator,
         )[0]

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.metrics import Figure
 from a3_jax.evaluation.results import (
-    Records,
+    RecordFile,
     Result,
     check_directory,
     identity_of,
@@ -17,6 +16,7 @@ from a3_jax.evaluation.results import (
     result_path,
     write_result,
 )
+from a3_jax.evaluation.tasks.metrics import Figure
 
 IDENTITY = identity_of({"seed": 0})
 RESULT = Result(
@@ -88,15 +88,15 @@ def test_identity_is_of_the_values_alone():
 
 def test_records_go_on_behind_a_torn_line(tmp_path):
     path = tmp_path / "new" / "x.records.jsonl"
-    with Records(path) as records:
+    with RecordFile(path) as records:
         records.append([record(1), record(2)])
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):  # killed after any byte
         path.write_bytes(whole[:cut])
-        with Records(path) as records:
+        with RecordFile(path) as records:
             assert records.all == [record(1), record(2)][: whole[:cut].count(b"\n")]
             records.append([record(3)])
-        with Records(path) as records:
+        with RecordFile(path) as records:
             assert [record_key(each) for each in records.all][-1] == ("é3", 3, 0)
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_record_is_named_by_its_line(tmp_path):
     path = tmp_path / "x.records.jsonl"
     path.write_text(json.dumps(record(1)) + "\n{\n" + json.dumps(record(2)) + "\n")
     with pytest.raises(InputError, match=r"line 2|:2"):
-        Records(path)
+        RecordFile(path)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

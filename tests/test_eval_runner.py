@@ -7,9 +7,9 @@ import socket
 import pytest
 
 from a3_jax.errors import EXIT_FAILED, EXIT_PREEMPTED, InputError, RunError
-from a3_jax.evaluation import work
-from a3_jax.evaluation.profiles import profile_named
+from a3_jax.evaluation import task_run
 from a3_jax.evaluation.runner import evaluate
+from a3_jax.evaluation.tasks.profiles import profile_named
 from tests.eval_fixtures import (
     CHOICES,
     FILLS,
@@ -42,8 +42,8 @@ def data(tmp_path_factory):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """An example at a time."""
-    monkeypatch.setattr(work, "_CHUNK", {})
-    monkeypatch.setattr(work, "_FILLED_CHUNK", 1)
+    monkeypatch.setattr(task_run, "_CHUNK", {})
+    monkeypatch.setattr(task_run, "_FILLED_CHUNK", 1)
 
 
 def test_right_answers_are_100(data, tmp_path):

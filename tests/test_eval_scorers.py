@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.requests import Target
-from a3_jax.evaluation.scorers import level_masks, level_weights, make_scorer
-from a3_jax.evaluation.two_stream import TwoStream
+from a3_jax.evaluation.models.any_order import AnyOrder
+from a3_jax.evaluation.models.interface import ScoreTarget
+from a3_jax.evaluation.models.scorers import level_masks, level_weights, make_scorer
 from tests import oracles
 from tests.tiny import CONFIG, params
 from tests.tiny_checkpoint import tiny_checkpoint
@@ -18,14 +18,14 @@ BOS = 22
 TOKENIZER = types.SimpleNamespace(bos_id=BOS)
 # BOS, three given tokens, a part of four, and one given token behind it.
 TEXT = np.array([BOS, 4, 17, 9, 3, 3, 11, 8, 6], np.int32)
-PART = Target(TEXT[:8], 4, 8, seed=5)
-INSIDE = Target(TEXT, 4, 8, seed=5)
+PART = ScoreTarget(TEXT[:8], 4, 8, seed=5)
+INSIDE = ScoreTarget(TEXT, 4, 8, seed=5)
 
 
 def model(scorer="chain", weights=None, **options):
     checkpoint = tiny_checkpoint(tokenizer=TOKENIZER)
     checkpoint.params = params() if weights is None else weights
-    return TwoStream(checkpoint, scorer, options)
+    return AnyOrder(checkpoint, scorer, options)
 
 
 def passes(name, target=PART, bos=True, **options):
@@ -43,7 +43,7 @@ def dense(tokens, ranks):
         ("chain", {}, PART, True, [0, 1, 2, 3, 4, 5, 6, 7]),
         ("chain", {}, PART, False, [0, 1, 2, 3, 4, 5, 6, 7]),
         ("chain", {}, INSIDE, True, [0, 1, 2, 3, 5, 6, 7, 8, 4]),
-        ("chain", {}, Target(TEXT[:3], 0, 3), True, [0, 1, 2]),
+        ("chain", {}, ScoreTarget(TEXT[:3], 0, 3), True, [0, 1, 2]),
         ("chain_s", {"group_size": 2}, PART, True, [0, 1, 1, 2, 3, 3, 4, 4]),
         ("chain_s", {"group_size": 4}, PART, True, [0, 1, 1, 1, 2, 2, 2, 2]),
         ("chain_s", {"group_size": 2}, PART, False, [0, 0, 1, 1, 2, 2, 3, 3]),
@@ -51,8 +51,8 @@ def dense(tokens, ranks):
         ("ctx0_chain", {}, PART, True, [0, 1, 1, 1, 2, 3, 4, 5]),
         ("ctx0_chain", {}, PART, False, [0, 0, 0, 0, 1, 2, 3, 4]),
         ("ctx0_chain", {}, INSIDE, True, [0, 1, 1, 1, 2, 3, 4, 5, 1]),
-        ("ctx0_chain", {}, Target(TEXT[:3], 1, 3), True, [0, 1, 2]),
-        ("ctx0_chain", {}, Target(TEXT[1:4], 0, 3), False, [0, 1, 2]),
+        ("ctx0_chain", {}, ScoreTarget(TEXT[:3], 1, 3), True, [0, 1, 2]),
+        ("ctx0_chain", {}, ScoreTarget(TEXT[1:4], 0, 3), False, [0, 1, 2]),
         ("one_shot", {}, PART, True, [0, 1, 1, 1, 2, 2, 2, 2]),
         ("one_shot", {}, INSIDE, False, [0, 0, 0, 0, 1, 1, 1, 1, 0]),
     ],
@@ -76,7 +76,7 @@ def test_drawn_orders_and_partitions():
         assert len({tuple(one.ranks) for one in drawn}) > 1
         again = passes("mc_order", draws=6, group_size=size)
         assert all((one.ranks == other.ranks).all() for one, other in zip(drawn, again))
-    other_seed = passes("mc_order", Target(PART.tokens, 4, 8, seed=6), draws=6)
+    other_seed = passes("mc_order", ScoreTarget(PART.tokens, 4, 8, seed=6), draws=6)
     assert any((one.ranks != other.ranks).any() for one, other in zip(passes("mc_order"), other_seed))
 
 
@@ -105,7 +105,7 @@ def test_weights_of_levels():
         np.testing.assert_allclose(level_weights(masks, weight, empty), values)
 
 
-@pytest.mark.parametrize("target", [PART, Target(TEXT[1:8], 3, 7), Target(TEXT[:5], 1, 5)])
+@pytest.mark.parametrize("target", [PART, ScoreTarget(TEXT[1:8], 3, 7), ScoreTarget(TEXT[:5], 1, 5)])
 def test_chain_is_a_loop_over_prefixes(target):
     """Token after token, each text cut behind it and read by the oracle."""
     loop = [
@@ -134,7 +134,7 @@ def test_one_forward_against_the_oracle(name, options, ranks):
 
 def test_orders_against_brute_force():
     """Enough draws of three tokens hold each of the six orders: each by the oracle, weighted by its draws."""
-    target = Target(TEXT[:7], 4, 7, seed=1)
+    target = ScoreTarget(TEXT[:7], 4, 7, seed=1)
     drawn = [tuple(one.ranks[4:] - 2) for one in passes("mc_order", target, draws=60)]
     orders = list(itertools.permutations(range(3)))
     assert set(drawn) == set(orders)
@@ -149,7 +149,7 @@ def test_each_order_alike():
     """The draws of many seeds favour no order of three tokens."""
     counts = dict.fromkeys(itertools.permutations(range(3)), 0)
     for seed in range(300):
-        for one in passes("mc_order", Target(TEXT[:7], 4, 7, seed=seed), draws=4):
+        for one in passes("mc_order", ScoreTarget(TEXT[:7], 4, 7, seed=seed), draws=4):
             counts[tuple(one.ranks[4:].tolist()[i] - 2 for i in range(3))] += 1
     assert min(counts.values()) > 150 and max(counts.values()) < 250  # of 200 each, deviation 13
 
@@ -160,7 +160,7 @@ def test_masking_a_uniform_model(weight, empty):
     """Without a head every token has probability 1/V: what is left is the factor of the empty levels."""
     weights = {**params(), "head": np.zeros_like(params()["head"])}
     network = model("mask32", weights, loss_weight=weight, empty_level=empty)
-    targets = [Target(TEXT[: 4 + count], 4, 4 + count, seed) for count in (1, 2, 4) for seed in range(4)]
+    targets = [ScoreTarget(TEXT[: 4 + count], 4, 4 + count, seed) for count in (1, 2, 4) for seed in range(4)]
     for target, score in zip(targets, network.score(targets)):
         count = target.stop - 4
         masked = level_masks(count, 32, np.random.default_rng(target.seed)).sum(axis=1)
@@ -194,7 +194,7 @@ def test_masking_against_the_oracle():
 
 def test_several_targets_keep_apart():
     """Many passes of several targets in common batches: each gets its own."""
-    targets = [Target(TEXT[: 5 + n], 4, 5 + n, seed=n) for n in range(5)]
+    targets = [ScoreTarget(TEXT[: 5 + n], 4, 5 + n, seed=n) for n in range(5)]
     network = model("mc_order", draws=3)
     together = network.score(targets)
     alone = [network.score([target])[0] for target in reversed(targets)]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.examples import ChoiceExample, derived_seed, is_too_long, make_examples
-from a3_jax.evaluation.files import Row, find_data, read_rows
-from a3_jax.evaluation.judging import cut_at_stops, judge, summarise
-from a3_jax.evaluation.profiles import MODELS, PROFILES, PileSettings, changed, profile_named
-from a3_jax.evaluation.prompts import pile_prompts, unconditional_blanks
-from a3_jax.evaluation.tasks import TASKS, task_named
+from a3_jax.evaluation.tasks.catalogue import TASKS, task_named
+from a3_jax.evaluation.tasks.examples import ChoiceExample, derived_seed, is_too_long, make_examples
+from a3_jax.evaluation.tasks.files import DataRow, find_data, read_rows
+from a3_jax.evaluation.tasks.grading import cut_at_stops, grade, summarise
+from a3_jax.evaluation.tasks.perplexity import pile_prompts, unconditional_blanks
+from a3_jax.evaluation.tasks.profiles import MODELS, PROFILES, PileSettings, changed, profile_named
 from tests import eval_fixtures as fixtures
 from tests.eval_fixtures import CHOICES, FILLS, TOKENIZERS, ConstantModel, OracleModel, read_examples
 
@@ -34,7 +34,7 @@ def figures_of(name, profile, examples, model):
     for example in examples:
         is_choice = isinstance(example, ChoiceExample)
         answer = model.score(example.targets) if is_choice else model.fill([example.blank])[0]
-        records.append(judge(task_named(name), profile, example, answer, model.tokenizer))
+        records.append(grade(task_named(name), profile, example, answer, model.tokenizer))
         assert json.loads(json.dumps(records[-1])) == records[-1]
     return summarise(task_named(name), records)
 
@@ -77,16 +77,13 @@ CHOICE_TEXTS = [
     ("a3_best_guess", "a3", "piqa", 0, (1, 0), OPEN, " Ask it to stay."),
     ("diffullama_script", "a3", "piqa", 0, (1, 1), f"{OPEN} ", " Ask it to stay."),
     ("diffullama_script", "ar", "piqa", 0, (0, 0), f"{OPEN} ", "Ask it to stay."),
-    ("lm_eval", "a3", "piqa", 0, (1, 0), OPEN, " Ask it to stay."),
     ("a3_best_guess", "a3", "siqa", 0, (1, 0), f"Question: {GLOVE}\nAnswer:", " find it"),
     ("diffullama_script", "a3", "siqa", 0, (0, 0), f"Question: {GLOVE}\nAnswer: ", "find it"),
-    ("lm_eval", "a3", "siqa", 0, (1, 0), f"Q: {GLOVE}\nA:", " find it"),
     ("a3_best_guess", "a3", "winogrande", 0, (1, 0), KEY, " Ann was leaving."),
     ("a3_best_guess", "a3", "winogrande", 1, (1, 0), DOG, " the cat's bark was low."),
     ("diffullama_script", "a3", "winogrande", 0, (0, 0), f"{KEY} ", "Annwas leaving."),
     ("diffullama_script", "ar", "winogrande", 0, (0, 0), f"{KEY} ", "Ann was leaving."),
     ("diffullama_script", "ar", "winogrande", 1, (0, 0), f"{DOG} ", "the cat 's bark was low."),
-    ("lm_eval", "a3", "winogrande", 1, (1, 0), f"{DOG} the cat", " 's bark was low."),
     ("a3_best_guess", "a3", "winogrande", 2, (1, 0), "", "Bo lent Bo a coat, as Al's was warm."),
     ("diffullama_script", "ar", "winogrande", 2, (1, 0), "", "Bo lent Bo a coat, as Al's was warm."),
 ]  # fmt: skip
@@ -117,11 +114,10 @@ def test_a_prepended_space_is_not_typed_twice(hub):
     assert scored == "▁Ask▁it▁to▁stay."
 
 
-def test_joint_tokens_are_cut_at_the_context(hub):
-    for example in read_examples("siqa", hub, "lm_eval", LLAMA3()):
-        for target, choice in zip(example.targets, example.choices, strict=True):
-            given = LLAMA3().decode(target.tokens[: target.start])
-            assert target.tokens.tolist() == LLAMA3().encode(f"{given} {choice}")
+def test_the_rest_of_a_sentence_alone_can_be_scored(hub):
+    profile = changed(profile_named("a3_best_guess"), winogrande_pieces="suffix")
+    example = read_examples("winogrande", hub, profile, LLAMA3())[0]
+    assert shown(example.targets[0], LLAMA3()) == ((1, 0), f"{KEY} Ann", " was leaving.")
 
 
 def test_lengths_are_of_the_choice_without_its_space(hub):
@@ -133,45 +129,24 @@ def test_lengths_are_of_the_choice_without_its_space(hub):
 
 
 def test_bytes_and_characters_differ():
-    row = Row(1, "f", {"goal": "g", "sol1": "né", "sol2": "no", "label": 0})
+    row = DataRow(1, "f", {"goal": "g", "sol1": "né", "sol2": "no", "label": 0})
     task, profile = task_named("piqa"), profile_named("a3_best_guess")
     (example,) = make_examples(task, profile, [row], fixtures.bytes_tokenizer())
     assert (example.characters, example.bytes) == ((2, 2), (3, 2))
 
 
 def test_natural_texts_have_one_space_where_pieces_meet():
-    row = Row(1, "f", {"goal": "g", "sol1": "  two", "sol2": "no", "label": 0})
+    row = DataRow(1, "f", {"goal": "g", "sol1": "  two", "sol2": "no", "label": 0})
     (example,) = make_examples(task_named("piqa"), profile_named("a3_best_guess"), [row], LLAMA3())
     assert shown(example.targets[0], LLAMA3())[1:] == ("Question: g\nAnswer:", " two")
 
 
-def template(name):
-    """The YAML of a task of the harness, and its directory."""
-    package = importlib.util.find_spec("lm_eval")
-    place = pathlib.Path(package.origin).parent / "tasks" / {"lambada": "lambada"}.get(name, name)
-    file = {"winogrande": "default", "triviaqa": "default"}.get(name, name)
-    return place, (place / f"{file}.yaml").read_text()
-
-
-@pytest.mark.parametrize("name", ["piqa", "siqa", "triviaqa", "gsm8k"])
-def test_lm_eval_templates_are_the_harness_own(name):
+def test_gsm8k_has_the_template_of_the_harness():
     pytest.importorskip("lm_eval")
-    line = next(line for line in template(name)[1].splitlines() if line.startswith("doc_to_text:"))
+    place = pathlib.Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks/gsm8k/gsm8k.yaml"
+    line = next(line for line in place.read_text().splitlines() if line.startswith("doc_to_text:"))
     text = json.loads(line.split(":", 1)[1]).replace("{{", "{").replace("}}", "}")
-    assert profile_named("lm_eval").context_of(task_named(name)) == text
-
-
-def test_lm_eval_winogrande_is_the_harness_own(hub):
-    pytest.importorskip("lm_eval")
-    path = template("winogrande")[0] / "preprocess_winogrande.py"
-    spec = importlib.util.spec_from_file_location("preprocess_winogrande", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tokenizer = fixtures.bytes_tokenizer()
-    for row, example in zip(fixtures.WINOGRANDE, read_examples("winogrande", hub, "lm_eval"), strict=True):
-        assert example.gold == module.doc_to_text(row)
-        for target, context in zip(example.targets, module.doc_to_choice(row), strict=True):
-            assert shown(target, tokenizer)[1:] == (context, f" {module.doc_to_target(row)}")
+    assert profile_named("a3_best_guess").context_of(task_named("gsm8k")) == text
 
 
 def gap_texts(example, tokenizer):
@@ -180,17 +155,18 @@ def gap_texts(example, tokenizer):
 
 
 def test_triviaqa_prompts_and_lengths(hub):
-    script, guess, paper, harness = (
+    script, guess, paper = (
         read_examples("triviaqa", hub, name, LLAMA3())
-        for name in ("diffullama_script", "a3_best_guess", "diffullama_paper", "lm_eval")
+        for name in ("diffullama_script", "a3_best_guess", "diffullama_paper")
     )
+    short = changed(profile_named("a3_best_guess"), length={"triviaqa": 3})
     question = "Question: Which is the largest city of Brazil??\nAnswer:"
     assert gap_texts(script[1], LLAMA3())[0] == f"{question} "
     assert gap_texts(guess[1], LLAMA3())[:2] == (question, " Sao Paulo city")
     aliases = [LLAMA3().encode(text, "no") for text in fixtures.TRIVIAQA[1][2]]
     assert script[1].blank.length == max(map(len, aliases))
     assert paper[1].blank.length == script[1].blank.length + 10
-    assert {example.blank.length for example in harness} == {32}
+    assert {one.blank.length for one in read_examples("triviaqa", hub, short, LLAMA3())} == {3}
     assert all(len(example.blank.suffix) == 0 for example in script)
     assert [int(example.blank.prefix[0]) for example in (script[0], guess[0])] == [LLAMA3().bos_id] * 2
     assert script[0].id == "tq_1" and script[2].references == ("The Beatles", "Beatles", "!")
@@ -226,7 +202,7 @@ def test_lambada_blank_is_the_last_word(hub):
         words = text.split()
         assert gap_texts(example, LLAMA3()) == (" ".join(words[:-1]), f" {words[-1]}", "")
         assert example.blank.length == len(example.gold) and example.references == (words[-1],)
-    task, row = task_named("lambada"), Row(7, "f.txt", {"text": "word"})
+    task, row = task_named("lambada"), DataRow(7, "f.txt", {"text": "word"})
     with pytest.raises(InputError, match=r"f\.txt:7: text: holds one word"):
         list(make_examples(task, profile_named("a3_best_guess"), [row], LLAMA3()))
 
@@ -241,11 +217,12 @@ def test_gsm8k_shots_stand_before_the_prompt(hub):
     bare = read_examples("gsm8k", hub, "diffullama_script")[0]
     assert gap_texts(bare, fixtures.bytes_tokenizer())[0] == "Ann has 3 pens and buys 4. How many?"
     with pytest.raises(InputError, match="5 training rows"):
-        list(make_examples(task_named("gsm8k"), profile_named("lm_eval"), [], LLAMA3(), shots=[]))
+        list(make_examples(task_named("gsm8k"), profile_named("a3_best_guess"), [], LLAMA3(), shots=[]))
 
 
 def test_answers_are_cut_at_the_stops():
-    profile, answer = profile_named("lm_eval"), " Paris, France.\nQuestion: x"
+    stops = {"triviaqa": ("\n", ".", ","), "gsm8k": ("Question:",)}
+    profile, answer = changed(profile_named("a3_best_guess"), stops=stops), " Paris, France.\nQuestion: x"
     assert cut_at_stops(task_named("triviaqa"), profile, answer) == " Paris"
     assert cut_at_stops(task_named("gsm8k"), profile, answer) == " Paris, France.\n"
     assert cut_at_stops(task_named("lambada"), profile, answer).endswith("x")
@@ -300,12 +277,12 @@ def test_too_long(hub):
 def test_records_hold_what_was_decided(hub):
     profile = profile_named("a3_best_guess")
     example = read_examples("hellaswag", hub, profile)[0]
-    record = judge(task_named("hellaswag"), profile, example, [-13.0, -20.0, -54.0, -30.0], example)
+    record = grade(task_named("hellaswag"), profile, example, [-13.0, -20.0, -54.0, -30.0], example)
     assert record["chosen"] == 1 and record["gold"] == 2  # per token; the sum takes the first
     assert record["figures"]["accuracy"] == record["figures"]["accuracy_per_token"] == 0.0
     example = read_examples("triviaqa", hub, profile)[2]
     tokenizer = fixtures.bytes_tokenizer()
-    record = judge(task_named("triviaqa"), profile, example, tokenizer.encode(" Beatles!"), tokenizer)
+    record = grade(task_named("triviaqa"), profile, example, tokenizer.encode(" Beatles!"), tokenizer)
     assert (record["completion"], record["empty_aliases"]) == (" Beatles!", 1)
     assert record["figures"]["exact_match"] == 1.0
 
@@ -313,12 +290,12 @@ def test_records_hold_what_was_decided(hub):
 def test_exact_match_is_what_the_profile_says(hub):
     answer = fixtures.bytes_tokenizer().encode(" some loud old rock and roll music here")
     found = {}
-    for name in ("diffullama_script", "lm_eval"):
-        profile = profile_named(name)
+    for name in ("containment", "strict"):
+        profile = changed(profile_named("a3_best_guess"), triviaqa_match=name)
         example = read_examples("triviaqa", hub, profile)[0]
-        record = judge(task_named("triviaqa"), profile, example, answer, fixtures.bytes_tokenizer())
+        record = grade(task_named("triviaqa"), profile, example, answer, fixtures.bytes_tokenizer())
         found[name] = record["figures"]["exact_match"]
-    assert found == {"diffullama_script": 1.0, "lm_eval": 0.0}
+    assert found == {"containment": 1.0, "strict": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -334,7 +311,9 @@ def test_exact_match_is_what_the_profile_says(hub):
 def test_rows_that_give_no_example(row, name, words):
     with pytest.raises(InputError, match=rf"f\.csv:9: .*{words}"):
         list(
-            make_examples(task_named(name), profile_named("a3_best_guess"), [Row(9, "f.csv", row)], LLAMA3())
+            make_examples(
+                task_named(name), profile_named("a3_best_guess"), [DataRow(9, "f.csv", row)], LLAMA3()
+            )
         )
 
 
@@ -349,7 +328,8 @@ def test_profiles_name_every_switch():
                 assert (task in profile.rule) == (task in CHOICES) != (task in profile.generate)
     one = profile_named("diffullama_script").settings(task_named("triviaqa"))
     assert (one["bos"], one["limit"], one["context"][:9]) == ("first", 2000, "Question:")
-    assert profile_named("lm_eval").settings(task_named("triviaqa"))["limit"] is None
+    whole = changed(profile_named("diffullama_script"), limit={"triviaqa": None})
+    assert whole.settings(task_named("triviaqa"))["limit"] is None
 
 
 def test_what_script_and_paper_say_differently():

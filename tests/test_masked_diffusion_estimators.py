@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.masked_diffusion import MaskedDiffusion
-from a3_jax.evaluation.masked_diffusion_estimators import ESTIMATORS, make_estimator, usual_estimator
-from a3_jax.evaluation.requests import Target
+from a3_jax.evaluation.models.diffusion import MaskedDiffusion
+from a3_jax.evaluation.models.interface import ScoreTarget
+from a3_jax.evaluation.models.scorers import ESTIMATORS, make_estimator, usual_estimator
 from tests import tiny
 from tests.oracles import log_softmax, two_stream_logits
 
@@ -23,7 +23,7 @@ CONFIGS = {
 TOKENIZER = types.SimpleNamespace(eos_id=EOS, bos_id=0)
 RNG = np.random.default_rng(0)
 TARGETS = [
-    Target(RNG.integers(0, V, length).astype(np.int32), start, stop, seed)
+    ScoreTarget(RNG.integers(0, V, length).astype(np.int32), start, stop, seed)
     for seed, (length, start, stop) in enumerate([(9, 4, 9), (9, 0, 2), (13, 6, 7), (15, 3, 11)])
 ]
 
@@ -86,7 +86,7 @@ def test_of_a_uniform_model_levels_give_log_v_times_the_empty_factor(count):
     """Exactly log V a token without empty levels; with them, in the mean, the share of levels that mask."""
     levels, seeds = 8, range(200)
     tokens = np.arange(count + 2, dtype=np.int32)
-    targets = [Target(tokens, 1, 1 + count, seed) for seed in seeds]
+    targets = [ScoreTarget(tokens, 1, 1 + count, seed) for seed in seeds]
     exact = model_of("levels", uniform=True, levels=levels, empty_level="skip").score(targets)
     np.testing.assert_allclose(exact, -count * np.log(V), rtol=1e-6)
     factor = np.mean([1 - (1 - t / levels) ** count for t in range(1, levels + 1)])
@@ -100,7 +100,7 @@ def test_of_a_uniform_model_levels_give_log_v_times_the_empty_factor(count):
 
 def test_of_a_uniform_model_the_others_give_log_v():
     tokens = np.arange(9, dtype=np.int32)
-    targets = [Target(tokens, 2, 7, seed) for seed in range(40)]
+    targets = [ScoreTarget(tokens, 2, 7, seed) for seed in range(40)]
     for name, options in (("llada", {"draws": 8}), ("ar_ftb", {})):
         scores = model_of(name, uniform=True, **options).score(targets)
         np.testing.assert_allclose(scores, -5 * np.log(V), rtol=1e-6)
@@ -143,7 +143,7 @@ def test_ar_ftb_is_a_distribution(shift):
     for pair in itertools.product(range(V), repeat=2):
         tokens = text.copy()
         tokens[1:3] = pair
-        targets.append(Target(tokens, 1, 3))
+        targets.append(ScoreTarget(tokens, 1, 3))
     assert abs(np.exp(model.score(targets)).sum() - 1) < 1e-4
     left = model.token_logprobs(targets[:3])
     assert abs(np.exp([one.sum() for one in model.token_logprobs(targets)]).sum() - 1) < 1e-4
@@ -170,7 +170,7 @@ def test_a_mask_token_in_the_text_is_a_token():
     """Neither a context full of mask ids nor a part of them changes how much is scored."""
     tokens = np.full(8, MASK, np.int32)
     for name in ("llada", "ar_ftb"):
-        score = model_of(name, uniform=True).score([Target(tokens, 3, 6)])[0]
+        score = model_of(name, uniform=True).score([ScoreTarget(tokens, 3, 6)])[0]
         np.testing.assert_allclose(score, -3 * np.log(V), rtol=1e-6)
 
 
@@ -180,7 +180,7 @@ def test_dream_shows_eos_behind_the_text():
     with_eos, without = (model_of("dream", eos=eos).score([target])[0] for eos in (True, False))
     assert abs(with_eos - without) > 1e-4
     np.testing.assert_allclose(model_of("dream", eos=False).score([shown])[0], with_eos, atol=1e-5)
-    full = Target(np.zeros(tiny.CONFIG.max_length, np.int32), 3, 6)
+    full = ScoreTarget(np.zeros(tiny.CONFIG.max_length, np.int32), 3, 6)
     assert np.isfinite(model_of("dream").score([full])[0])
 
 
@@ -202,9 +202,9 @@ def test_bad_options_are_refused(case):
 def test_bad_targets_and_checkpoints_are_refused():
     model = model_of("levels")
     for target in (
-        Target(np.zeros(tiny.CONFIG.max_length + 1, np.int32), 0, 1),
-        Target(np.zeros(4, np.int32), 2, 2),
-        Target(np.array([0, V], np.int32), 0, 1),
+        ScoreTarget(np.zeros(tiny.CONFIG.max_length + 1, np.int32), 0, 1),
+        ScoreTarget(np.zeros(4, np.int32), 2, 2),
+        ScoreTarget(np.array([0, V], np.int32), 0, 1),
     ):
         with pytest.raises(InputError):
             model.score([target])

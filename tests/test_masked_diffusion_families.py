@@ -14,7 +14,7 @@ from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.hf_config import config_from_hf
 from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.errors import InputError
-from a3_jax.evaluation.masked_diffusion_forward import predicting_rows
+from a3_jax.evaluation.models.diffusion_forward import predicting_rows
 from a3_jax.model.two_stream import TwoStream, logits
 from tests.tiny_diffusion import DIFFUGPT, MASK, ROTARY, SHIFTED, V, torch_logits, write_diffusion
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.masked_diffusion import MaskedDiffusion
-from a3_jax.evaluation.masked_diffusion_sampler import SAMPLERS, fill_blanks, make_sampler
-from a3_jax.evaluation.requests import Blank, Target
+from a3_jax.evaluation.models.diffusion import MaskedDiffusion
+from a3_jax.evaluation.models.diffusion_sampler import SAMPLERS, fill_blanks, make_sampler
+from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
 from tests import tiny
 from tests.oracles import log_softmax, two_stream_logits
 
@@ -20,7 +20,7 @@ CONFIGS = {
 }
 RNG = np.random.default_rng(0)
 BLANKS = [
-    Blank(RNG.integers(0, V, p).astype(np.int32), RNG.integers(0, V, s).astype(np.int32), n, seed)
+    TextBlank(RNG.integers(0, V, p).astype(np.int32), RNG.integers(0, V, s).astype(np.int32), n, seed)
     for seed, (p, n, s) in enumerate([(4, 6, 3), (1, 3, 0), (0, 7, 5), (8, 1, 2)])
 ]
 
@@ -87,7 +87,7 @@ def test_greedy_equals_the_dense_reference(name, shift):
 
 def test_commits_a_step():
     """At most so many masked after each step of DiffuLLaMA's; LLaDA's evenly; Dream's last takes the rest."""
-    blank = [Blank(np.array([5], np.int32), np.array([6], np.int32), 7, seed) for seed in range(4)]
+    blank = [TextBlank(np.array([5], np.int32), np.array([6], np.int32), 7, seed) for seed in range(4)]
 
     def counts(name, steps):
         return [
@@ -108,7 +108,7 @@ def test_commits_a_step():
 
 
 def test_random_commits_are_even_over_the_steps():
-    blanks = [Blank(np.array([5], np.int32), np.zeros(0, np.int32), 8, seed) for seed in range(200)]
+    blanks = [TextBlank(np.array([5], np.int32), np.zeros(0, np.int32), 8, seed) for seed in range(200)]
     for name in ("origin", "diffullama_random"):
         steps = np.concatenate([one.committed for one in fill(name, blanks=blanks, steps=4)])
         share = np.bincount(steps, minlength=4) / len(steps)
@@ -136,7 +136,7 @@ def test_every_sampler_is_told_apart():
 def test_a_blank_of_one_follows_the_law():
     """Sampled frequencies are the model's, at temperature 2 and with top-p."""
     config, rows = CONFIGS[True], 600
-    one = Blank(np.array([5, 9], np.int32), np.array([4], np.int32), 1)
+    one = TextBlank(np.array([5, 9], np.int32), np.array([4], np.int32), 1)
     blanks = [dataclasses.replace(one, seed=seed) for seed in range(rows)]
     law = laws(config, one, np.zeros(1, int), np.ones(1, bool))[0]
     hot = np.exp(law / 2) / np.exp(law / 2).sum()
@@ -153,7 +153,7 @@ def test_a_blank_of_one_follows_the_law():
 def test_two_steps_follow_the_chain_rule():
     """Of two blanks filled one at a time, in either order: the joint law by brute force over all pairs."""
     config, rows = CONFIGS[False], 2000
-    one = Blank(np.array([5], np.int32), np.array([4], np.int32), 2)
+    one = TextBlank(np.array([5], np.int32), np.array([4], np.int32), 2)
     blanks = [dataclasses.replace(one, seed=seed) for seed in range(rows)]
     joint, both = np.zeros((V, V)), laws(config, one, np.zeros(2, int), np.ones(2, bool))
     for place, token in itertools.product(range(2), range(V)):
@@ -182,7 +182,7 @@ def test_the_model_fills():
     assert [len(tokens) for tokens in filled] == [blank.length for blank in BLANKS]
     expected = [one.tokens.tolist() for one in fill("low_confidence")]
     assert [tokens.tolist() for tokens in filled] == expected
-    masks = Blank(np.full(3, MASK, np.int32), np.full(2, MASK, np.int32), 2)
+    masks = TextBlank(np.full(3, MASK, np.int32), np.full(2, MASK, np.int32), 2)
     one = fill("entropy", blanks=[masks])[0]
     assert sorted(one.committed) == [1, 1] and one.tokens.dtype == np.int32
 
@@ -204,7 +204,7 @@ def test_greedy_is_what_the_surest_token_at_a_time_gives():
     targets = []
     for blank, one in zip(BLANKS, filled, strict=False):
         tokens = np.concatenate([blank.prefix, one.tokens, blank.suffix]).astype(np.int32)
-        targets.append(Target(tokens, len(blank.prefix), len(blank.prefix) + blank.length))
+        targets.append(ScoreTarget(tokens, len(blank.prefix), len(blank.prefix) + blank.length))
     wrong = targets[0].tokens.copy()
     wrong[targets[0].start] = (wrong[targets[0].start] + 1) % V
     targets.append(dataclasses.replace(targets[0], tokens=wrong))

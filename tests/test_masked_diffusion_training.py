@@ -13,8 +13,8 @@ from a3_jax.checkpoints.loading import open_checkpoint
 from a3_jax.data.batches import BatchPlan, arrange
 from a3_jax.data.table import FILLER, GIVEN
 from a3_jax.errors import InputError
-from a3_jax.evaluation.masked_diffusion import MaskedDiffusion
-from a3_jax.evaluation.requests import Blank, Target
+from a3_jax.evaluation.models.diffusion import MaskedDiffusion
+from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
 from a3_jax.model.flops import train_step_flops
 from a3_jax.model.two_stream import TwoStream
 from a3_jax.ordering.curriculum import Order, Stage, trained_context
@@ -236,11 +236,11 @@ def test_the_checkpoint_is_one_to_evaluate(run):
     assert checkpoint.config.mask_token == 258
     model = MaskedDiffusion(checkpoint, "ar_ftb")
     text = np.array(checkpoint.tokenizer.encode(LINES[0]), np.int32)
-    own, other = model.score([Target(text, 4, 12), Target(text[::-1].copy(), 4, 12)])
+    own, other = model.score([ScoreTarget(text, 4, 12), ScoreTarget(text[::-1].copy(), 4, 12)])
     assert own < 0 and np.isfinite(other)
-    np.testing.assert_allclose(model.token_logprobs([Target(text[:12], 4, 12)])[0].sum(),
-                               model.score([Target(text[:12], 4, 12)])[0], atol=1e-4)  # fmt: skip
-    filled = model.fill([Blank(text[:4], text[8:], 4)])[0]
+    np.testing.assert_allclose(model.token_logprobs([ScoreTarget(text[:12], 4, 12)])[0].sum(),
+                               model.score([ScoreTarget(text[:12], 4, 12)])[0], atol=1e-4)  # fmt: skip
+    filled = model.fill([TextBlank(text[:4], text[8:], 4)])[0]
     assert filled.shape == (4,) and filled.max() < 259
 
 

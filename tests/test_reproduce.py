@@ -9,11 +9,10 @@ import pytest
 
 from a3_jax.cli import _parse, main
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
-from a3_jax.evaluation.published import published, published_figures, sources, statuses
-from a3_jax.evaluation.recipes import PAPER_TABLES, ROWS
+from a3_jax.evaluation.paper_tables import PAPER_TABLES, ROWS, published, published_figures, sources, statuses
 from a3_jax.evaluation.reproduce import compare
 from a3_jax.evaluation.results import Result
-from a3_jax.evaluation.tasks import TASKS
+from a3_jax.evaluation.tasks.catalogue import TASKS
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 TABLE1 = PAPER_TABLES["table1"]
@@ -118,11 +117,11 @@ def test_perplexities_by_order_and_length(tmp_path):
 
 def test_only_the_profile_asked_for_counts_and_the_others_are_told(tmp_path):
     figures = {"accuracy": (50.0, 1.0)}
-    write_result(tmp_path / "a3-3b", "siqa", figures, profile="lm_eval")
+    write_result(tmp_path / "a3-3b", "siqa", figures, profile="diffullama_script")
     found = compare(TABLE1, tmp_path)
     assert cell(found, "A3-3B", "siqa_acc").ours is None
-    assert any("--profile=lm_eval" in note for note in found.notes)
-    assert cell(compare(TABLE1, tmp_path, "lm_eval"), "A3-3B", "siqa_acc").ours.value == 50.0
+    assert any("--profile=diffullama_script" in note for note in found.notes)
+    assert cell(compare(TABLE1, tmp_path, "diffullama_script"), "A3-3B", "siqa_acc").ours.value == 50.0
 
 
 def test_the_profile_as_it_is_goes_before_changed_and_shorter_runs(tmp_path):
@@ -230,7 +229,7 @@ def test_terminal_markdown_and_json(tmp_path, capsys):
     assert r"64.7<br>66.7±0.5\~<br>+4.0 SE" in next(line for line in lines if line.startswith("| A3-1B"))
 
     assert main(["reproduce", "all", f"--results={tmp_path}", "--json"]) == EXIT_OK
-    tables = json.loads(capsys.readouterr().out)["console"]
+    tables = json.loads(capsys.readouterr().out)["tables"]
     assert [table["table"] for table in tables] == list(PAPER_TABLES)
     row = next(row for row in tables[0]["rows"] if row["row"] == "a3-1b")
     by_name = {cell["paper_metric"]: cell for cell in row["cells"]}
@@ -245,7 +244,7 @@ def test_terminal_markdown_and_json(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["tabel1"], "TABLE: no table 'tabel1'; did you mean 'table1'?"),
-        (["table1", "--profile=lmeval"], "did you mean 'lm_eval'?"),
+        (["table1", "--profile=a3_best_gues"], "did you mean 'a3_best_guess'?"),
         (["x"], "known are table1, table2, table3, all"),
     ],
 )

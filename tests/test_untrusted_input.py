@@ -66,14 +66,14 @@ class Evil:
 def test_no_room_runs_what_files_hold():
     """Benchmarks import the user's own file, and `training.command` runs the user's own config.
 
-    `evaluation.confined` runs what a model wrote, in a process of its own, where a flag asks for it.
+    `evaluation.tasks.sandbox_child` runs what a model wrote, in its own process, where a flag asks for it.
     """
     refused = re.compile(
         r"(pickle|dill|cloudpickle|joblib|marshal|shelve)\.|torch\.load|allow_pickle=True|yaml\.(unsafe_)?load|"
         r"trust_remote_code=True|^eval$|^exec$|^compile$|^__import__$|os\.system|shell=True|extractall"
     )
     wrong = []
-    for path in {*PACKAGE.rglob("*.py")} - {PACKAGE / "evaluation" / "confined.py"}:
+    for path in {*PACKAGE.rglob("*.py")} - {PACKAGE / "evaluation" / "tasks" / "sandbox_child.py"}:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 arguments = [f"{word.arg}={ast.unparse(word.value)}" for word in node.keywords]
@@ -256,8 +256,8 @@ def test_a_compressed_file_is_never_held_whole(tmp_path, suffix):
     small = gzip.compress(content, 1) if suffix == "gz" else pyarrow.compress(content, "zstd", asbytes=True)
     file.write_bytes(small)
     code = f"""
-from a3_jax.data.documents import BadRecord, Source
-(_, first), (_, second) = Source({str(file)!r}).records(("text",))
+from a3_jax.data.documents import BadRecord, DocumentSource
+(_, first), (_, second) = DocumentSource({str(file)!r}).records(("text",))
 assert isinstance(first, BadRecord) and first.reason == "too_long", first
 assert second == {{"text": "after it"}}
 status = open("/proc/self/status").read()  # getrusage would count the parent's memory too

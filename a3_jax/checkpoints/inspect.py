@@ -37,8 +37,11 @@ from a3_jax.errors import InputError
 from a3_jax.model.config import ModelConfig
 from a3_jax.ordering.curriculum import Stage, stages_done, stages_from_config
 from a3_jax.paths import (
+    POINTER_MESSAGE,
     absolute,
     as_path,
+    is_pointer,
+    read_beginning,
     read_json,
     snapshot_hint,
 )

@@ -1,4 +1,4 @@
-"""`a3 eval`: flags and tables around `runner.evaluate`."""
+"""`a3 eval` and `a3 reproduce`: flags and tables around `runner.evaluate` and `reproduce.compare`."""
 
 import argparse
 import dataclasses
@@ -10,16 +10,15 @@ from typing import Any
 from a3_jax.decoding.options import DTYPES, GenerateOptions
 from a3_jax.errors import EXIT_OK, InputError
 
-_EPILOG = """\
+_EVAL_EPILOG = """\
 Each task's result is a JSON file in --results with every setting that its figures depend on, and the
-records of its examples beside it. The same command again runs what is missing: what was stopped or killed
-goes on where it was. Nothing is downloaded unless --download is given.
+records of its examples beside it. The same command again runs what is missing: an interrupted or killed
+run continues where it was. Nothing is downloaded unless --download is given.
 
 profiles:
   a3_best_guess      data and metrics of the DiffuLLaMA scripts, A3's own way of scoring (default)
   diffullama_script  the released scripts of DiffuLLaMA, oddities and all
   diffullama_paper   the same where its paper says otherwise
-  lm_eval            templates and metrics of lm-evaluation-harness 0.4
 
 examples:
   a3 eval --list --data_dir=data
@@ -28,6 +27,18 @@ examples:
   a3 eval llama-a3 --tasks=rocstories --data_dir=data --strategy=dynamic --criterion=entropy
   a3 eval llama-a3 --tasks=piqa --data_dir=data --scorer=mc_order:draws=32 --set=rule.piqa=per_token
   a3 eval Llama-3.2-1B --model=ar --tasks=lm_eval:hellaswag --data_dir=data
+"""
+
+_REPRODUCE_EPILOG = """\
+examples:
+  a3 reproduce table1 --results=results              the paper's figures beside those in results/ROW/
+  a3 reproduce all --results=results --markdown > tables.md
+  a3 reproduce table1 --results=results --json | jq '.tables[0].rows[] | {row, commands}'
+
+results: one directory per row, which a3 eval writes into:
+  a3 eval Llama-3.1-8B --model=ar --tasks=hellaswag --data_dir=data --results=results/llama-3.1-8b
+rows: llama-3.1-8b dream-7b diffullama-7b a3-1b a3-3b a3-8b a3-three-stages a3-last-stage
+Any other directory is a row of your own below the paper's.
 """
 
 _NOT_FOR_TASKS = ("model", "dtype", "bos", "num_samples", "rerank", "stop_at_eos", "seed")
@@ -43,32 +54,82 @@ def add_eval(subparsers) -> None:
     """Adds `a3 eval`."""
     parser = subparsers.add_parser(
         "eval", help="benchmark tasks, with where every number comes from",
-        description="Evaluates a checkpoint on the tasks of the published tables.", epilog=_EPILOG,
+        description="Evaluates a checkpoint on the tasks of the published tables.", epilog=_EVAL_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
+    parser.set_defaults(run=run_eval)
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", nargs="?", help="A3 checkpoint, run or Hugging Face directory"
     )
-    _add_what(parser)
-    _add_how(parser)
-    options = parser.add_argument_group(
-        "decoding, where it is to be other than the profile's; see `a3 generate`"
-    )
+
+    def option(name, metavar, help_text, **more):
+        parser.add_argument(f"--{name}", metavar=metavar, help=help_text, **more)
+
+    def switch(name, help_text):
+        parser.add_argument(f"--{name}", action="store_true", help=help_text)
+
+    option("tasks", "A,B,...", "names of --list, or lm_eval:NAME of lm-evaluation-harness")
+    option("data_dir", "DIR", "where task files are, in DIR/TASK or DIR")
+    option("profile", "NAME", "the protocol of prompts and grading; default a3_best_guess",
+           default="a3_best_guess")  # fmt: skip
+    option("results", "DIR", "where results go; default results", default="results")
+    option("limit", "N", "rows per task; default: as many as the published figures have", type=int)
+    option("samples", "K", "completions per row, for pass@k; default 1", type=int, default=1)
+    option("evaluator", "CHECKPOINT", "the left-to-right model that scores texts of pile and unconditional")
+    option("set", "SWITCH=VALUE", "a switch of the profile, such as rule.piqa=sum or pile.samples=64; may be "
+           "given several times", action="append", default=[])  # fmt: skip
+    switch("allow_code_execution", "run programs that the model wrote")
+    switch("download", "download missing files from the hub")
+    switch("list", "list the tasks, their files, and which of them are there")
+    switch("json", "print JSON")
+    option("model", "a3|ar|masked_diffusion", "how the checkpoint is run; default: by the checkpoint")
+    option("scorer", "NAME[:OPTION=VALUE,...]", "how choices are scored: chain, chain_s, ctx0_chain, "
+           "one_shot, mc_order or mask32; default: the profile's")  # fmt: skip
+    option("seed", "N", "seed of all that is drawn; default 0", type=int, default=0)
+    option("batch_size", "N", "requests per batch at most; default: as many as their rows allow", type=int)
+    option("dtype", "|".join(DTYPES), "default float32 on CPU, bfloat16 on accelerators")
+    option("mesh", "AXIS=N,...", "devices along data, fsdp and tensor; default: one device")
+    decoding = parser.add_argument_group("decoding, in place of the profile's options; see `a3 generate`")
     for name, kind in DECODING_FLAGS.items():
-        options.add_argument(f"--{name}", type=_TYPES.get(kind, str), metavar="X")
-    options.add_argument("--sampler", metavar="NAME", help="of masked-diffusion models")
-    options.add_argument("--steps", metavar="N|length", help="of a sampler: forwards at most")
-    parser.set_defaults(run=run_eval)
+        decoding.add_argument(f"--{name}", type=_TYPES.get(kind, str), metavar="X")
+    decoding.add_argument("--sampler", metavar="NAME", help="of masked-diffusion models")
+    decoding.add_argument("--steps", metavar="N|length", help="forwards of a sampler at most")
+
+
+def add_reproduce(subparsers) -> None:
+    """Adds `a3 reproduce`."""
+    parser = subparsers.add_parser(
+        "reproduce",
+        help="the paper's tables beside your results, and what would run the rest",
+        description="Prints a table of the paper: in each cell the published figure, ours with its standard "
+        "error, and their difference in standard errors; or that it was not run, with the commands that "
+        "would run it and what they need. Runs nothing itself.",
+        epilog=_REPRODUCE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run_reproduce)
+    parser.add_argument("table", metavar="TABLE", help="table1, table2, table3 or all")
+    parser.add_argument(
+        "--results", required=True, metavar="DIR", help="directory with one directory per row"
+    )
+    parser.add_argument(
+        "--profile", default="a3_best_guess", metavar="P",
+        help="profile of the results that count (default: %(default)s)",
+    )  # fmt: skip
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="as Markdown")
+    form.add_argument("--json", action="store_true", help="as JSON; docs/evaluation.md lists the fields")
 
 
 def run_eval(args) -> int:
-    """`a3 eval`: the exit status."""
+    """Runs `a3 eval`; returns the exit status."""
     if args.list:
         return _list(args)
     for name in ("checkpoint", "tasks"):
         if not getattr(args, name):
-            told = "CHECKPOINT" if name == "checkpoint" else "--tasks"
-            raise InputError(f"{told} is missing; `a3 eval --list` tells of the tasks", file="a3 eval")
+            missing = "CHECKPOINT" if name == "checkpoint" else "--tasks"
+            raise InputError(f"{missing} is missing; `a3 eval --list` tells of the tasks", file="a3 eval")
     try:
         results = _evaluate(args)
     except InputError as error:
@@ -82,40 +143,21 @@ def run_eval(args) -> int:
     return EXIT_OK
 
 
-def _add_what(parser) -> None:
-    def option(name, metavar, help_text, **more):
-        parser.add_argument(f"--{name}", metavar=metavar, help=help_text, **more)
+def run_reproduce(args) -> int:
+    """Reads results, compares and prints them; returns the exit status."""
+    from a3_jax.evaluation.paper_tables import tables_named
+    from a3_jax.evaluation.reproduce import compare, markdown, show
 
-    option("tasks", "A,B,...", "names of --list, or lm_eval:NAME of lm-evaluation-harness")
-    option("data_dir", "DIR", "where task files are, in DIR/TASK or DIR")
-    option("profile", "NAME", "how tasks are put and judged; default a3_best_guess", default="a3_best_guess")
-    option("results", "DIR", "where results go; default results", default="results")
-    option("limit", "N", "rows a task; default: as many as the published figures have", type=int)
-    option("samples", "K", "completions a row, for pass@k; default 1", type=int, default=1)
-    option("evaluator", "CHECKPOINT", "the left-to-right model that judges texts: of pile and unconditional")
-    option("set", "SWITCH=VALUE", "a switch of the profile, such as rule.piqa=sum or pile.samples=64; may be "
-           "given several times", action="append", default=[])  # fmt: skip
-    parser.add_argument(
-        "--allow_code_execution", action="store_true", help="run programs that the model wrote"
-    )
-    parser.add_argument("--download", action="store_true", help="fetch files that are not there from the hub")
-    parser.add_argument(
-        "--list", action="store_true", help="tell of the tasks, their files, and whether they are there"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _add_how(parser) -> None:
-    def option(name, metavar, help_text, **more):
-        parser.add_argument(f"--{name}", metavar=metavar, help=help_text, **more)
-
-    option("model", "a3|ar|masked_diffusion", "how the checkpoint is run; default: by the checkpoint")
-    option("scorer", "NAME[:OPTION=VALUE,...]", "how choices are scored: chain, chain_s, ctx0_chain, "
-           "one_shot, mc_order or mask32; default: the profile's")  # fmt: skip
-    option("seed", "N", "of all that is drawn; default 0", type=int, default=0)
-    option("batch_size", "N", "requests a batch at most; default: as many as their rows allow", type=int)
-    option("dtype", "|".join(DTYPES), "default float32 on CPU, bfloat16 on accelerators")
-    option("mesh", "AXIS=N,...", "devices along data, fsdp and tensor; default: one device")
+    comparisons = [compare(table, args.results, args.profile) for table in tables_named(args.table)]
+    if args.json:
+        print(json.dumps({"tables": [comparison.to_dict() for comparison in comparisons]}, indent=2))
+    elif args.markdown:
+        print("\n".join(markdown(comparison) for comparison in comparisons), end="")
+    else:
+        for number, comparison in enumerate(comparisons):
+            print("\n" if number else "", end="")
+            show(comparison)
+    return EXIT_OK
 
 
 def _evaluate(args):
@@ -123,11 +165,14 @@ def _evaluate(args):
     from a3_jax.evaluation.runner import evaluate
     from a3_jax.runtime.preemption import StopRequest
 
-    scorer, options = _scorer(args.scorer)
+    scorer, _, options = (args.scorer or "").partition(":")
+    generate = {name: getattr(args, name) for name in (*DECODING_FLAGS, "sampler", "steps")}
+    if generate["steps"] is not None and generate["steps"].isdecimal():
+        generate["steps"] = int(generate["steps"])
     with StopRequest() as stop:
 
         def tell(line):
-            stop.anything_to_save = True  # from here on a chunk is waited for
+            stop.anything_to_save = True  # from here on a stop waits for the chunk
             print(f"a3 eval: {line}", file=sys.stderr, flush=True)
 
         return evaluate(
@@ -137,9 +182,9 @@ def _evaluate(args):
             args.profile,
             args.results,
             model=args.model,
-            scorer=scorer,
-            scorer_options=options,
-            generate=_generate(args),
+            scorer=None if args.scorer is None else scorer,
+            scorer_options=dict(_switch(option) for option in options.split(",") if option),
+            generate={name: value for name, value in generate.items() if value is not None},
             switches=dict(_switch(text) for text in args.set),
             limit=args.limit,
             samples=args.samples,
@@ -155,24 +200,8 @@ def _evaluate(args):
         )
 
 
-def _generate(args) -> dict[str, Any]:
-    """The decoding options that were given."""
-    given = {name: getattr(args, name) for name in (*DECODING_FLAGS, "sampler", "steps")}
-    if given["steps"] is not None and given["steps"].isdecimal():
-        given["steps"] = int(given["steps"])
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _scorer(text: str | None) -> tuple[str | None, dict[str, Any]]:
-    """`mc_order:draws=32` as a name and options."""
-    if text is None:
-        return None, {}
-    name, _, options = text.partition(":")
-    return name, dict(_switch(option) for option in options.split(",") if option)
-
-
 def _switch(text: str) -> tuple[str, Any]:
-    """(name, value) of NAME=VALUE; the value is JSON, else a text."""
+    """Parses NAME=VALUE; the value is JSON, else a text."""
     name, found, value = text.partition("=")
     if not found or not name:
         raise InputError(f"expected NAME=VALUE, got {text!r}", file="a3 eval")
@@ -183,9 +212,9 @@ def _switch(text: str) -> tuple[str, Any]:
 
 
 def _list(args) -> int:
-    """The tasks, and which of their files are there."""
-    from a3_jax.evaluation.files import find_data
-    from a3_jax.evaluation.tasks import TASKS, task_records
+    """Prints the tasks, and which of their files are there."""
+    from a3_jax.evaluation.tasks.catalogue import TASKS, task_records
+    from a3_jax.evaluation.tasks.files import find_data
 
     found = {}
     for name, task in TASKS.items():
@@ -207,10 +236,8 @@ def _list(args) -> int:
                 print(textwrap.fill(text, 100, initial_indent=f"  {name:9}", subsequent_indent=" " * 11))
         print()
     where = f"in {args.data_dir}/TASK or {args.data_dir}" if args.data_dir else "with --data_dir=DIR"
-    print(
-        f"Files are looked for {where}. Also lm_eval:NAME, any task of lm-evaluation-harness, whose files are"
-    )
-    print("DATA_DIR/NAME/SPLIT.jsonl (.parquet, .csv).")
+    print(f"Files are looked for {where}. Also lm_eval:NAME, any task of lm-evaluation-harness, whose files "
+          "are\nDATA_DIR/NAME/SPLIT.jsonl (.parquet, .csv).")  # fmt: skip
     return EXIT_OK
 
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness by name, with their data sets replaced by local files."""
+"""`lm_eval:NAME`: a task of lm-evaluation-harness with its data set replaced by local files."""
 
 import contextlib
 import dataclasses
@@ -13,17 +13,90 @@ from typing import Any
 from a3_jax.checks import check_seed
 from a3_jax.data.documents import COMPRESSIONS, DocumentSource
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.lm_eval_adapter import HarnessModel
-from a3_jax.evaluation.requests import EvaluatedModel
-from a3_jax.paths import local_path, read_beginning, refuse_pointer, without_mark
+from a3_jax.evaluation.models.interface import EvaluatedModel
+from a3_jax.evaluation.task_run import RunSettings
+from a3_jax.evaluation.tasks.files import TaskFiles
+from a3_jax.evaluation.tasks.metrics import Figure
+from a3_jax.paths import as_path, local_path, read_beginning, refuse_pointer, without_mark, write_text
 
-# Builders of `datasets` by a file's ending.
+HARNESS = "lm_eval:"
+_NOT_FIGURES = ("alias", "sample_len", "sample_count", "name")
+# Builders of `datasets` by file suffix.
 _BUILDERS = {
     ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".jsonl.zst": "json",
     ".parquet": "parquet", ".csv": "csv",
 }  # fmt: skip
 _SPLIT_FIELDS = ("test_split", "validation_split", "training_split", "fewshot_split")
-_BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
+_BOOTSTRAPS = 1000  # for metrics whose standard error has no formula
+
+
+@dataclasses.dataclass(frozen=True)
+class HarnessResult:
+    """The result of a task or group of the harness.
+
+    Attributes:
+      split: the split that was evaluated.
+      examples: number of documents.
+      figures: figures by metric, on the harness's scale, with the filter after a comma where there is one;
+        those of a group's tasks as TASK/METRIC after the group's own.
+      settings: versions, few-shot examples and configs of the tasks.
+    """
+
+    split: str
+    examples: int
+    figures: dict[str, Figure]
+    settings: dict[str, Any]
+
+
+def harness_files(name: str, data_dir) -> dict[str, str]:
+    """Returns the SHA-256 of the local files of a task; empty where it has no directory."""
+    if data_dir is None:
+        return {}
+    task, place = name.removeprefix(HARNESS), local_path(data_dir, "lm-evaluation-harness")
+    entry, place = _known_tasks().task_index.get(task), place / task
+    if entry is None or not place.is_dir():
+        return {}
+    splits = local_splits(place, _splits_of(entry)).values()
+    return TaskFiles(tuple(as_path(path) for files in splits for path in files)).sha256()
+
+
+def run_harness(run: RunSettings, name: str, records_path) -> HarnessResult:
+    """Runs a task of the harness and writes its documents' records."""
+    task = name.removeprefix(HARNESS)
+    found = run_lm_eval(
+        run.subject.model, [task], run.data_dir,
+        limit=run.limit, seed=run.seed, download=run.download, log_samples=True,
+    )  # fmt: skip
+    lines = [
+        json.dumps({"task": one, **sample}, default=str)
+        for one, documents in sorted((found.get("samples") or {}).items())
+        for sample in documents
+    ]
+    write_text(records_path, "".join(f"{line}\n" for line in lines))
+    counts = {one: number["effective"] for one, number in found.get("n-samples", {}).items()}
+    figures: dict[str, Figure] = {}
+    for one in sorted(found["results"], key=lambda one: one != task):
+        front, count = "" if one == task else f"{one}/", counts.get(one, sum(counts.values()))
+        figures |= {front + key: figure for key, figure in _figures(found["results"][one], count).items()}
+    if not figures:
+        raise InputError(f"{name} gave no figures", field="tasks")
+    configs = found.get("configs", {}).values()
+    splits = {config.get("test_split") or config.get("validation_split") or "" for config in configs}
+    settings = {key: found[key] for key in ("versions", "n-shot", "configs") if key in found}
+    return HarnessResult(", ".join(sorted(map(str, splits))), sum(counts.values()), figures, settings)
+
+
+def _figures(entry: dict[str, Any], count: int) -> dict[str, Figure]:
+    """Joins `acc,none` and `acc_stderr,none` into one figure, `acc`."""
+    found = {}
+    for key, value in entry.items():
+        metric, _, kind = key.partition(",")
+        if metric in _NOT_FIGURES or metric.endswith("_stderr") or isinstance(value, bool | str):
+            continue
+        error = entry.get(f"{metric}_stderr,{kind}")
+        error = float(error) if isinstance(error, int | float) else None
+        found[metric if kind in ("none", "") else key] = Figure(float(value), error, count)
+    return found
 
 
 def run_lm_eval(
@@ -43,30 +116,29 @@ def run_lm_eval(
         run_lm_eval(model, ["hellaswag"], "data")        reads data/hellaswag/validation.jsonl
 
     Args:
-      model: what answers.
+      model: the model that answers.
       task_names: tasks, groups or tags of the harness.
-      data_dir: a task's rows stand in DATA_DIR/TASK/SPLIT.jsonl (or .json, .jsonl.gz, .jsonl.zst, .parquet,
+      data_dir: a task's rows are in DATA_DIR/TASK/SPLIT.jsonl (or .json, .jsonl.gz, .jsonl.zst, .parquet,
         .csv; SPLIT-00000-of-00004.parquet and so on), in the columns of its data set. Files of the split
         that is evaluated are needed, and with few-shot examples those of the split that they come from.
         Other files there, and the directories of other tasks, are left alone.
-      limit: documents a task, at most.
+      limit: the most documents per task.
       num_fewshot: examples before each question; None: as the task says.
       bos: "auto", "yes" or "no".
-      seed: of few-shot examples, and of what is drawn.
-      download: whether tasks without local files are fetched; else they are refused.
+      seed: seed of few-shot examples, and of what is drawn.
+      download: whether data of tasks without local files is downloaded; otherwise they are refused.
       log_samples: whether the result holds each document's requests and answers.
 
     Returns:
-      What `lm_eval.simple_evaluate` returns, as plain JSON.
-
-    Raises:
-      InputError: an unknown task, files that are missing, a data set that can't be loaded.
+      The result of `lm_eval.simple_evaluate`, as plain JSON.
     """
+    check_seed(seed)
+    manager = _known_tasks()
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
-    check_seed(seed)
-    manager = _known_tasks()
+    from a3_jax.evaluation.lm_eval_model import HarnessModel
+
     for name in task_names:
         if name not in manager.task_index:
             raise InputError(
@@ -74,9 +146,9 @@ def run_lm_eval(
                 field="tasks",
             )
     with (
-        tempfile.TemporaryDirectory() as work,
+        tempfile.TemporaryDirectory() as scratch,
         _network(download),
-        _local_files(manager, task_names, data_dir, Path(work), num_fewshot) as local,
+        _local_files(manager, task_names, data_dir, Path(scratch), num_fewshot) as local,
     ):
         if not download:
             _refuse_absent(manager, task_names, local, data_dir)
@@ -97,13 +169,12 @@ def run_lm_eval(
 
 
 def local_splits(directory, names: Container[str] | None = None) -> dict[str, list[str]]:
-    """The files of a task's directory by split: train-00000-of-00002.parquet belongs to train.
+    """Returns the files of a task's directory by split: train-00000-of-00002.parquet belongs to train.
+
+    Files of different kinds are refused: one data set can't have them.
 
     Args:
       names: the splits that count; None: all.
-
-    Raises:
-      InputError: files of different kinds, which one data set can't have, or a Git LFS pointer.
     """
     splits: dict[str, list[str]] = {}
     kinds = set()
@@ -119,26 +190,13 @@ def local_splits(directory, names: Container[str] | None = None) -> dict[str, li
     return splits
 
 
-def task_files(name: str, data_dir) -> list[str]:
-    """The local files of a task; none where it has no directory.
-
-    Raises:
-      InputError: as `local_splits`, or a directory in a bucket.
-    """
-    entry = _known_tasks().task_index.get(name)
-    place = local_path(data_dir, "lm-evaluation-harness") / name
-    if entry is None or not place.is_dir():
-        return []
-    return [path for files in local_splits(place, _splits_of(entry)).values() for path in files]
-
-
 def _splits_of(entry) -> set[str]:
-    """The splits that a task's config names."""
+    """Returns the splits that a task's config names."""
     return {entry.cfg[name] for name in _SPLIT_FIELDS if (entry.cfg or {}).get(name)}
 
 
 def _needed(index, names: Iterable[str]) -> set[str]:
-    """Names of tasks, groups and tags, with those of everything that the groups and tags consist of."""
+    """Returns names of tasks, groups and tags, and of all members of the groups and tags."""
     found: set[str] = set()
     waiting: list[Any] = list(names)
     while waiting:
@@ -157,15 +215,18 @@ def _needed(index, names: Iterable[str]) -> set[str]:
 
 @functools.cache
 def _known_tasks():
-    """The harness' index of its tasks: thousands of files, read once."""
-    from lm_eval.tasks import TaskManager
-
+    """Reads the harness's index of its tasks: thousands of files, once."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        message = "lm-evaluation-harness is not installed: pip install 'a3_jax[eval]'"
+        raise InputError(message, field="lm_eval") from error
     return TaskManager()
 
 
 @contextlib.contextmanager
-def _local_files(manager, task_names, data_dir, work: Path, num_fewshot: int | None) -> Iterator[set[str]]:
-    """Points every task asked for that has a directory of files to them, for a while; their names."""
+def _local_files(manager, task_names, data_dir, scratch: Path, num_fewshot: int | None) -> Iterator[set[str]]:
+    """Points every requested task that has a directory of files to them, for a while; yields their names."""
     if data_dir is None:
         yield set()
         return
@@ -180,10 +241,10 @@ def _local_files(manager, task_names, data_dir, work: Path, num_fewshot: int | N
                 continue
             splits = local_splits(directory, _splits_of(entry))
             if splits:
-                copies = work / name
+                copies = scratch / name
                 splits = {split: [_plain(path, copies) for path in paths] for split, paths in splits.items()}
-                config = _local_config(entry.cfg, entry.yaml_path, directory, splits, work, num_fewshot)
-                path = work / f"{directory.name}.yaml"
+                config = _local_config(entry.cfg, entry.yaml_path, directory, splits, scratch, num_fewshot)
+                path = scratch / f"{directory.name}.yaml"
                 path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
                 replaced[directory.name] = entry
                 index[directory.name] = dataclasses.replace(entry, yaml_path=path)
@@ -193,11 +254,7 @@ def _local_files(manager, task_names, data_dir, work: Path, num_fewshot: int | N
 
 
 def _plain(path: str, copies: Path) -> str:
-    """The file, or a copy without what `datasets` can't read: compression of every kind, byte order marks.
-
-    Raises:
-      InputError: damaged.
-    """
+    """Returns the file, or a copy that `datasets` can read: no compression, no byte order mark."""
     beginning = read_beginning(path)
     is_plain = not path.endswith(tuple(COMPRESSIONS)) and without_mark(beginning, path) == beginning
     if path.endswith(".parquet") or is_plain:
@@ -213,9 +270,9 @@ def _plain(path: str, copies: Path) -> str:
 
 
 def _local_config(
-    base: Mapping[str, Any], base_path, directory: Path, splits, work: Path, num_fewshot: int | None
+    base: Mapping[str, Any], base_path, directory: Path, splits, scratch: Path, num_fewshot: int | None
 ) -> dict[str, Any]:
-    """A task's config with its data set replaced; splits that have no file don't exist."""
+    """Returns a task's config with its data set replaced; splits that have no file don't exist."""
     evaluated = base.get("test_split") or base.get("validation_split") or base.get("training_split")
     needed = {evaluated: "the rows that are evaluated"}
     if (base.get("num_fewshot") or 0) if num_fewshot is None else num_fewshot:
@@ -233,13 +290,13 @@ def _local_config(
         "include": str(base_path),
         "dataset_path": builder,
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": splits, "cache_dir": str(work / "cache")},
+        "dataset_kwargs": {"data_files": splits, "cache_dir": str(scratch / "cache")},
         **absent,
     }
 
 
 def _refuse_absent(manager, task_names, local: set[str], data_dir) -> None:
-    """Tasks named by themselves whose files are not there; those of groups show when they are loaded."""
+    """Refuses tasks without files; members of groups are found out when they are loaded."""
     for name in task_names:
         entry = manager.task_index[name]
         config = entry.cfg or {}
@@ -256,7 +313,7 @@ def _refuse_absent(manager, task_names, local: set[str], data_dir) -> None:
 
 
 def _load(manager, task_names, data_dir) -> list[Any]:
-    """The tasks and groups, their rows read."""
+    """Loads the tasks and groups with their rows."""
     loaded = []
     for name in task_names:
         try:
@@ -272,20 +329,20 @@ def _load(manager, task_names, data_dir) -> list[Any]:
 
 @contextlib.contextmanager
 def _network(allowed: bool) -> Iterator[None]:
-    """Whether `datasets` and the hub may be reached; they read the environment once, when imported."""
+    """Lets `datasets` and the hub use the network or not; they read the environment only when imported."""
     from datasets import config
     from huggingface_hub import constants
 
-    switches = [(config, "HF_DATASETS_OFFLINE"), (config, "HF_HUB_OFFLINE"), (constants, "HF_HUB_OFFLINE")]
-    before = [getattr(module, name) for module, name in switches]
+    offline = [(config, "HF_DATASETS_OFFLINE"), (config, "HF_HUB_OFFLINE"), (constants, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in offline]
     alone = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"  # forked beside JAX's threads, bootstraps could hang
     try:
-        for module, name in switches:
+        for module, name in offline:
             setattr(module, name, not allowed)
         yield
     finally:
-        for (module, name), value in zip(switches, before, strict=True):
+        for (module, name), value in zip(offline, before, strict=True):
             setattr(module, name, value)
         if alone is None:
             del os.environ["DISABLE_MULTIPROC"]

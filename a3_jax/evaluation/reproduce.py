@@ -1,24 +1,47 @@
 """The paper's tables beside results: RESULTS/ROW/*.json against `paper_tables.json`.
 
-A result belongs to the row whose directory it lies in and to the columns of its task. It counts if it is of
-the profile that is asked for and of the row's kind of model. Directories that are no row of the paper's are
-rows of their own, below the others.
+A result belongs to the row of its directory and to the columns of its task. It counts if it has the requested
+profile and the row's kind of model. Other directories are rows of their own, below the paper's.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.metrics import Figure
-from a3_jax.evaluation.profiles import DEFAULT_PROFILE, profile_named
-from a3_jax.evaluation.published import Published, published, sources, statuses
-from a3_jax.evaluation.recipes import ROWS, PaperTable, Row, data_files, evaluation_command, needs
+from a3_jax.evaluation.paper_tables import (
+    COPIED,
+    ROWS,
+    SUSPECT,
+    PaperTable,
+    Published,
+    TableRow,
+    data_files,
+    evaluation_command,
+    needs,
+    published,
+    sources,
+    statuses,
+)  # fmt: skip
 from a3_jax.evaluation.results import Result, load_results
-from a3_jax.evaluation.tasks import TASKS, Task
+from a3_jax.evaluation.tasks.catalogue import TASKS, Task
+from a3_jax.evaluation.tasks.metrics import Figure
+from a3_jax.evaluation.tasks.profiles import DEFAULT_PROFILE, profile_named
 from a3_jax.paths import as_path
 
-SCHEMA = 1
+NOT_RUN, CITED, CHANGED = "not run", "cited", "~"
+_MARKS = {COPIED: "*", SUSPECT: "?"}
+_LEGEND = "Each cell: the paper's figure; ours with its standard error; their difference in standard errors."
+_EXPLANATIONS = {
+    "*": "* copied in the paper from DiffuLLaMA, arXiv 2410.17891",
+    "?": "? probably a slip of the paper: equal to the ROCStories figures of Llama-3.1-8B",
+}
+_HEADINGS = {
+    "triviaqa_em": "TriviaQA", "hellaswag_acc": "HellaSwag", "winogrande_acc": "WinoGrande",
+    "siqa_acc": "SIQA", "piqa_acc": "PIQA", "rocstories_rouge1": "ROC R-1", "rocstories_rouge2": "ROC R-2",
+    "rocstories_rougeL": "ROC R-L",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +49,60 @@ class Cell:
     """A figure of the paper and ours.
 
     Attributes:
-      task, metric: of our results. paper_metric: as the paper's table is kept here.
-      published: None where the paper has none (a row of one's own).
-      ours, result: None where nothing ran.
-      standard_errors: (ours - published) in standard errors of ours; the paper states none of its own. None
-        where one is missing or the error is zero or unknown.
-      changes: how the result differs from its profile; () for not at all.
+      task, metric: the task and metric of our results.
+      paper_metric: the metric's name in `paper_tables.json`.
+      published: the paper's figure; None where it has none (a row of your own).
+      result: our result; None where nothing ran.
     """
 
     task: Task
     metric: str
     paper_metric: str
     published: Published | None
-    ours: Figure | None
     result: Result | None
-    standard_errors: float | None
-    changes: tuple[str, ...]
+
+    @property
+    def ours(self) -> Figure | None:
+        """Our figure; None where nothing ran."""
+        return self.result.figure(self.metric) if self.result else None
+
+    @property
+    def standard_errors(self) -> float | None:
+        """(ours - published) in standard errors of ours, as the paper states none; None where unknown."""
+        if self.published is None or self.ours is None or not self.ours.standard_error:
+            return None
+        distance = (self.ours.value - self.published.value) / self.ours.standard_error
+        return distance if math.isfinite(distance) else None
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """How the result differs from its profile; () if it doesn't."""
+        return _changes(self.result) if self.result else ()
+
+    def to_dict(self, row: "RowComparison") -> dict[str, Any]:
+        """Returns plain JSON; with the commands of the row where nothing ran."""
+        value: dict[str, Any] = {
+            "task": self.task.name,
+            "metric": self.metric,
+            "paper_metric": self.paper_metric,
+            "published": dataclasses.asdict(self.published) if self.published else None,
+            "ours": None,
+            "standard_errors": self.standard_errors,
+        }
+        if self.ours is None or self.result is None:
+            commands = row.commands_of((self.task,))
+            needed = [*row.needs_of((self.task,)), *(data_files((self.task,)) if commands else ())]
+            return {**value, "commands": list(commands), "needs": needed}
+        value["ours"] = {
+            **dataclasses.asdict(self.ours),
+            "profile": self.result.profile,
+            "changes": list(self.changes),
+            "seed": self.result.seed,
+            "skipped": self.result.skipped,
+            "checkpoint": self.result.checkpoint,
+            "identity": self.result.identity,
+        }
+        return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +110,59 @@ class RowComparison:
     """A row.
 
     Attributes:
-      name: of its directory. label: in the table.
-      recipe: None for a row of one's own.
-      missing: tasks of the cells that did not run; `commands` run them and take `needs`, data files apart.
+      label: its label in the table.
+      recipe: the paper's row; None for a row of your own.
+      cells: its cells, from left to right.
+      profile: profile of the results that count.
+      results: the directory of all rows' directories.
     """
 
-    name: str
     label: str
-    recipe: Row | None
+    recipe: TableRow | None
     cells: tuple[Cell, ...]
-    missing: tuple[Task, ...]
-    commands: tuple[str, ...]
-    needs: tuple[str, ...]
+    profile: str
+    results: str
+
+    @property
+    def name(self) -> str:
+        """Name of its directory; of a row of your own its label."""
+        return self.recipe.name if self.recipe else self.label
+
+    @property
+    def missing(self) -> tuple[Task, ...]:
+        """Tasks of the cells that did not run."""
+        return tuple({cell.task.name: cell.task for cell in self.cells if cell.ours is None}.values())
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """Commands that run the missing tasks."""
+        return self.commands_of(self.missing)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What these commands need, except for data files."""
+        return self.needs_of(self.missing)
+
+    def commands_of(self, tasks: Sequence[Task]) -> tuple[str, ...]:
+        """Returns the commands that run tasks; () if there are none, or nothing can run the row."""
+        if self.recipe is None or self.recipe.model is None or not tasks:
+            return ()
+        return (*self.recipe.commands, evaluation_command(self.recipe, tasks, self.profile, self.results))
+
+    def needs_of(self, tasks: Sequence[Task]) -> tuple[str, ...]:
+        """Returns what the commands of tasks need, except for data files."""
+        return tuple(needs(self.recipe, tasks)) if self.recipe and self.commands_of(tasks) else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON."""
+        return {
+            "row": self.name,
+            "model": self.label,
+            "why_cited": self.recipe.why_cited if self.recipe else "",
+            "commands": list(self.commands),
+            "needs": [*self.needs, *(data_files(self.missing) if self.commands else ())],
+            "cells": [cell.to_dict(self) for cell in self.cells],
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +176,15 @@ class Comparison:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; docs/evaluation.md tells the fields."""
+        """Returns plain JSON; docs/evaluation.md lists the fields."""
         return {
-            "schema": SCHEMA,
+            "schema": 1,
             "table": self.table.name,
             "title": self.table.title,
             "profile": self.profile,
             "results": self.results,
             "lower_is_better": self.table.lower_is_better,
-            "rows": [_row_dict(row, self.profile, self.results) for row in self.rows],
+            "rows": [row.to_dict() for row in self.rows],
             "notes": list(self.notes),
             "sources": sources(),
             "statuses": statuses(),
@@ -90,17 +192,12 @@ class Comparison:
 
 
 def compare(table: PaperTable, results, profile: str = DEFAULT_PROFILE) -> Comparison:
-    """A table of the paper beside the results in a directory.
+    """Puts a table of the paper beside the results in a directory.
 
     Args:
-      table: of `recipes.PAPER_TABLES`.
-      results: directory with a directory a row, such as RESULTS/a3-1b/.
-      profile: of the results that count.
-
-    A directory that is absent is one without results.
-
-    Raises:
-      InputError: no such profile, or a damaged result.
+      table: one of `PAPER_TABLES`.
+      results: directory with one directory per row, such as RESULTS/a3-1b/; an absent one has no results.
+      profile: profile of the results that count.
     """
     profile_named(profile)
     found, notes = _read(results), list(table.notes)
@@ -108,31 +205,33 @@ def compare(table: PaperTable, results, profile: str = DEFAULT_PROFILE) -> Compa
         notes.append(f"No results in {results}/ROW/ so far.")
     if loose := len(found.pop("", ())):
         notes.append(f"{loose} results in {results} itself are in no row: move them to {results}/ROW.")
-    rows = []
+    figures, rows = published(table.key), []
+
+    def row_of(recipe: TableRow | None, label: str, used: list[Result]) -> RowComparison:
+        cells = tuple(
+            Cell(task, metric, name, figures.get((label, name)), _best(used, task, metric))
+            for task, metric, name in table.columns
+        )
+        return RowComparison(label, recipe, cells, profile, str(results))
+
     for name, label in table.rows:
-        used, told = _usable(name, ROWS[name].model, found.get(name, ()), profile)
-        rows.append(_compare_row(table, ROWS[name], label, used, profile, str(results)))
-        notes += told
-    for name, model, label in _own_rows(found):
-        used, told = _usable(name, model, found[name], profile)
-        row = _compare_row(table, None, label, used, profile, str(results))
-        if any(cell.ours for cell in row.cells):
-            rows.append(row)
-            notes += [f"{label} is a row of your own{nearest(name, ROWS) or '.'}", *told]
+        used, about = _usable(name, ROWS[name].model, found.get(name, ()), profile)
+        rows.append(row_of(ROWS[name], label, used))
+        notes += about
+    for name in sorted(set(found) - set(ROWS)):  # your own rows, one per kind of model
+        kinds = sorted({str(_model_of(each)) for each in found[name]})
+        for kind in kinds:
+            label = name if len(kinds) == 1 else f"{name} ({kind})"
+            used, about = _usable(name, kind, found[name], profile)
+            row = row_of(None, label, used)
+            if any(cell.ours for cell in row.cells):
+                rows.append(row)
+                notes += [f"{label} is a row of your own{nearest(name, ROWS) or '.'}", *about]
     return Comparison(table, profile, str(results), tuple(rows), tuple(notes))
 
 
-def _own_rows(found) -> list[tuple[str, str | None, str]]:
-    """(directory, kind of model, label) of the rows that are none of the paper's: one a kind."""
-    rows = []
-    for name in sorted(set(found) - set(ROWS)):
-        kinds = sorted({str(_model_of(each)) for each in found[name]})
-        rows += [(name, kind, name if len(kinds) == 1 else f"{name} ({kind})") for kind in kinds]
-    return rows
-
-
 def _read(results) -> dict[str, list[Result]]:
-    """The results of each row's directory; of the directory itself under ""."""
+    """Reads the results of each row's directory; those of the directory itself are under ""."""
     place = as_path(results)
     if not place.is_dir():
         if place.exists():
@@ -141,14 +240,13 @@ def _read(results) -> dict[str, list[Result]]:
     found = {"": load_results(place)}
     for child in sorted(place.iterdir()):
         if child.is_dir():
-            found[child.name] = [
-                each for each in load_results(child) if each.task in TASKS
-            ]  # not the harness'
+            # The harness's results are on another scale.
+            found[child.name] = [each for each in load_results(child) if each.task in TASKS]
     return found
 
 
 def _usable(name, model, found, profile) -> tuple[list[Result], list[str]]:
-    """The results of a row that count, and what is to be said of the others."""
+    """Returns the results of a row that count, and notes about the others."""
     right = [each for each in found if model in (None, str(_model_of(each)))]
     notes = []
     if name in ROWS and len(right) < len(found):
@@ -168,74 +266,122 @@ def _model_of(result: Result) -> str | None:
 
 
 def _changes(result: Result) -> tuple[str, ...]:
-    told = [f"{name}={value}" for name, value in sorted(result.overrides.items())]
-    return (*([] if result.limit is None else [f"--limit={result.limit}"]), *told)
+    overrides = [f"{name}={value}" for name, value in sorted(result.overrides.items())]
+    return (*([] if result.limit is None else [f"--limit={result.limit}"]), *overrides)
 
 
 def _best(results: list[Result], task: Task, metric: str) -> Result | None:
-    """Of several runs of a cell the one that is the profile as it is; of those the one with most examples."""
+    """Chooses among runs of a cell: the unchanged profile first, then the most examples."""
     having = [each for each in results if each.task == task.name and each.figure(metric)]
     return max(having, key=lambda each: (not _changes(each), each.examples, each.identity), default=None)
 
 
-def _compare_row(table, recipe, label, results, profile, directory) -> RowComparison:
-    figures = published(table.key)
-    cells = []
-    for task, metric, paper_metric in table.columns:
-        known, result = figures.get((label, paper_metric)), _best(results, task, metric)
-        ours = result.figure(metric) if result else None
-        changes = _changes(result) if result else ()
-        cells.append(Cell(task, metric, paper_metric, known, ours, result, _distance(known, ours), changes))
-    left = tuple({cell.task.name: cell.task for cell in cells if cell.ours is None}.values())
-    commands = _commands(recipe, left, profile, directory)
-    takes = tuple(needs(recipe, left)) if recipe and commands else ()
-    name = recipe.name if recipe else label
-    return RowComparison(name, label, recipe, tuple(cells), left, commands, takes)
+def headings(comparison: Comparison) -> list[str]:
+    """Returns the headings of the columns, that of the rows' labels first."""
+    names = [name for _, _, name in comparison.table.columns]
+    return ["model", *(_HEADINGS.get(name) or name.removeprefix("ppl_").replace("_", " ") for name in names)]
 
 
-def _commands(recipe: Row | None, tasks, profile: str, directory: str) -> tuple[str, ...]:
-    """What runs tasks of a row; () if nothing is missing, or nothing can run it."""
-    if recipe is None or recipe.model is None or not tasks:
-        return ()
-    return (*recipe.commands, evaluation_command(recipe, tasks, profile, directory))
+def cell_lines(cell: Cell, row: RowComparison) -> list[str]:
+    """Returns the lines of a cell: the paper's figure, ours, and the difference where there is one."""
+    known, ours = cell.published, cell.ours
+    lines = [f"{known.value:.1f}{_MARKS.get(known.status, '')}" if known else "-"]
+    if ours is None:
+        return [*lines, CITED if row.recipe is not None and row.recipe.why_cited else NOT_RUN]
+    error = "" if ours.standard_error is None else f"±{ours.standard_error:.1f}"
+    lines.append(f"{ours.value:.1f}{error}{CHANGED if cell.changes else ''}")
+    if cell.standard_errors is not None:
+        lines.append(f"{cell.standard_errors:+.1f} SE")
+    return lines
 
 
-def _distance(known: Published | None, ours: Figure | None) -> float | None:
-    """(ours - published) in standard errors of ours, or None."""
-    if known is None or ours is None or not ours.standard_error:
-        return None
-    distance = (ours.value - known.value) / ours.standard_error
-    return distance if math.isfinite(distance) else None
+def rows_of_text(comparison: Comparison, between: str) -> list[list[str]]:
+    """Returns the table's rows, the lines of a cell joined by `between`."""
+    return [
+        [row.label, *(between.join(cell_lines(cell, row)) for cell in row.cells)] for row in comparison.rows
+    ]
 
 
-def _row_dict(row: RowComparison, profile: str, directory: str) -> dict[str, Any]:
-    return {
-        "row": row.name,
-        "model": row.label,
-        "why_cited": row.recipe.why_cited if row.recipe else "",
-        "commands": list(row.commands),
-        "needs": [*row.needs, *(data_files(row.missing) if row.commands else ())],
-        "cells": [_cell_dict(cell, row.recipe, profile, directory) for cell in row.cells],
-    }
+def footnotes(comparison: Comparison) -> list[str]:
+    """Returns the legend, the marks that occur, what is special about results, and the notes."""
+    cells = [(row, cell) for row in comparison.rows for cell in row.cells]
+    marks = {_MARKS.get(cell.published.status, "") for _, cell in cells if cell.published}
+    notes = [_LEGEND, *(text for mark, text in _EXPLANATIONS.items() if mark in marks)]
+    for row, cell in cells:
+        if cell.changes:
+            changes = ", ".join(cell.changes)
+            notes.append(f"{CHANGED} {row.label}, {cell.task.name}: not the profile as it is: {changes}")
+    for row in comparison.rows:
+        notes += _origins(row)
+        if row.recipe is not None and row.recipe.why_cited:
+            notes.append(f"{row.label} is cited alone: {row.recipe.why_cited}.")
+    return [*dict.fromkeys(notes), *comparison.notes]
 
 
-def _cell_dict(cell: Cell, recipe: Row | None, profile: str, directory: str) -> dict[str, Any]:
-    value: dict[str, Any] = {"task": cell.task.name, "metric": cell.metric, "paper_metric": cell.paper_metric}
-    value["published"] = dataclasses.asdict(cell.published) if cell.published else None
-    value["ours"] = None
-    if cell.ours and cell.result:
-        value["ours"] = {
-            **dataclasses.asdict(cell.ours),
-            "profile": cell.result.profile,
-            "changes": list(cell.changes),
-            "seed": cell.result.seed,
-            "skipped": cell.result.skipped,
-            "checkpoint": cell.result.checkpoint,
-            "identity": cell.result.identity,
-        }
-    value["standard_errors"] = cell.standard_errors
-    if cell.ours is None:
-        commands = _commands(recipe, (cell.task,), profile, directory)
-        takes = [*needs(recipe, (cell.task,)), *data_files((cell.task,))] if recipe and commands else []
-        value["commands"], value["needs"] = list(commands), takes
-    return value
+def _origins(row: RowComparison) -> list[str]:
+    """Names the checkpoints of a row's figures, and the number of examples."""
+    counts: dict[str, dict[str, str]] = {}
+    for cell in row.cells:
+        if cell.ours and cell.result:
+            origin, skipped = cell.result.checkpoint, sum(cell.result.skipped.values())
+            place = f"{origin.get('path')} ({str(origin.get('fingerprint'))[:16]})"
+            count = f"{cell.task.name} {cell.result.examples:,}"
+            count += f" ({skipped:,} skipped)" if skipped else ""
+            counts.setdefault(place, {})[cell.task.name] = count
+    return [
+        f"{row.label}: ours is {place}; examples: {', '.join(found.values())}"
+        for place, found in counts.items()
+    ]
+
+
+def _missing(comparison: Comparison) -> tuple[list[tuple[str, RowComparison]], list[str]]:
+    """Returns the rows with cells that could still run, each with its title, and the data files they read."""
+    rows = [row for row in comparison.rows if row.commands]
+    titles = [f"{row.label}, not run: {', '.join(task.name for task in row.missing)}" for row in rows]
+    tasks = {task.name: task for row in rows for task in row.missing}
+    return list(zip(titles, rows, strict=True)), data_files(tasks.values())
+
+
+def show(comparison: Comparison) -> None:
+    """Prints a comparison to the terminal."""
+    from a3_jax.console import print_table
+
+    title = f"{comparison.table.title}\nprofile {comparison.profile}, results in {comparison.results}"
+    print_table(title, rows_of_text(comparison, "\n"), headings(comparison), "\n".join(footnotes(comparison)))
+    rows, files = _missing(comparison)
+    for heading, row in rows:
+        lines = [f"  needs {text}" for text in row.needs]
+        print("\n".join(["", heading, *lines, *(f"    {command}" for command in row.commands)]))
+    if files:
+        print("\n".join(["", "Data files (a3 eval --list tells more):", *(f"  {text}" for text in files)]))
+
+
+def markdown(comparison: Comparison) -> str:
+    """Returns a comparison as Markdown, commands included."""
+    columns = headings(comparison)
+    lines = [
+        f"## {comparison.table.title}",
+        "",
+        f"Profile `{comparison.profile}`, results in `{comparison.results}`.",
+        "",
+        _line(columns),
+        _line(["---", *["---:"] * (len(columns) - 1)]),
+        *(_line(row) for row in rows_of_text(comparison, "<br>")),
+        "",
+        *(f"- {_escaped(note)}" for note in footnotes(comparison)),
+    ]
+    rows, files = _missing(comparison)
+    for heading, row in rows:
+        needed = [f"- needs {_escaped(text)}" for text in row.needs]
+        lines += ["", f"### {_escaped(heading)}", "", *needed, "", "```bash", *row.commands, "```"]
+    if files:
+        lines += ["", "### Data files", "", *(f"- {_escaped(text)}" for text in files)]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("*", r"\*").replace("|", r"\|").replace("~", r"\~")
+
+
+def _line(cells) -> str:
+    return f"| {' | '.join(_escaped(cell) for cell in cells)} |"

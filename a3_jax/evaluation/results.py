@@ -1,9 +1,9 @@
-"""Results of evaluations as files: one JSON a run and task, whole or absent, and its records.
+"""Results of evaluations as files: one JSON per run and task, whole or absent, and its records.
 
     DIR/hellaswag-1f0c93ab2e.json              figures, and every setting that they depend on
-    DIR/hellaswag-1f0c93ab2e.records.jsonl     an example a line
+    DIR/hellaswag-1f0c93ab2e.records.jsonl     one example per line
 
-The ten hex digits are of the settings: other settings, another checkpoint or other data are other files.
+The ten hex digits are a hash of the settings: other settings, checkpoints or data make other files.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.metrics import Figure
+from a3_jax.evaluation.tasks.metrics import Figure
 from a3_jax.paths import GrowingFile, as_path, check_parents, read_bytes, read_json, write_json
 
 SCHEMA = 1
@@ -24,22 +24,23 @@ RECORDS_SUFFIX = ".records.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out of a task; the JSON file has these fields.
+    """The result of a task; the JSON file has these fields.
 
     Attributes:
       task, kind, profile, split: names. `task` may be "lm_eval:NAME".
-      examples: that count. skipped: how many do not, by reason.
-      figures: by metric, the headline first: in points (x100), perplexities as they are, those of lm_eval
-        on the harness' own scale.
+      examples: number of examples that count.
+      skipped: number of those that do not, by reason.
+      figures: figures by metric, the headline first: in points (x100), perplexities as they are, those of
+        lm_eval on the harness's own scale.
       settings: {"profile", "model", "evaluator"}: every switch, changed ones included.
-      overrides: what was changed against the profile of this name.
-      limit: rows at most that were asked for; None: as many as the profile says.
-      samples, seed: of the run.
+      overrides: the caller's changes to the profile of this name.
+      limit: the most rows that were asked for; None: as many as the profile says.
+      samples, seed: as `evaluate` takes them.
       checkpoint, evaluator: {"path", "fingerprint"}; no evaluator: None.
       data: SHA-256 by file name.
-      versions: of the software.
-      seconds: of all the runs that it took.
-      notes: what a reader must know besides.
+      versions: versions of the software.
+      seconds: time of all the runs that it took.
+      notes: what else a reader must know.
       identity: hex digest of what the figures depend on.
       records: file name of the records beside this one.
     """
@@ -67,24 +68,20 @@ class Result:
     schema: int = SCHEMA
 
     def figure(self, metric: str) -> Figure | None:
-        """A figure by name, or None."""
+        """Returns a figure by name, or None."""
         return self.figures.get(metric)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, the schema first."""
+        """Returns plain JSON, the schema first."""
         return {"schema": self.schema, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any], file=None) -> "Result":
-        """The result in the JSON of a file.
-
-        Raises:
-          InputError: of another schema version, or with fields missing or of the wrong kind.
-        """
+        """Reads the JSON of a file; refuses another schema version, missing fields and wrong types."""
         schema = value.get("schema")
         if schema != SCHEMA:
-            told = f"version {SCHEMA} is read, this is {schema!r}: run the evaluation again"
-            raise InputError(told, file=file, field="schema")
+            message = f"version {SCHEMA} is read, this is {schema!r}: run the evaluation again"
+            raise InputError(message, file=file, field="schema")
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in value:
@@ -103,29 +100,25 @@ _KINDS = {
 }  # fmt: skip
 
 
-class Records:
-    """The records of a task under way: JSON lines, appended, so that a run that was stopped goes on.
+class RecordFile:
+    """The records of a task in progress: JSON lines, appended, so that an interrupted run can continue.
 
-    A last line without its end was cut off by the stop and is dropped. Any other damage is an error: figures
-    of fewer examples than a run had would be wrong without a sign of it.
+    A last line without its end was cut off by the interruption and is dropped. Any other damage is an error:
+    figures of fewer examples than the run had would be silently wrong.
 
     Attributes:
-      all: those so far, in the order of the file.
+      all: the records so far, in the order of the file.
     """
 
     def __init__(self, path):
-        """Opens a file, or begins it.
-
-        Raises:
-          InputError: a damaged line, or a file that can't be read or written.
-        """
+        """Opens a file, or begins it."""
         path = as_path(path)
         lines = read_bytes(path).split(b"\n")[:-1] if path.exists() else []
         self.all = [_record(line, path, number) for number, line in enumerate(lines, start=1)]
         self._file = GrowingFile(path, b"".join(line + b"\n" for line in lines))
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Adds records; once this returns they outlive the process and the machine."""
+        """Adds records; once this returns they survive a crash of the process or the machine."""
         added = list(records)
         self._file.append("".join(json.dumps(record) + "\n" for record in added).encode())
         self.all.extend(added)
@@ -138,53 +131,37 @@ class Records:
 
 
 def record_key(record: dict[str, Any]) -> tuple[str, int, int]:
-    """Which example a record is of: its id, row and sample."""
+    """Returns what names a record's example: its id, row and sample."""
     return record["id"], record["row"], record["sample"]
 
 
 def identity_of(facts: dict[str, Any]) -> str:
-    """SHA-256 (hex) of plain JSON, whatever the order of its keys."""
+    """Returns the SHA-256 (hex) of plain JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def result_path(directory, task: str, identity: str):
-    """DIR/TASK-HEX.json, odd letters of the task's name as dashes."""
+    """Returns DIR/TASK-HEX.json, with dashes for special characters of the task's name."""
     return as_path(directory) / f"{re.sub('[^A-Za-z0-9_.]+', '-', task)}-{identity[:10]}.json"
 
 
 def check_directory(directory) -> None:
-    """Refuses, before anything is run, a directory of results that can't be one.
-
-    Raises:
-      InputError: a file, or below a file.
-    """
+    """Refuses, before anything runs, a directory of results that is a file or below one."""
     check_parents(as_path(directory) / "result.json")
 
 
 def write_result(directory, result: Result) -> None:
-    """Writes DIR/TASK-HEX.json, whole or not at all.
-
-    Raises:
-      InputError: the directory can't be written.
-    """
+    """Writes DIR/TASK-HEX.json, whole or not at all."""
     write_json(result_path(directory, result.task, result.identity), result.to_dict())
 
 
 def load_result(path) -> Result:
-    """Reads a result.
-
-    Raises:
-      InputError: absent, damaged, or of another version.
-    """
+    """Reads a result."""
     return Result.from_dict(read_json(path), path)
 
 
 def load_results(directory) -> list[Result]:
-    """All results of a directory, by task and file name.
-
-    Raises:
-      InputError: no such directory, or a file that is no result.
-    """
+    """Reads all results of a directory, in order of task and file name."""
     place = as_path(directory)
     if not place.is_dir():
         raise InputError("no such directory of results", file=place)
@@ -193,8 +170,8 @@ def load_results(directory) -> list[Result]:
 
 def _figure(name: str, value, file) -> Figure:
     if not isinstance(value, dict) or sorted(value) != ["count", "standard_error", "value"]:
-        told = "must have value, standard_error and count"
-        raise InputError(told, file=file, field=f"figures.{name}")
+        message = "must have value, standard_error and count"
+        raise InputError(message, file=file, field=f"figures.{name}")
     for key in ("value", "standard_error", "count"):
         is_number = isinstance(value[key], int | float) and not isinstance(value[key], bool)
         if not is_number and not (key == "standard_error" and value[key] is None):

@@ -1,4 +1,4 @@
-"""A task of a run as work to do: chunks of items, how a chunk is answered, what its records come to."""
+"""One task of an evaluation, ready to run: chunks of items, their answers, figures of the records."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from a3_jax.errors import EXIT_FAILED, InputError, RunError
-from a3_jax.evaluation import perplexity
-from a3_jax.evaluation.examples import ChoiceExample, Example, is_too_long, make_examples
-from a3_jax.evaluation.files import TaskFiles, read_rows
-from a3_jax.evaluation.judging import judge, summarise
-from a3_jax.evaluation.metrics import Figure
-from a3_jax.evaluation.perplexity import Variant, Writing
-from a3_jax.evaluation.profiles import Profile
-from a3_jax.evaluation.subjects import Subject
-from a3_jax.evaluation.tasks import CHOICE, Task
+from a3_jax.evaluation.models.opening import LoadedModel
+from a3_jax.evaluation.tasks import perplexity
+from a3_jax.evaluation.tasks.catalogue import CHOICE, Task
+from a3_jax.evaluation.tasks.examples import ChoiceExample, Example, is_too_long, make_examples
+from a3_jax.evaluation.tasks.files import TaskFiles, read_rows
+from a3_jax.evaluation.tasks.grading import grade, summarise
+from a3_jax.evaluation.tasks.metrics import Figure
+from a3_jax.evaluation.tasks.perplexity import Writing
+from a3_jax.evaluation.tasks.profiles import Profile
 
 _CHUNK = {CHOICE: 256}  # examples whose records are written together
 _FILLED_CHUNK, _TEXT_CHUNK = 64, 32
@@ -25,18 +25,21 @@ Key = tuple[str, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What all tasks of a run have in common.
+class RunSettings:
+    """What all tasks of an evaluation share.
 
     Attributes:
-      subject: what is evaluated. evaluator: what judges texts, or None.
-      profile: with the caller's changes. overrides: these. generate: of them the decoding options.
-      data_dir: of task files.
+      subject: the model under evaluation.
+      evaluator: the model that scores texts, or None.
+      profile: the profile with the caller's changes.
+      overrides: these changes.
+      generate: the decoding options among them.
+      data_dir: directory of task files.
       limit, samples, seed, allow_code_execution, download: as `evaluate` takes them.
     """
 
-    subject: Subject
-    evaluator: Subject | None
+    subject: LoadedModel
+    evaluator: LoadedModel | None
     profile: Profile
     overrides: dict[str, Any]
     generate: dict[str, Any]
@@ -49,19 +52,19 @@ class Run:
 
 
 @dataclasses.dataclass
-class Work:
-    """One task, ready to be run.
+class TaskRun:
+    """One task, ready to run.
 
     Attributes:
-      task, kind, split: of it.
+      task, kind, split: its name, kind and split.
       settings: "profile", "model" and "evaluator".
       data: SHA-256 of its files by name.
       chunks: items in the order in which they run.
       key_of: the key of an item's record.
-      answer: the records of a chunk.
-      figures: of all records.
-      skipped: examples left out, by reason: of all records.
-      notes: of all records, for readers.
+      answer: answers a chunk; returns its records.
+      figures: figures of all records.
+      skipped: number of examples left out, by reason, given all records.
+      notes: notes for readers, given all records.
     """
 
     task: str
@@ -77,12 +80,8 @@ class Work:
     notes: Callable[[list[Record]], list[str]]
 
 
-def example_work(run: Run, task: Task, files: TaskFiles) -> Work:
-    """A task of examples: choices that are scored, blanks that are filled.
-
-    Raises:
-      InputError: a row that gives no example, or all examples are too long.
-    """
+def example_run(run: RunSettings, task: Task, files: TaskFiles) -> TaskRun:
+    """Prepares a task of examples: choices that are scored, blanks that are filled."""
     model, profile = run.subject.model, run.profile
     limit = profile.limit_of(task) if run.limit is None else run.limit
     shots = list(read_rows(task, files, shots=True)) if files.shots else ()
@@ -91,25 +90,33 @@ def example_work(run: Run, task: Task, files: TaskFiles) -> Work:
         make_examples(task, profile, rows, model.tokenizer, seed=run.seed, samples=run.samples, shots=shots)
     )
     long = [example for example in examples if is_too_long(task, profile, example, model.max_length)]
-    out = set(map(id, long))
-    fitting = sorted((one for one in examples if id(one) not in out), key=lambda example: example.length)
+    long_ids = set(map(id, long))
+    fitting = sorted((one for one in examples if id(one) not in long_ids), key=lambda one: one.length)
     if not fitting:
         message = f"every example of {task.name} is longer than the {model.max_length} tokens of the model"
         raise InputError(message, field="tasks")
     skips = task.too_long == "skip"
     if task.kind != CHOICE:
-        model = with_generate(model, profile.generate.get(task.name, {}))
+        model = _with_generate(model, profile.generate.get(task.name, {}))
 
     def answer(chunk: list[Example]) -> list[Record]:
-        blank = id(chunk[0]) in out
-        answers = [None] * len(chunk) if blank else _answers(task, model, chunk)
+        is_long = id(chunk[0]) in long_ids
+        answers = [None] * len(chunk) if is_long else _answers(task, model, chunk)
         return [
-            judge(task, profile, example, one, model.tokenizer, run.allow_code_execution)
+            grade(task, profile, example, one, model.tokenizer, run.allow_code_execution)
             for example, one in zip(chunk, answers, strict=True)
         ]
 
+    def notes(records: list[Record]) -> list[str]:
+        found = []
+        if long and not skips:
+            found.append(f"{len(long)} examples were too long and count as empty completions.")
+        if empty := sum(record.get("empty_aliases", 0) for record in records):
+            found.append(f"{empty} aliases without a letter were left out: they are in every answer.")
+        return found
+
     size = _CHUNK.get(task.kind, _FILLED_CHUNK)
-    return Work(
+    return TaskRun(
         task=task.name,
         kind=task.kind,
         split=task.split,
@@ -120,59 +127,71 @@ def example_work(run: Run, task: Task, files: TaskFiles) -> Work:
         answer=answer,
         figures=lambda records: summarise(task, records),
         skipped=lambda records: {"too_long": len(long)} if skips and long else {},
-        notes=lambda records: _example_notes(records, 0 if skips else len(long)),
+        notes=notes,
     )
 
 
-def text_work(run: Run, task: Task, files: TaskFiles) -> Work:
-    """A task of texts that the model writes and an evaluator judges.
-
-    Raises:
-      InputError: no evaluator, too few documents, lengths that the model can't write.
-    """
+def text_run(run: RunSettings, task: Task, files: TaskFiles) -> TaskRun:
+    """Prepares a task of texts that the model writes and an evaluator scores."""
     if run.evaluator is None:
         raise InputError(f"{task.name} needs one, a left-to-right model", field="evaluator")
-    subject, judge_model, profile = run.subject.model, run.evaluator.model, run.profile
+    subject, evaluator, profile = run.subject.model, run.evaluator.model, run.profile
     variants = perplexity.variants_of(profile, run.subject.family, run.generate)
     longest = max(variant.length for variant in variants)
     if longest > subject.max_length:
         message = f"{longest} tokens are more than the {subject.max_length} of the model"
         raise InputError(message, field="pile.lengths")
-    models = {variant.name: with_generate(subject, variant.generate) for variant in variants}
+    models = {variant.name: _with_generate(subject, variant.generate) for variant in variants}
     by_variant = perplexity.writings(
-        task, files, profile, variants, subject.tokenizer, judge_model.tokenizer, run.seed, run.limit
+        task, files, profile, variants, subject.tokenizer, evaluator.tokenizer, run.seed, run.limit
     )
 
     def answer(chunk: list[Writing]) -> list[Record]:
-        return perplexity.write_and_judge(chunk, models[chunk[0].variant.name], judge_model)
+        return perplexity.write_and_score(chunk, models[chunk[0].variant.name], evaluator)
+
+    def skipped(records: list[Record]) -> dict[str, int]:
+        number = sum(not record["scored"] for record in records)
+        return {"no_text": number} if number else {}
+
+    def notes(records: list[Record]) -> list[str]:
+        found = ["ppl is of what was written, given the prompt; ppl_full of the prompt too."]
+        if perplexity.is_retokenised(subject, evaluator):
+            found.append(
+                "The evaluator has another tokenizer: texts were decoded and encoded again, the border lies "
+                "behind the prompt's last character, and special tokens are gone."
+            )
+        if cut := sum(record["cut"] > 0 for record in records):
+            found.append(f"{cut} texts were cut at the evaluator's context.")
+        rows = sorted({record["row"] for record in records if record["variant"] == variants[0].name})
+        return [*found, f"Rows: {', '.join(map(str, rows))}."]
 
     options = {variant.name: variant.generate for variant in variants}
-    return Work(
+    return TaskRun(
         task=task.name,
         kind=task.kind,
         split=task.split,
         settings={
             "profile": profile.settings(task),
             "model": subject.describe() | {"generate": options},
-            "evaluator": judge_model.describe(),
+            "evaluator": evaluator.describe(),
         },
         data=files.sha256(),
         chunks=[chunk for items in by_variant for chunk in _chunked(items, _TEXT_CHUNK)],
         key_of=lambda writing: writing.key,
         answer=answer,
         figures=lambda records: perplexity.summarise_texts(records, variants),
-        skipped=_textless,
-        notes=lambda records: _text_notes(records, subject, judge_model, variants),
+        skipped=skipped,
+        notes=notes,
     )
 
 
-def with_generate(model, options: Mapping[str, Any]):
-    """The model with decoding options; one of the caller's own may have none."""
+def _with_generate(model, options: Mapping[str, Any]):
+    """Returns the model with decoding options; a caller's own model may not have any."""
     return model.with_generate(**options) if hasattr(model, "with_generate") else model
 
 
 def _answers(task: Task, model, chunk: Sequence[Example]) -> list[Any]:
-    """What the model says: [C] scores of choices, [n] tokens of blanks."""
+    """Asks the model: [C] scores of the choices, or the [n] tokens of the blank, of each example."""
     if task.kind != CHOICE:
         return model.fill([example.blank for example in chunk if not isinstance(example, ChoiceExample)])
     choices = [example for example in chunk if isinstance(example, ChoiceExample)]
@@ -186,32 +205,3 @@ def _answers(task: Task, model, chunk: Sequence[Example]) -> list[Any]:
 
 def _chunked(items: Sequence[Any], size: int) -> list[list[Any]]:
     return [list(items[first : first + size]) for first in range(0, len(items), size)]
-
-
-def _example_notes(records: list[Record], emptied: int) -> list[str]:
-    notes = []
-    if emptied:
-        notes.append(f"{emptied} examples were too long and count as empty completions.")
-    empty = sum(record.get("empty_aliases", 0) for record in records)
-    if empty:
-        notes.append(f"{empty} aliases without a letter were left out: they are in every answer.")
-    return notes
-
-
-def _textless(records: list[Record]) -> dict[str, int]:
-    number = sum(not record["scored"] for record in records)
-    return {"no_text": number} if number else {}
-
-
-def _text_notes(records: list[Record], model, judge_model, variants: Sequence[Variant]) -> list[str]:
-    notes = ["ppl is of what was written, given the prompt; ppl_full of the prompt too."]
-    if perplexity.is_retokenised(model, judge_model):
-        notes.append(
-            "The evaluator has another tokenizer: texts were decoded and encoded again, the border lies "
-            "behind the prompt's last character, and special tokens are gone."
-        )
-    cut = sum(record["cut"] > 0 for record in records)
-    if cut:
-        notes.append(f"{cut} texts were cut at the evaluator's context.")
-    rows = sorted({record["row"] for record in records if record["variant"] == variants[0].name})
-    return [*notes, f"Rows: {', '.join(map(str, rows))}."]

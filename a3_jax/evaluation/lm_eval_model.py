@@ -1,8 +1,8 @@
-"""Any task of lm-evaluation-harness asked of a model under evaluation, offline from local files.
+"""A model under evaluation as lm-evaluation-harness knows models.
 
 The harness asks in texts: how likely is a continuation, how likely a whole text, what comes next until a
-stop string. Here they become `Target`s and `Blank`s, encoded as the harness' own Hugging Face backend
-encodes them, so that a left-to-right model gets the very figures it would get there.
+stop string. Here they become `ScoreTarget`s and `TextBlank`s, encoded as the harness' own Hugging Face
+backend encodes them, so that a left-to-right model gets exactly the figures that it would get there.
 """
 
 import hashlib
@@ -10,52 +10,42 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from lm_eval.api.model import LM
 
 from a3_jax.errors import InputError
-from a3_jax.evaluation.left_to_right import LeftToRight
-from a3_jax.evaluation.requests import Blank, EvaluatedModel, Target
-
-try:
-    from lm_eval.api.model import LM
-except ImportError as error:
-    raise InputError(
-        "lm-evaluation-harness is not installed: pip install 'a3_jax[eval]'", field="lm_eval"
-    ) from error
+from a3_jax.evaluation.models.interface import NO_TOKENS, EvaluatedModel, ScoreTarget, TextBlank
+from a3_jax.evaluation.models.left_to_right import LeftToRight
 
 MAX_NEW_TOKENS = 256  # where a task doesn't say
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_FIRST_ROUND = 16  # tokens, of a text that may stop anywhere; the rounds double
-_NOTHING = np.zeros(0, np.int32)
+_FIRST_ROUND = 16  # tokens of the first round of a text that may stop anywhere; rounds double
 
 
 class HarnessModel(LM):
-    """A model as lm-evaluation-harness knows them.
+    """A model that answers the harness's requests.
 
     Attributes:
-      model: what answers.
+      model: the model that answers.
       bos: whether texts get BOS: "auto" (if the tokenizer adds one), "yes" or "no".
-      seed: of what is drawn, with each request's own text.
+      seed: seed of what is drawn, together with each request's own text.
     """
 
     def __init__(self, model: EvaluatedModel, bos: str = "auto", seed: int = 0):
         super().__init__()
         self.model, self.bos, self.seed = model, bos, seed
-        model.tokenizer.encode("", bos)  # complains of a policy that its tokenizer can't follow
+        model.tokenizer.encode("", bos)  # refuses a policy that the tokenizer can't follow
 
     @property
     def tokenizer_name(self) -> str:
-        """What cached requests are told apart by."""
+        """The key of cached requests."""
         return self.model.tokenizer.fingerprint
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding gives it) of (context, continuation).
+        """Returns (log-probability of the continuation, whether greedy decoding gives it) per request.
 
         The context's trailing spaces belong to the continuation; both are encoded together and cut by
         the context's own number of tokens. A text too long for the model loses its beginning. Without
         a context, BOS (or EOS) takes its place.
-
-        Raises:
-          InputError: a continuation without tokens, or longer than the model's context.
         """
         del disable_tqdm
         pairs = [request.args for request in requests]
@@ -66,15 +56,12 @@ class HarnessModel(LM):
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole (text,), left to right, from BOS (or EOS) on.
+        """Returns the log-probability of each whole text, left to right, after BOS (or EOS).
 
-        What is longer than the model's context is read in windows, see `windows`.
-
-        Raises:
-          InputError: a model that knows no exact left-to-right conditionals.
+        A text longer than the model's context is read in windows, see `windows`.
         """
         del disable_tqdm
-        targets: list[Target] = []
+        targets: list[ScoreTarget] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
             tokens = self._encode(request.args[0])
@@ -89,13 +76,10 @@ class HarnessModel(LM):
         return sums.tolist()
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """What follows each (context, settings), up to EOS or the first of the stop strings `until`.
+        """Continues each context, up to EOS or the first of the stop strings `until`.
 
         Of the settings `max_gen_toks` (256), `do_sample`, `temperature`, `top_p` and `top_k` are read;
-        decoding is greedy unless they ask for a draw. A context too long for the model loses its beginning.
-
-        Raises:
-          InputError: more new tokens than the model's context holds.
+        decoding is greedy unless they ask for sampling. A context too long for the model loses its beginning.
         """
         del disable_tqdm
         answers = [""] * len(requests)
@@ -112,21 +96,21 @@ class HarnessModel(LM):
         return answers
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into its results beside its own settings."""
+        """Returns what the harness writes into its results in addition to its own settings."""
         return {"a3_jax": self.model.describe() | {"bos": self.bos, "seed": self.seed}}
 
     def _encode(self, text: str) -> list[int]:
         return self.model.tokenizer.encode(text, self.bos)
 
     def _first_token(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """Returns the token used as context when the context is empty (BOS, else EOS)."""
         tokenizer = self.model.tokenizer
         first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         if first is None:
             raise InputError("has neither BOS nor EOS to begin a text with", field="tokenizer")
         return first
 
-    def _target(self, context: str, continuation: str) -> Target:
+    def _target(self, context: str, continuation: str) -> ScoreTarget:
         if context:
             stripped = context.rstrip()
             continuation, context = context[len(stripped) :] + continuation, stripped
@@ -146,9 +130,9 @@ class HarnessModel(LM):
             )
         cut = max(len(whole) - most, 0)
         seed = _seed(self.seed, context, continuation)
-        return Target(np.asarray(whole[cut:], np.int32), start - cut, len(whole) - cut, seed)
+        return ScoreTarget(np.asarray(whole[cut:], np.int32), start - cut, len(whole) - cut, seed)
 
-    def _blank(self, index: int, context: str, settings: dict[str, Any]) -> Blank:
+    def _blank(self, index: int, context: str, settings: dict[str, Any]) -> TextBlank:
         given = [settings[name] for name in _LENGTH_NAMES if settings.get(name) is not None]
         length = int(given[0]) if given else MAX_NEW_TOKENS
         room = self.model.max_length - length
@@ -157,39 +141,39 @@ class HarnessModel(LM):
                 f"{length} new tokens, the model's context is {self.model.max_length}", field="max_gen_toks"
             )
         prefix = (self._encode(context) or [self._first_token()])[-room:]
-        return Blank(np.asarray(prefix, np.int32), _NOTHING, length, _seed(self.seed, index, context))
+        return TextBlank(np.asarray(prefix, np.int32), NO_TOKENS, length, _seed(self.seed, index, context))
 
 
-def windows(tokens: Sequence[int], first: int, longest: int) -> Iterator[Target]:
-    """A text in windows that score each of its tokens once, with as much to its left as they can hold.
+def windows(tokens: Sequence[int], first: int, longest: int) -> Iterator[ScoreTarget]:
+    """Yields a text in windows that score each of its tokens once, with as much to its left as fits.
 
         longest 5, first _    _ 0 1 2 3      scored: 0 1 2 3
                                     3 4 5 6 7                4 5 6 7
                                           5 6 7 8 9                  8 9     the last reads back
 
     Args:
-      tokens: the text's.
-      first: the token before it.
-      longest: tokens of a window.
+      tokens: the text's tokens.
+      first: the token before the text.
+      longest: number of tokens of a window.
     """
     text, step = np.asarray([first, *tokens], np.int32), longest - 1
     for start in range(1, len(text), step):
         stop = min(start + step, len(text))
         begin = max(stop - longest, 0)
-        yield Target(text[begin:stop], start - begin, stop - begin)
+        yield ScoreTarget(text[begin:stop], start - begin, stop - begin)
 
 
 def _scored_length(model: EvaluatedModel) -> int:
-    return model.scored_length if isinstance(model, LeftToRight) else model.max_length
+    return getattr(model, "scored_length", model.max_length)
 
 
-def _score_and_greedy(model: EvaluatedModel, targets: list[Target]) -> list[tuple[float, bool]]:
-    """From one pass where the model can tell; else a blank is filled and compared."""
+def _score_and_greedy(model: EvaluatedModel, targets: list[ScoreTarget]) -> list[tuple[float, bool]]:
+    """Scores each part and tells whether it is greedy: from one pass, else by filling a blank."""
     both: Callable | None = getattr(model, "score_and_greedy", None)
     if both is not None:
         return both(targets)
     blanks = [
-        Blank(target.tokens[: target.start], _NOTHING, target.stop - target.start, target.seed)
+        TextBlank(target.tokens[: target.start], NO_TOKENS, target.stop - target.start, target.seed)
         for target in targets
     ]
     greedy = _with_sampling(model, {"temperature": 0.0}).fill(blanks)
@@ -199,15 +183,12 @@ def _score_and_greedy(model: EvaluatedModel, targets: list[Target]) -> list[tupl
 
 
 def _with_sampling(model: EvaluatedModel, sampling: dict[str, Any]) -> EvaluatedModel:
-    for name in ("with_generate", "with_sampler"):
-        change: Callable | None = getattr(model, name, None)
-        if change is not None:
-            return change(**sampling)
-    return model
+    change: Callable | None = getattr(model, "with_generate", None)
+    return model if change is None else change(**sampling)
 
 
 def _sampling(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The options of `with_generate` that a request's settings ask for; greedy unless they ask for a draw."""
+    """Returns the options of `with_generate` that a request asks for; greedy unless it asks for sampling."""
     temperature, do_sample = settings.get("temperature"), settings.get("do_sample")
     if do_sample and temperature is None:
         temperature = 1.0
@@ -225,18 +206,18 @@ def _stop_strings(settings: dict[str, Any]) -> list[str]:
     return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
 
 
-def _continue(model: EvaluatedModel, blanks: list[Blank], stops: list[list[str]]) -> list[str]:
-    """The texts of the filled blanks, each up to EOS or its first stop string.
+def _continue(model: EvaluatedModel, blanks: list[TextBlank], stops: list[list[str]]) -> list[str]:
+    """Fills blanks; returns their texts, each up to EOS or its first stop string.
 
-    A left-to-right model fills in rounds, of those that have not stopped yet: the tokens are the same.
+    A left-to-right model fills in rounds, continuing those that have not stopped: the tokens are the same.
     """
-    found = [_NOTHING] * len(blanks)
+    found = [NO_TOKENS] * len(blanks)
     texts, open_ = [""] * len(blanks), list(range(len(blanks)))
     room = _FIRST_ROUND if isinstance(model, LeftToRight) else max(blank.length for blank in blanks)
     while open_:
         rest = [
-            Blank(
-                np.concatenate([blanks[index].prefix, found[index]]), _NOTHING,
+            TextBlank(
+                np.concatenate([blanks[index].prefix, found[index]]), NO_TOKENS,
                 min(room, blanks[index].length - len(found[index])), blanks[index].seed,
             )
             for index in open_
@@ -252,7 +233,7 @@ def _continue(model: EvaluatedModel, blanks: list[Blank], stops: list[list[str]]
 
 
 def _cut(model: EvaluatedModel, tokens: np.ndarray, stops: list[str]) -> tuple[str, bool]:
-    """The text before EOS and before every stop string, and whether there was any of them."""
+    """Returns the text before EOS and every stop string, and whether one of them occurred."""
     ends = np.flatnonzero(np.isin(tokens, model.tokenizer.eos_ids))
     text = model.tokenizer.decode(tokens[: ends[0]] if ends.size else tokens)
     places = [place for place in map(text.find, stops) if place >= 0]
@@ -260,5 +241,5 @@ def _cut(model: EvaluatedModel, tokens: np.ndarray, stops: list[str]) -> tuple[s
 
 
 def _seed(*parts) -> int:
-    """A seed below 2^32 that is a function of the parts alone."""
+    """Returns a seed below 2^32 that is a function of the parts alone."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).digest()[:4])

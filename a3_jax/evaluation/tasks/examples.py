@@ -1,11 +1,10 @@
-"""Rows become what a model is asked: token by token as the profile's protocol puts texts together.
+"""Rows of data become requests to a model, their texts put together as the profile's protocol says.
 
     context            choice                      prefix          blank        suffix
     Question: .. Answer:| by train                 s1 s2 |  _  _  _  _  _ | s4 s5
 
 A text is encoded as a whole and cut as `borders.cut` says, unless the profile follows a script that
-encodes pieces by themselves. Longer examples than the model takes are made all the same: the caller counts
-them.
+encodes pieces by themselves. Examples longer than the model's context are made too: the caller counts them.
 """
 
 import dataclasses
@@ -17,30 +16,31 @@ import numpy as np
 
 from a3_jax.borders import Cut, cut
 from a3_jax.errors import InputError
-from a3_jax.evaluation.cleaning import clean
-from a3_jax.evaluation.files import Row
-from a3_jax.evaluation.profiles import AR, Profile
-from a3_jax.evaluation.requests import Blank, Target
-from a3_jax.evaluation.tasks import CHOICE, CODE, PERPLEXITY, Task
+from a3_jax.evaluation.models import AR
+from a3_jax.evaluation.models.interface import ScoreTarget, TextBlank
+from a3_jax.evaluation.tasks.catalogue import CHOICE, CODE, PERPLEXITY, Task
+from a3_jax.evaluation.tasks.files import DataRow
+from a3_jax.evaluation.tasks.profiles import Profile
 from a3_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChoiceExample:
-    """A row of a task of choices.
+    """A row whose choices are to be scored.
 
     Attributes:
       id: the row's own name, or its number.
-      row: its number over all files, from 1. sample: always 0.
-      targets: one a choice.
+      row: its number over all files, from 1.
+      sample: always 0.
+      targets: one per choice.
       gold: index of the right choice.
       choices: their texts as scored, without the space in front.
-      tokens, characters, bytes: how long each is; tokens as scored, special ones included.
+      tokens, characters, bytes: length of each; tokens as scored, special ones included.
     """
 
     id: str
     row: int
-    targets: tuple[Target, ...]
+    targets: tuple[ScoreTarget, ...]
     gold: int
     choices: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -50,7 +50,7 @@ class ChoiceExample:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest choice with its context."""
+        """Number of tokens of the longest choice with its context."""
         return max(len(target.tokens) for target in self.targets)
 
 
@@ -59,18 +59,19 @@ class FillExample:
     """A row whose blank is to be filled.
 
     Attributes:
-      id, row: as of a `ChoiceExample`. sample: which of several completions of the row, from 0.
-      blank: what the model gets.
+      id, row: as in `ChoiceExample`.
+      sample: which of several completions of the row, from 0.
+      blank: the request to the model.
       gold: [n] int32, tokens of a right answer.
       references: texts of right answers.
-      values: the row, for the judge.
-      before, after: given text that the blank holds at its ends, as of a `borders.Cut`.
+      values: the row, for grading.
+      before, after: given text that the blank holds at its ends, as in `borders.Cut`.
     """
 
     id: str
     row: int
     sample: int
-    blank: Blank
+    blank: TextBlank
     gold: np.ndarray
     references: tuple[str, ...]
     values: dict[str, Any]
@@ -79,7 +80,7 @@ class FillExample:
 
     @property
     def length(self) -> int:
-        """Tokens with the blank's."""
+        """Number of tokens, the blank's included."""
         return len(self.blank)
 
 
@@ -89,29 +90,26 @@ Example = ChoiceExample | FillExample
 def make_examples(
     task: Task,
     profile: Profile,
-    rows: Iterable[Row],
+    rows: Iterable[DataRow],
     tokenizer: Tokenizer,
     *,
     seed: int = 0,
     samples: int = 1,
-    shots: Sequence[Row] = (),
+    shots: Sequence[DataRow] = (),
 ) -> Iterator[Example]:
-    """The examples of a task, in the order of its rows.
+    """Yields the examples of a task, in the order of its rows.
 
     Args:
       seed: each target's and blank's own seed is a function of it, the row's number and the choice
         (or sample) alone.
-      samples: completions a row; choices have one.
-      shots: training rows, the first of which stand before each prompt where the profile says so.
-
-    Raises:
-      InputError: a row that gives no example, with its file and number.
+      samples: completions per row; choices have one.
+      shots: training rows, the first of which precede each prompt where the profile says so.
     """
     if task.kind == PERPLEXITY:
-        raise ValueError(f"{task.name} has no examples: see `prompts`")
+        raise ValueError(f"{task.name} has no examples: see `perplexity`")
     maker = _Maker(task, profile, tokenizer, _prompts_before(task, profile, shots))
     for number, row in enumerate(rows, start=1):
-        name = _name(task, row, number)
+        name = next((row.values[field] for field in task.id_fields if field in row.values), str(number))
         if task.kind == CHOICE:
             yield maker.choice(row, number, name, seed)
         else:
@@ -119,14 +117,26 @@ def make_examples(
 
 
 def is_too_long(task: Task, profile: Profile, example: Example, max_length: int) -> bool:
-    """Whether an example is longer than the model takes, or than the profile takes programs."""
+    """Tells whether an example exceeds the model's context, or a program the profile's cap."""
     cap = profile.code_max_tokens if task.kind == CODE else None
     return example.length > (max_length if cap is None else min(max_length, cap))
 
 
 def derived_seed(seed: int, *numbers: int) -> int:
-    """A seed below 2**32 from a seed and whole numbers, by NumPy's hash."""
+    """Returns a seed below 2**32 made of a seed and whole numbers, by NumPy's hash."""
     return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0])
+
+
+def clean(text: str) -> str:
+    """Cleans a text of HellaSwag as every evaluator does.
+
+    Outer space goes; " [title]" becomes ". "; every shortest `[...]` goes; each double space becomes a
+    single one, once:
+
+        "Roof [title] Tools [step] Get  a ladder."  ->  "Roof. Tools Get a ladder."
+    """
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 class _Maker:
@@ -137,7 +147,7 @@ class _Maker:
         self._bos = profile.bos[task.name]
         self._front = [] if self._bos == "none" else tokenizer.encode("")
 
-    def choice(self, row: Row, number: int, name: str, seed: int) -> ChoiceExample:
+    def choice(self, row: DataRow, number: int, name: str, seed: int) -> ChoiceExample:
         parts = _gap_choices(self, row) if self.task.gap else _plain_choices(self, row)
         targets = tuple(
             self._target(row, context, pieces, derived_seed(seed, number, index))
@@ -145,63 +155,49 @@ class _Maker:
         )
         texts = tuple(text for _, _, text in parts)
         label = next(field.name for field in self.task.fields if field.kind == "label")
-        return ChoiceExample(
-            id=name,
-            row=number,
-            targets=targets,
-            gold=row.values[label],
-            choices=texts,
-            tokens=tuple(target.stop - target.start for target in targets),
-            characters=tuple(len(text) for text in texts),
-            bytes=tuple(len(text.encode()) for text in texts),
-        )
+        lengths = tuple(target.stop - target.start for target in targets)
+        characters, sizes = tuple(map(len, texts)), tuple(len(text.encode()) for text in texts)
+        return ChoiceExample(name, number, targets, row.values[label], texts, lengths, characters, sizes)
 
-    def fills(self, row: Row, number: int, name: str, seed: int, samples: int) -> Iterator[FillExample]:
+    def fills(self, row: DataRow, number: int, name: str, seed: int, samples: int) -> Iterator[FillExample]:
         gap = (_code_gap if self.task.kind == CODE else _GAPS[self.task.name])(self, row)
         text, length = gap.text, max(gap.length, 1)
         prefix = np.asarray(self._with_front(text.prefix), np.int32)
         suffix, gold = np.asarray(text.suffix, np.int32), np.asarray(text.middle[:length], np.int32)
         for sample in range(samples):
-            blank = Blank(prefix, suffix, length, derived_seed(seed, number, sample))
+            blank = TextBlank(prefix, suffix, length, derived_seed(seed, number, sample))
             yield FillExample(
                 name, number, sample, blank, gold, gap.references, row.values, text.before, text.after
             )
 
-    def context(self, row: Row) -> str:
-        """What stands before the choices or the blank."""
+    def context(self, row: DataRow) -> str:
+        """Returns what precedes the choices or the blank."""
         values = {name: row.values[name].capitalize() for name in self.task.capitalised}
         text = self.profile.context_of(self.task).format(**{**row.values, **values})
         return clean(text) if self.task.is_cleaned else text
 
     def joined(self, before: str, after: str) -> tuple[str, str]:
-        """Two texts that meet, with the space between them where the profile wants it."""
+        """Returns two texts that meet, with a space between them where the profile wants it."""
         if self.profile.join_space != "natural":
-            return before, f" {after}" if self.profile.join_space == "delimiter" else after
+            return before, after
         before, after = before.rstrip(" "), after.lstrip(" ")
         return before, f" {after}" if before and not before[-1].isspace() else after
 
     def tidy(self, text: str) -> str:
-        """Takes outer and doubled white space from a choice or an answer, where texts are natural."""
+        """Removes outer and doubled white space from a choice or an answer, where texts are natural."""
         return re.sub(" {2,}", " ", text.strip()) if self.profile.join_space == "natural" else text
 
     def cut(self, prefix: str, middle: str, suffix: str = "") -> Cut:
-        """The tokens of a text and of its predicted middle."""
+        """Returns the tokens of a text and of its predicted middle."""
         if self.profile.tokenising != "separate":
             return cut(self.tokenizer, prefix, middle, suffix)
         prefix_ids, middle_ids, suffix_ids = self.tokenizer.encode_batch([prefix, middle, suffix], "no")
         return Cut(prefix_ids if prefix else [], middle_ids, suffix_ids if suffix else [])
 
-    def _target(self, row: Row, context: str, pieces: Sequence[str], seed: int) -> Target:
+    def _target(self, row: DataRow, context: str, pieces: Sequence[str], seed: int) -> ScoreTarget:
         if self.profile.tokenising == "whole":
             text = cut(self.tokenizer, context, "".join(pieces))
             before, scored = text.prefix, text.middle
-        elif (
-            self.profile.tokenising == "joint"
-        ):  # as the harness counts, spaces before a choice being the choice's
-            given = context.rstrip()
-            whole = self.tokenizer.encode(context + "".join(pieces), "no")
-            start = max(min(len(self.tokenizer.encode(given, "no")) if given else 0, len(whole) - 1), 0)
-            before, scored = whole[:start], whole[start:]
         else:
             before = self.tokenizer.encode(context, "no") if context else []
             again = self._front if self._bos == "each" else []
@@ -212,22 +208,18 @@ class _Maker:
             raise row.error("leaves no token to score")
         before = self._with_front(before)
         tokens = np.asarray([*before, *scored], np.int32)
-        return Target(tokens, len(before), len(tokens), seed)
+        return ScoreTarget(tokens, len(before), len(tokens), seed)
 
     def _with_front(self, tokens: list[int]) -> list[int]:
-        """With BOS, where the profile has one; where nothing else stands before what is predicted, always."""
+        """Adds BOS where the profile has one; always where nothing else precedes what is predicted."""
         if not self._front and not tokens:
             first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
             return [] if first is None else [first]
         return [*self._front, *tokens]
 
 
-def _name(task: Task, row: Row, number: int) -> str:
-    return next((row.values[field] for field in task.id_fields if field in row.values), str(number))
-
-
-def _plain_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], str]]:
-    """(context, pieces scored, text) of each choice."""
+def _plain_choices(maker: _Maker, row: DataRow) -> list[tuple[str, tuple[str, ...], str]]:
+    """Returns (context, pieces scored, text) of each choice."""
     fields = maker.task.choices
     texts = row.values[fields[0]] if len(fields) == 1 else [row.values[field] for field in fields]
     if maker.task.is_cleaned:
@@ -242,20 +234,19 @@ def _plain_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], 
     return found
 
 
-def _gap_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], str]]:
-    """The same where a choice stands in a gap `_` of a sentence, and the sentence goes on behind it."""
+def _gap_choices(maker: _Maker, row: DataRow) -> list[tuple[str, tuple[str, ...], str]]:
+    """Returns the same where choices fill a gap `_` of a sentence, which continues after it."""
     field = maker.task.gap or ""
-    before, found, behind = row.values[field].partition("_")
+    before, found, after = row.values[field].partition("_")
     if not found:
         raise row.error("has no gap '_'", field)
     is_natural = maker.profile.join_space == "natural"
-    rest = re.sub(" {2,}", " ", behind).rstrip() if is_natural else behind.strip()
+    rest = re.sub(" {2,}", " ", after).rstrip() if is_natural else after.strip()
     parts = []
     for option in (maker.tidy(row.values[field]) for field in maker.task.choices):
         context, choice = maker.joined(before, option) if is_natural else (before, option)
         if maker.profile.winogrande_pieces == "suffix":
-            context, rest_scored = context + choice, rest if is_natural else maker.joined("", rest)[1]
-            parts.append((context, (rest_scored,), rest.strip()))
+            parts.append((context + choice, (rest,), rest.strip()))
         elif maker.profile.winogrande_pieces == "three":
             parts.append((context, (choice, rest), option + rest))
         else:
@@ -266,15 +257,15 @@ def _gap_choices(maker: _Maker, row: Row) -> list[tuple[str, tuple[str, ...], st
 
 @dataclasses.dataclass(frozen=True)
 class _Gap:
-    """A text with its gap, how many blank tokens stand for it, and what may stand in it."""
+    """A text with its gap, the number of blank tokens in place of it, and the texts that may fill it."""
 
     text: Cut
     length: int
     references: tuple[str, ...]
 
 
-def _triviaqa_gap(maker: _Maker, row: Row) -> _Gap:
-    """A prompt; the blank is as long as the longest alias, and whatever the profile adds."""
+def _triviaqa_gap(maker: _Maker, row: DataRow) -> _Gap:
+    """Takes a prompt; the blank is as long as the longest alias, plus what the profile adds."""
     prompt, aliases = maker.context(row), row.values["answer"]["aliases"]
     cuts = [maker.cut(*maker.joined(prompt, maker.tidy(alias))) for alias in aliases if alias.strip()]
     text, length = max(cuts, key=lambda one: len(one.middle)), maker.profile.length.get(maker.task.name)
@@ -284,21 +275,21 @@ def _triviaqa_gap(maker: _Maker, row: Row) -> _Gap:
     return _Gap(max(short, key=lambda one: len(one.middle), default=text), length, tuple(aliases))
 
 
-def _rocstories_gap(maker: _Maker, row: Row) -> _Gap:
-    """Sentences 1 and 2, a blank for the third, then 4 and the right ending."""
+def _rocstories_gap(maker: _Maker, row: DataRow) -> _Gap:
+    """Takes sentences 1 and 2, a blank for the third, then 4 and the right ending."""
     first, second, third, fourth = (
         maker.tidy(row.values[f"InputSentence{number}"]) for number in (1, 2, 3, 4)
     )
     ending = maker.tidy(row.values[maker.task.choices[row.values["AnswerRightEnding"]]])
     before, middle = maker.joined(f"{first} {second}", third)
-    _, behind = maker.joined(third, f"{fourth} {ending}")
-    text = maker.cut(before, middle, behind)
+    _, after = maker.joined(third, f"{fourth} {ending}")
+    text = maker.cut(before, middle, after)
     is_by_slip = maker.profile.model == AR and maker.profile.ar_cap == "characters"
     return _Gap(text, len(third) if is_by_slip else len(text.middle), (third,))
 
 
-def _lambada_gap(maker: _Maker, row: Row) -> _Gap:
-    """All of a passage but its last word; the spaces before that word belong to the blank."""
+def _lambada_gap(maker: _Maker, row: DataRow) -> _Gap:
+    """Takes all of a passage but its last word; the spaces before that word belong to the blank."""
     text = row.values["text"].strip()
     start = len(text) - len(re.split(r"\s", text)[-1])
     if not start:
@@ -308,29 +299,26 @@ def _lambada_gap(maker: _Maker, row: Row) -> _Gap:
     return _Gap(passage, len(passage.middle), (text[start:],))
 
 
-def _gsm8k_gap(maker: _Maker, row: Row) -> _Gap:
+def _gsm8k_gap(maker: _Maker, row: DataRow) -> _Gap:
     prompt, answer = maker.shots + maker.context(row), maker.tidy(row.values["answer"])
     text = maker.cut(*maker.joined(prompt, answer))
     return _Gap(text, maker.profile.length.get(maker.task.name, len(text.middle)), (answer,))
 
 
-def _code_gap(maker: _Maker, row: Row) -> _Gap:
-    """A program with a hole, as it is, under every profile: spaces mean something there."""
+def _code_gap(maker: _Maker, row: DataRow) -> _Gap:
+    """Takes a program with a hole as it is, under every profile: its spaces have a meaning."""
     middle = row.values["canonical_solution"]
     text = cut(maker.tokenizer, row.values["prompt"], middle, row.values["suffix"])
     return _Gap(text, len(text.middle), (middle,))
 
 
 _GAPS = {
-    "triviaqa": _triviaqa_gap,
-    "rocstories": _rocstories_gap,
-    "lambada": _lambada_gap,
-    "gsm8k": _gsm8k_gap,
-}
+    "triviaqa": _triviaqa_gap, "rocstories": _rocstories_gap, "lambada": _lambada_gap, "gsm8k": _gsm8k_gap,
+}  # fmt: skip
 
 
-def _prompts_before(task: Task, profile: Profile, shots: Sequence[Row]) -> str:
-    """The solved examples in front of a prompt."""
+def _prompts_before(task: Task, profile: Profile, shots: Sequence[DataRow]) -> str:
+    """Returns the solved examples in front of a prompt."""
     wanted = profile.shots.get(task.name, 0)
     if len(shots) < wanted:
         raise InputError(f"{wanted} training rows are needed, got {len(shots)}", field=task.name)

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a3_jax.decoding.batching import batches, bucket
+from a3_jax.decoding.batching import batches, bucket, length_bucket
 from a3_jax.decoding.sampling import map_rows
-from a3_jax.evaluation.batching import length_bucket
-from a3_jax.evaluation.masked_diffusion_estimators import Masks
-from a3_jax.evaluation.requests import Target
+from a3_jax.evaluation.models.interface import ScoreTarget
+from a3_jax.evaluation.models.scorers import Masks
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, mesh_of
 from a3_jax.model.two_stream import Rows, TwoStream, logits, make_two_stream, run_rows
@@ -27,12 +26,12 @@ FEWEST_QUERIES = 8  # of a bucket of masked tokens
 
 
 def predicting_rows(model: TwoStream, params, tokens, lengths, columns):
-    """Hidden states after the final norm that predict the tokens at some columns.
+    """Returns the hidden states after the final norm that predict the tokens at some columns.
 
     Args:
-      model: in the dtype of the computation.
-      tokens: [B, T] int32 in reading order, the mask token at masked ones; anything behind `lengths`.
-      lengths: [B] int32.
+      model: the network, in the dtype of the computation.
+      tokens: [B, T] int32 in reading order, the mask token at masked ones; anything after `lengths`.
+      lengths: [B] int32, tokens of each text.
       columns: [B, Q] int32, in 0..T-1.
 
     Returns:
@@ -48,7 +47,7 @@ def predicting_rows(model: TwoStream, params, tokens, lengths, columns):
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def masked_logprobs(params, tokens, lengths, columns, targets, *, config: ModelConfig, dtype: str):
-    """log p(target | the text as it is masked) of some columns.
+    """Returns log p(target | the text as it is masked) at some columns.
 
     Args:
       tokens, lengths, columns: as in `predicting_rows`.
@@ -69,7 +68,7 @@ def masked_logprobs(params, tokens, lengths, columns, targets, *, config: ModelC
 
 def run_masks(
     checkpoint,
-    targets: Sequence[Target],
+    targets: Sequence[ScoreTarget],
     masks_of: Callable[[int], Masks],
     *,
     dtype: str,
@@ -78,14 +77,14 @@ def run_masks(
     """Runs the masks of every target, those of one padded shape together.
 
     Args:
-      checkpoint: of `open_checkpoint`, with a mask token.
-      masks_of: index of a target -> its masks, asked for when its batch is made.
-      dtype: of the computation, by name.
-      most: masks a batch, at most; None: as many as their rows allow.
+      checkpoint: from `open_checkpoint`, with a mask token.
+      masks_of: index of a target -> its masks, called when its batch is made.
+      dtype: dtype of the computation, by name.
+      most: the most masks per batch; None: as many as their rows allow.
 
     Returns:
-      Of each target the weighted sum of its scored log-probabilities, and the sum of those of each token
-      over the masks that score it, [n] float64.
+      For each target the weighted sum of its scored log-probabilities, and [n] float64: for each token the
+      sum of its log-probabilities over the masks that score it.
     """
     totals = [0.0] * len(targets)
     by_token = [np.zeros(target.stop - target.start) for target in targets]
@@ -109,7 +108,7 @@ def run_masks(
 
 
 def _run(checkpoint, targets, masks, batch, shape, size, dtype) -> np.ndarray:
-    """[size, Q] float64: log-probabilities of the parts under one mask each."""
+    """Returns [size, Q] float64: log-probabilities of the parts, each under one mask."""
     with mesh_of(checkpoint.params):
         size = math.lcm(size, axis_parts("batch"))
         tokens = np.zeros((size, shape[0]), np.int32)

@@ -1,7 +1,7 @@
-"""Rows of data files: parquet, JSON lines (plain, .gz, .zst), a JSON list, CSV, plain text, labels beside.
+"""Rows of data files: parquet, JSON lines (plain, .gz, .zst), a JSON list, CSV, plain text, label files.
 
-A row is checked when it is read: every column there and of its kind, labels among those that the task
-knows. Whatever is wrong names the file and the row; rows count from 1, as lines do in JSON lines.
+A row is checked when it is read: every column present and of its kind, labels among those that the task
+knows. Errors name the file and the row; rows count from 1, as lines do in JSON lines.
 """
 
 import csv
@@ -14,8 +14,8 @@ from typing import Any
 
 from a3_jax.data.documents import BadRecord, DocumentSource, check_single
 from a3_jax.errors import InputError, nearest
-from a3_jax.evaluation.tasks import Field, Task
-from a3_jax.paths import as_path, parse_json, read_text, snapshot_hint
+from a3_jax.evaluation.tasks.catalogue import Field, Task
+from a3_jax.paths import as_path, local_path, parse_json, read_text, snapshot_hint
 
 _BLOCK = 1 << 20
 _STREAMED = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -27,9 +27,9 @@ class TaskFiles:
     """The files of a task.
 
     Attributes:
-      paths: of its rows, in order; none for a task without data.
-      labels: the file with a label a line, where they come apart.
-      shots: the training rows.
+      paths: files of its rows, in order; none for a task without data.
+      labels: the file with one label per line, where labels have a file of their own.
+      shots: files of the training rows.
     """
 
     paths: tuple[Any, ...] = ()
@@ -37,18 +37,25 @@ class TaskFiles:
     shots: tuple[Any, ...] = ()
 
     def sha256(self) -> dict[str, str]:
-        """SHA-256 (hex) of each file by name: what a result was measured on."""
+        """Returns the SHA-256 (hex) of each file by name: what a result was measured on."""
         files = [*self.paths, *([self.labels] if self.labels else []), *self.shots]
-        return {path.name: _digest(path) for path in files}
+        found = {}
+        for path in files:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+            found[path.name] = digest.hexdigest()
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class DataRow:
     """A row of a task.
 
     Attributes:
-      number: from 1, in its file.
-      file: its path.
+      number: its number in its file, from 1.
+      file: the file's path.
       values: by field name: a text, a list of texts, the index of a label, or TriviaQA's answer as
         {"aliases", "normalized_aliases"}. Columns that were not required may be missing.
     """
@@ -58,20 +65,17 @@ class Row:
     values: dict[str, Any]
 
     def error(self, message: str, field: str | None = None) -> InputError:
-        """An error about this row."""
+        """Returns an error about this row."""
         return InputError(message, file=self.file, line=self.number, field=field)
 
 
 def find_data(task: Task, data_dir, shots: bool = False) -> TaskFiles:
-    """The files of a task, nothing read yet.
+    """Finds the files of a task; reads nothing yet.
 
     Args:
-      data_dir: a directory, in which they are looked for by the task's file names, those in a
-        sub-directory of the task's name first; or the file itself.
+      data_dir: a directory that is searched for the task's file names, a sub-directory of the task's name
+        first; or the file itself.
       shots: whether the training rows are wanted too.
-
-    Raises:
-      InputError: not there; with the names, the columns and how people get it.
     """
     if not task.files:
         return TaskFiles()
@@ -94,26 +98,25 @@ def find_data(task: Task, data_dir, shots: bool = False) -> TaskFiles:
     return TaskFiles(paths, _labels_beside(task, paths[0]), shot_files)
 
 
-def read_rows(task: Task, files: TaskFiles, limit: int | None = None, shots: bool = False) -> Iterator[Row]:
-    """The rows of a task in file order, read as they are asked for.
+def read_rows(
+    task: Task, files: TaskFiles, limit: int | None = None, shots: bool = False
+) -> Iterator[DataRow]:
+    """Yields the checked rows of a task in file order, read on demand.
 
     Args:
-      limit: how many at most; None: all.
-      shots: the training rows instead.
-
-    Raises:
-      InputError: unreadable, no rows, or a row that is not as the task says.
+      limit: the most rows; None: all.
+      shots: whether to read the training rows instead.
     """
     given = _records(files.shots if shots else files.paths, task)
-    labels = None if shots or files.labels is None else _read_labels(files.labels)
+    labels = None if shots or files.labels is None else read_text(files.labels).split()
     count = 0
     for path, number, record in given:
         if limit is not None and count >= limit:
             return
-        row = Row(number, str(path), record)
+        row = DataRow(number, str(path), record)
         if labels is not None:
             record = _with_label(task, record, labels, row, files.labels)
-        yield Row(number, str(path), dict(_checked(task, row, record)))
+        yield DataRow(number, str(path), dict(_checked(task, row, record)))
         count += 1
     if labels is not None and len(labels) != count:
         raise InputError(f"holds {len(labels)} labels, the data file {count} rows", file=files.labels)
@@ -121,12 +124,21 @@ def read_rows(task: Task, files: TaskFiles, limit: int | None = None, shots: boo
         raise InputError("holds no rows", file=(files.shots if shots else files.paths)[0])
 
 
-def _digest(path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def fetch_data(task: Task, data_dir) -> None:
+    """Downloads a task's files from the Hugging Face hub into DATA_DIR/TASK: only on the user's request."""
+    if task.hub is None:
+        raise InputError(f"{task.name} is not on the hub: {task.where}", field="download")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        message = "needs the package huggingface_hub: pip install huggingface_hub"
+        raise InputError(message, field="download") from error
+    name, patterns = task.hub
+    place = local_path(data_dir, "the hub's client") / task.name
+    try:
+        snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns), local_dir=str(place))
+    except Exception as error:  # whatever the hub's client, the network or the disk raises
+        raise InputError(f"{name} can't be fetched: {type(error).__name__}: {error}", file=place) from error
 
 
 def _is_file(path) -> bool:
@@ -134,7 +146,7 @@ def _is_file(path) -> bool:
 
 
 def _first_match(task: Task, place, names) -> tuple[Any, ...]:
-    """The files of the first name that is there, several where it is a pattern."""
+    """Returns the files of the first name that exists; several where it is a pattern."""
     for folder in (place / task.name, place):
         for name in names:
             found = sorted(folder.glob(name)) if "*" in name and folder.exists() else [folder / name]
@@ -154,7 +166,7 @@ def _missing(task: Task, names, reason: str, place) -> InputError:
 
 
 def _labels_beside(task: Task, path):
-    """The label file that belongs to a data file, if there is one."""
+    """Returns the label file that belongs to a data file, if there is one."""
     if task.labels_file is None:
         return None
     data_name, labels_name = task.labels_file
@@ -163,11 +175,7 @@ def _labels_beside(task: Task, path):
     return next((path.parent / name for name in names if _is_file(path.parent / name)), None)
 
 
-def _read_labels(path) -> list[str]:
-    return read_text(path).split()
-
-
-def _with_label(task: Task, record: dict, labels: list[str], row: Row, file) -> dict:
+def _with_label(task: Task, record: dict, labels: list[str], row: DataRow, file) -> dict:
     label = next(field for field in task.fields if field.kind == "label")
     if any(name in record for name in label.names):  # it has its own: the file beside is another's
         return record
@@ -177,7 +185,7 @@ def _with_label(task: Task, record: dict, labels: list[str], row: Row, file) -> 
 
 
 def _records(paths, task: Task) -> Iterator[tuple[Any, int, dict]]:
-    """(file, number from 1, the columns as they stand there)."""
+    """Yields (file, number from 1, the columns as they are in the file)."""
     for path in paths:
         if path.name.endswith(_STREAMED):
             yield from _streamed(path, task)
@@ -198,7 +206,7 @@ def _streamed(path, task: Task) -> Iterator[tuple[Any, int, dict]]:
 
 
 def _present(field: Field, names, path) -> str | None:
-    """Which of a field's names a table has."""
+    """Returns which of a field's names a table has."""
     found = next((name for name in field.names if name in names), None)
     if found is None and field.required:
         message = f"no such column{nearest(field.name, names) or ': it has ' + ', '.join(names)}"
@@ -209,7 +217,7 @@ def _present(field: Field, names, path) -> str | None:
 
 
 def _json_list(path, task: Task) -> Iterator[tuple[int, dict]]:
-    """The objects of a JSON list; of a file of JSON lines under this name too."""
+    """Yields the objects of a JSON list, or of JSON lines under this file name."""
     del task
     text = read_text(path)
     if text.lstrip().startswith("["):
@@ -232,7 +240,7 @@ def _json_line(line: str, path, number: int):
 
 
 def _csv_rows(path, task: Task) -> Iterator[tuple[int, dict]]:
-    """Rows under a heading: quotes as in RFC 4180, any line ends. The first row below it is 1."""
+    """Yields rows under a heading: quotes as in RFC 4180, any line ends. The first row below it is 1."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     number = 0
     try:
@@ -249,7 +257,7 @@ def _csv_rows(path, task: Task) -> Iterator[tuple[int, dict]]:
 
 
 def _lines(path, task: Task) -> Iterator[tuple[int, dict]]:
-    """Non-empty lines, as the task's only column."""
+    """Yields non-empty lines, as the task's only column."""
     if len([field for field in task.fields if field.required]) > 1:
         raise InputError(f"plain text has no columns; {task.name} needs {task.columns}", file=path)
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -257,12 +265,12 @@ def _lines(path, task: Task) -> Iterator[tuple[int, dict]]:
             yield number, {task.fields[0].name: line.rstrip("\r")}
 
 
-def _checked(task: Task, row: Row, record: dict) -> Iterator[tuple[str, Any]]:
-    """(field, value) of the columns of a row, each of the kind that the task says."""
+def _checked(task: Task, row: DataRow, record: dict) -> Iterator[tuple[str, Any]]:
+    """Yields (field, value) of the columns of a row, each of the kind that the task says."""
     for field in task.fields:
         name = next((name for name in field.names if name in record), None)
         if name is not None:
-            yield field.name, _CHECKS[field.kind](task, row, field, record[name])
+            yield field.name, _value(task, row, field, record[name])
         elif field.required:
             message = f"is missing{nearest(field.name, record) or '; the row has ' + ', '.join(record)}"
             if field.kind == "label" and task.labels_file:
@@ -270,8 +278,34 @@ def _checked(task: Task, row: Row, record: dict) -> Iterator[tuple[str, Any]]:
             raise row.error(message, field.name)
 
 
-def _text(task: Task, row: Row, field: Field, value) -> str:
-    del task
+def _value(task: Task, row: DataRow, field: Field, value) -> Any:
+    """Checks a value; labels become the index of the choice, identifiers texts."""
+    if field.kind == "answer":
+        return _aliases(row, field, value)
+    if field.kind == "texts":
+        if not isinstance(value, list | tuple) or len(value) != len(task.labels):
+            got = f"{len(value)} of them" if isinstance(value, list | tuple) else _type(value)
+            raise row.error(f"must be a list of {len(task.labels)} texts, got {got}", field.name)
+        return [_text(row, field, text) for text in value]
+    if field.kind == "text":
+        return _text(row, field, value)
+    is_name = isinstance(value, str | int) and not isinstance(value, bool)  # files hold either
+    if field.kind == "id":
+        if not is_name:
+            raise row.error(f"must be a text or a whole number, got {_type(value)}", field.name)
+        return str(value)
+    if not is_name:
+        raise row.error(f"must be one of {', '.join(task.labels)}, got {_type(value)}", field.name)
+    label = str(value).strip()
+    if label in ("", "-1"):
+        message = f"has no label ({value!r}), as in a test split: take the validation split"
+        raise row.error(message, field.name)
+    if label not in task.labels:
+        raise row.error(f"must be one of {', '.join(task.labels)}, got {value!r}", field.name)
+    return task.labels.index(label)
+
+
+def _text(row: DataRow, field: Field, value) -> str:
     if not isinstance(value, str):
         raise row.error(f"must be a text, got {_type(value)}", field.name)
     if not value.strip() and not field.may_be_empty:
@@ -279,30 +313,8 @@ def _text(task: Task, row: Row, field: Field, value) -> str:
     return value
 
 
-def _texts(task: Task, row: Row, field: Field, value) -> list[str]:
-    if not isinstance(value, list | tuple) or len(value) != len(task.labels):
-        got = f"{len(value)} of them" if isinstance(value, list | tuple) else _type(value)
-        raise row.error(f"must be a list of {len(task.labels)} texts, got {got}", field.name)
-    return [_text(task, row, field, text) for text in value]
-
-
-def _label(task: Task, row: Row, field: Field, value) -> int:
-    """The index of the choice; files hold labels as texts or as numbers."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise row.error(f"must be one of {', '.join(task.labels)}, got {_type(value)}", field.name)
-    label = str(value).strip()
-    if label in ("", "-1"):
-        raise row.error(
-            f"has no label ({value!r}), as in a test split: take the validation split", field.name
-        )
-    if label not in task.labels:
-        raise row.error(f"must be one of {', '.join(task.labels)}, got {value!r}", field.name)
-    return task.labels.index(label)
-
-
-def _answer(task: Task, row: Row, field: Field, value) -> dict[str, list[str]]:
-    """The aliases of a TriviaQA answer, as they stand and normalised by the data set's authors."""
-    del task
+def _aliases(row: DataRow, field: Field, value) -> dict[str, list[str]]:
+    """Returns the aliases of a TriviaQA answer, as written and normalised by the data set's authors."""
     if not isinstance(value, dict):
         raise row.error(f"must be a record with aliases, got {_type(value)}", field.name)
     found = {}
@@ -316,15 +328,5 @@ def _answer(task: Task, row: Row, field: Field, value) -> dict[str, list[str]]:
     return found
 
 
-def _id(task: Task, row: Row, field: Field, value) -> str:
-    del task
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise row.error(f"must be a text or a whole number, got {_type(value)}", field.name)
-    return str(value)
-
-
 def _type(value) -> str:
     return "nothing" if value is None else type(value).__name__
-
-
-_CHECKS = {"text": _text, "texts": _texts, "label": _label, "answer": _answer, "id": _id}

@@ -1,7 +1,7 @@
-"""What is counted: answers normalised and compared, ROUGE, pass@k, perplexity, diversity.
+"""Metrics: answers normalised and compared, ROUGE, pass@k, perplexity, diversity.
 
-Figures are in points (x100) where a published table has them so, per example they lie in [0, 1]. Means
-come with their standard errors.
+Figures are in points (x100) where a published table has them so; per example they are in [0, 1]. Means come
+with their standard errors.
 """
 
 import collections
@@ -31,8 +31,8 @@ class Figure:
 
     Attributes:
       value: the mean.
-      standard_error: of the mean, from the examples' sample deviation; None below two examples.
-      count: examples.
+      standard_error: its standard error, from the examples' sample deviation; None below two examples.
+      count: number of examples.
     """
 
     value: float
@@ -41,12 +41,9 @@ class Figure:
 
 
 def mean_figure(values: Sequence[float], scale: float = 100.0) -> Figure:
-    """The mean of [n] values times `scale`, with its standard error.
+    """Returns the mean of [n] values times `scale`, with its standard error.
 
-    For values 0 and 1 that is sqrt(p (1 - p) / (n - 1)).
-
-    Raises:
-      InputError: no values.
+    For values 0 and 1 the error is sqrt(p (1 - p) / (n - 1)).
     """
     if not len(values):
         raise InputError("no example is left to take a mean of")
@@ -56,14 +53,14 @@ def mean_figure(values: Sequence[float], scale: float = 100.0) -> Figure:
 
 
 def best_choices(scores: Sequence[float], tokens, characters, sizes) -> dict[str, int]:
-    """Which choice each rule takes: the largest, ties to the lowest index.
+    """Returns the index of the choice that each rule takes: the largest, ties to the lowest index.
 
     Args:
       scores: [C] log-probabilities of the choices in nats, sums over their tokens.
-      tokens, characters, sizes: [C] how long each choice is, in tokens, characters and UTF-8 bytes.
+      tokens, characters, sizes: [C] length of each choice in tokens, characters and UTF-8 bytes.
 
     Raises:
-      ValueError: a score that is no number; argmax would take it for the best.
+      ValueError: a score is NaN, which argmax would take for the best.
     """
     values = np.asarray(scores, np.float64)
     if np.isnan(values).any():
@@ -73,16 +70,16 @@ def best_choices(scores: Sequence[float], tokens, characters, sizes) -> dict[str
 
 
 def squad_normalised(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, single spaces (the SQuAD script).
+    """Normalises as the SQuAD script: lower case, no ASCII punctuation, no articles, single spaces.
 
-    Punctuation goes without leaving a space: "rock-n-roll" becomes "rocknroll".
+    Punctuation leaves no space: "rock-n-roll" becomes "rocknroll".
     """
     bare = "".join(letter for letter in text.lower() if letter not in _PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
 def triviaqa_normalised(text: str) -> str:
-    """As TriviaQA's own `normalized_aliases`: punctuation and underscores become spaces.
+    """Normalises as TriviaQA's own `normalized_aliases`: punctuation and underscores become spaces.
 
     Curly single quotes and the acute accent count as punctuation there.
     """
@@ -91,16 +88,11 @@ def triviaqa_normalised(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
-def harness_normalised(text: str) -> str:
-    """Lower case, no ASCII punctuation: what the harness ignores; no outer space."""
-    return "".join(letter for letter in text.lower() if letter not in _PUNCTUATION).strip()
-
-
-NORMS = {"squad": squad_normalised, "triviaqa": triviaqa_normalised, "lm_eval": harness_normalised}
+NORMS = {"squad": squad_normalised, "triviaqa": triviaqa_normalised}
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the words of two normalised texts, counted with repeats; with an empty one, whether both are."""
+    """Returns F1 of the words of two normalised texts, repeats counted; if one is empty, 1 if both are."""
     ours, theirs = prediction.split(), reference.split()
     if not ours or not theirs:
         return float(ours == theirs)
@@ -111,14 +103,14 @@ def token_f1(prediction: str, reference: str) -> float:
 def triviaqa_figures(
     prediction: str, aliases: Sequence[str], normalized_aliases: Sequence[str], norm: str = "squad"
 ) -> dict[str, float]:
-    """Containment, strict exact match and F1 of an answer, each in [0, 1].
+    """Returns containment, strict exact match and F1 of an answer, each in [0, 1].
 
     Args:
       prediction: as decoded.
-      aliases: as they stand in the data; F1 is against these, normalised like the prediction.
-      normalized_aliases: by the data set's authors. An alias without a letter left would be in every
-        prediction: it is left out.
-      norm: of the prediction, a name of `NORMS`.
+      aliases: as in the data; F1 is against these, normalised like the prediction.
+      normalized_aliases: normalised by the data set's authors. An alias without a letter left would be in
+        every prediction: it is left out.
+      norm: how the prediction is normalised, a name of `NORMS`.
     """
     normalise = NORMS[norm]
     answer = normalise(_composed(prediction.strip()))
@@ -132,20 +124,20 @@ def triviaqa_figures(
 
 
 def last_word_is(prediction: str, word: str) -> float:
-    """LAMBADA: 1 if the prediction without outer space is the word exactly."""
+    """Returns 1 if the prediction without outer space is exactly the word (LAMBADA)."""
     return float(_composed(prediction.strip()) == _composed(word.strip()))
 
 
 def _composed(text: str) -> str:
-    """The text with each letter and its accents as one character: Qwen's tokenizer writes no other."""
+    """Returns a text with each letter and its accents as one character: Qwen's tokenizer writes no other."""
     return unicodedata.normalize("NFC", text)
 
 
 def gsm8k_figures(prediction: str, answer: str) -> dict[str, float]:
-    """GSM8K: whether the number of a solution is the one of the reference, found in three ways.
+    """Compares the number of a GSM8K solution with the reference's, found in three ways, each 0 or 1.
 
-    accuracy: the text behind the last `####`, without commas, as in the fine-tuning format;
-    strict_match: the first number behind `#### `; flexible_match: the last number anywhere (both harness).
+    accuracy: the text after the last `####`, without commas, as in the fine-tuning format;
+    strict_match: the first number after `#### `; flexible_match: the last number anywhere (both harness).
     """
     gold = _plain_number(answer.rsplit("####", 1)[-1])
     marked, numbers = _MARKED_ANSWER.search(prediction), _NUMBER.findall(prediction)
@@ -162,22 +154,14 @@ def _plain_number(text: str) -> str:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Chance that one of k draws from the samples is correct: 1 - C(n - c, k) / C(n, k).
-
-    Raises:
-      ValueError: k above the number of samples.
-    """
+    """Returns the chance that one of k draws from the samples is correct: 1 - C(n - c, k) / C(n, k)."""
     if not 1 <= k <= samples or not 0 <= correct <= samples:
         raise ValueError(f"{correct} of {samples} correct, k={k}")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2, ROUGE-L F-measures in [0, 1], without stemming, by Google's rouge-score.
-
-    Raises:
-      InputError: rouge-score is not installed.
-    """
+    """Returns ROUGE-1, ROUGE-2, ROUGE-L F-measures in [0, 1], without stemming, by Google's rouge-score."""
     scores = _rouge_scorer().score(reference, prediction)
     return {name: float(scores[name].fmeasure) for name in ROUGE_TYPES}
 
@@ -192,14 +176,13 @@ def _rouge_scorer():
 
 
 def perplexity(losses: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
-    """Perplexities of n texts.
+    """Returns perplexities of n texts: "corpus", exp(all nats / all tokens), and the "mean" over texts.
+
+    Outliers dominate the mean.
 
     Args:
-      losses: [n] negative log-likelihood of each in nats, summed over its tokens.
-      counts: [n] tokens of each.
-
-    Returns:
-      corpus: exp(all nats / all tokens); mean: of the texts' own perplexities, which outliers rule.
+      losses: [n] negative log-likelihood of each text in nats, summed over its tokens.
+      counts: [n] number of tokens of each.
     """
     nats, tokens = np.asarray(losses, np.float64), np.asarray(counts, np.float64)
     if not len(nats) or (tokens <= 0).any():
@@ -212,19 +195,19 @@ def perplexity(losses: Sequence[float], counts: Sequence[int]) -> dict[str, floa
 
 
 def bits_per_byte(losses: Sequence[float], sizes: Sequence[int]) -> float:
-    """All nats of [n] texts in bits, over all their [n] UTF-8 bytes."""
+    """Returns all nats of [n] texts in bits, divided by all their UTF-8 bytes, [n] sizes."""
     return float(np.sum(losses, dtype=np.float64) / np.sum(sizes) / math.log(2))
 
 
 def unigram_entropy(tokens: Sequence[int]) -> float:
-    """Entropy in nats of a text's own token frequencies; low where it repeats itself (ReMDM)."""
+    """Returns the entropy in nats of a text's own token frequencies; low where it repeats itself (ReMDM)."""
     counts = np.unique(np.asarray(tokens), return_counts=True)[1]
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum()) + 0.0
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int = 2) -> float:
-    """Different n-grams over all n-grams of some sequences together; 0 where none is long enough."""
+    """Returns distinct n-grams over all n-grams of some sequences; 0 where none is long enough."""
     grams = [
         tuple(sequence[start : start + n]) for sequence in sequences for start in range(len(sequence) - n + 1)
     ]

@@ -1,8 +1,8 @@
-"""The inside of `execution`: run as a script, in an interpreter of its own; imports nothing of ours.
+"""The child process of `code_sandbox`: a script in an interpreter of its own; imports nothing of ours.
 
-    python -I -S -B confined.py SECONDS MEMORY SECRET < program
+    python -I -S -B sandbox_child.py SECONDS MEMORY SECRET < program
 
-Says "started" on its standard output, then the secret if the program ran to its end, or "failed " and the
+Writes "started" to its standard output, then the secret if the program ran to its end, or "failed " and the
 exception. The program itself has no standard streams.
 """
 
@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 
-# Audit events, by their beginnings: what a program of a task never needs.
+# Prefixes of audit events: what the program of a task never needs.
 REFUSED = (
     *("socket.", "subprocess.", "ctypes.", "pty.", "shutil.", "ftplib.", "smtplib.", "urllib.", "http."),
     *("sqlite3.", "syslog.", "webbrowser.", "resource.", "signal.pthread_kill", "sys.addaudithook"),
@@ -18,7 +18,7 @@ REFUSED = (
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
     *("os.chmod", "os.chown", "os.chflags", "os.setxattr", "os.removexattr", "os.utime"),
 )
-REFUSED_MODULES = frozenset({"_posixsubprocess", "_ctypes"})  # they start programs, call anything, unheard
+REFUSED_MODULES = frozenset({"_posixsubprocess", "_ctypes"})  # they start programs without an audit event
 STARTED = b"started\n"
 
 _NO_NEW_PRIVILEGES = 38
@@ -27,10 +27,10 @@ _MOUNT_SETATTR, _HERE, _RECURSIVE = 442, -100, 0x8000
 
 
 def leave_the_rest() -> bool:
-    """Into namespaces of its own, without network and with every file system read-only.
+    """Enters namespaces of its own, without network and with every file system read-only.
 
     Returns:
-      Whether the system lets it; limits and the audit hook hold in either case.
+      Whether the system allows it; limits and the audit hook hold in either case.
     """
     import ctypes
 
@@ -47,7 +47,7 @@ def leave_the_rest() -> bool:
 
 
 def set_limits(seconds: float, memory: int) -> None:
-    """Hard limits of this process; those that the system doesn't know are left out."""
+    """Sets hard limits of this process; those that the system doesn't know are left out."""
     import resource
 
     limits = {
@@ -69,7 +69,7 @@ def set_limits(seconds: float, memory: int) -> None:
 
 
 def refuse(event: str, arguments: tuple) -> None:
-    """The audit hook; once added it stays."""
+    """Refuses what a program must not do: the audit hook, which once added stays."""
     if event.startswith(REFUSED):
         raise PermissionError(f"refused: {event}")
     if event == "import" and arguments[0] in REFUSED_MODULES:
@@ -81,8 +81,8 @@ def refuse(event: str, arguments: tuple) -> None:
 
 
 def run(program: str, answers: int, secret: str) -> None:
-    """Runs the program, writes to the descriptor `answers` what became of it, and ends the process."""
-    write, leave = os.write, os._exit  # the program may put others in their place
+    """Runs the program, writes how it ended to the descriptor `answers`, and ends the process."""
+    write, leave = os.write, os._exit  # the program may replace them
     write(answers, STARTED)
     try:
         exec(compile(program, "program", "exec"), {"__name__": "__main__"})
@@ -90,7 +90,7 @@ def run(program: str, answers: int, secret: str) -> None:
     except BaseException as error:  # SystemExit too: it left before its tests ended
         try:
             answer = f"failed {type(error).__name__}: {error}"
-        except BaseException:  # an exception that can't tell what it is
+        except BaseException:  # an exception without a text
             answer = f"failed {type(error).__name__}"
     write(answers, answer[:500].encode("utf-8", "replace"))
     leave(0)
@@ -105,7 +105,7 @@ def main() -> None:
         os.dup2(nowhere, stream)
     leave_the_rest()
     set_limits(seconds, memory)
-    for name in ("ctypes", "_ctypes"):  # so that importing them is heard
+    for name in ("ctypes", "_ctypes"):  # so that importing them is an audit event
         sys.modules.pop(name, None)
     sys.addaudithook(refuse)
     run(program, answers, secret)

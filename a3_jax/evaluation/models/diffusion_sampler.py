@@ -1,8 +1,8 @@
-"""How masked diffusion fills a blank: in steps, each of which draws every masked token and commits some.
+"""The samplers of masked diffusion: each step draws every masked token of a blank and commits some.
 
                     a step commits                                    of the score
     diffullama      all but the floor(n t/T) worst of the blank,      log-probability of what was drawn
-                    t = T-1 .. 0; committed ones take places too
+                    t = T-1 .. 0; committed tokens count too
     diffullama_random   each, with probability 1 / (t + 1)
     low_confidence  n/T of the masked, the best                       probability at temperature 1 of what
                     (LLaDA)                                           was drawn
@@ -28,32 +28,31 @@ import numpy as np
 from flax import struct
 
 from a3_jax.checks import one_of, whole_number
-from a3_jax.decoding.batching import batches, bucket
+from a3_jax.decoding.batching import batches, bucket, length_bucket
 from a3_jax.decoding.options import make_options
 from a3_jax.decoding.sampling import Sampling, candidate_score, draw, filtered_logprobs, map_rows
 from a3_jax.errors import InputError
-from a3_jax.evaluation.batching import length_bucket
-from a3_jax.evaluation.masked_diffusion_forward import FEWEST_QUERIES, predicting_rows
-from a3_jax.evaluation.requests import Blank
+from a3_jax.evaluation.models.diffusion_forward import FEWEST_QUERIES, predicting_rows
+from a3_jax.evaluation.models.interface import TextBlank
 from a3_jax.model.config import ModelConfig
 from a3_jax.model.sharding import axis_parts, constrain, mesh_of
 from a3_jax.model.two_stream import logits, make_two_stream
 
-_LAST_TIME = 1e-3  # of Dream
+_LAST_TIME = 1e-3  # Dream's
 
 
 def _kept(count, steps):
-    """How many of the blank may stay masked after each step."""
+    """Returns how many tokens of the blank may stay masked after each step."""
     return [count * t // steps for t in range(steps - 1, -1, -1)]
 
 
 def _even(count, steps):
-    """How many are committed: evenly, the remainder first."""
+    """Returns how many tokens each step commits: evenly, the remainder first."""
     return [count // steps + (step < count % steps) for step in range(steps)]
 
 
 def _shares(count, steps):
-    """Which share of the masked is committed, or with which probability each of them."""
+    """Returns the share of the masked that each step commits, or the probability of committing each."""
     del count
     times = np.linspace(1, _LAST_TIME, steps + 1)
     return [*(1 - times[1:-1] / times[:-2]), 1.0]
@@ -68,10 +67,11 @@ class _Rule(NamedTuple):
     """Which masked tokens a step commits.
 
     Attributes:
-      choice: of `_CHOICES`. schedule: (tokens of the blank, steps) -> an amount for each step.
+      choice: "best" (so many), "best_share" (such a share of the masked), "all_but_worst" or "chance".
+      schedule: (tokens of the blank, steps) -> an amount for each step.
       score: "drawn" (log-probability of what was drawn), "plain" (at temperature 1, unfiltered), or a
         criterion of `decoding.sampling.candidate_score`.
-      temperature, top_p: as released.
+      temperature, top_p: the released settings.
     """
 
     choice: str
@@ -92,7 +92,7 @@ _RULES = {
     "entropy": _Rule("best_share", _shares, "entropy"),
 }
 SAMPLERS = tuple(_RULES)
-_FEWEST_STEPS = 32  # of a bucket of schedules
+_FEWEST_STEPS = 32  # a schedule's smallest bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Sampler:
     """A sampler with its settings.
 
     Attributes:
-      name: of `SAMPLERS`.
-      steps: forwards at most, or "length": as many as the blank has tokens.
-      temperature: 0 takes the likeliest.
+      name: one of `SAMPLERS`.
+      steps: the most forwards, or "length": as many as the blank has tokens.
+      temperature: 0 takes the likeliest token.
       top_p: as in `decoding.sampling`; 1 filters nothing.
     """
 
@@ -123,17 +123,13 @@ class Sampler:
             raise InputError("must be above 0", field="top_p")
 
     def schedule(self, count: int) -> list[float]:
-        """An amount for each step of filling `count` tokens."""
+        """Returns an amount for each step of filling `count` tokens."""
         steps = count if self.steps == "length" else int(self.steps)
         return _RULES[self.name].schedule(count, steps)
 
 
 def make_sampler(name: str, options: dict[str, Any] | None = None) -> Sampler:
-    """A sampler by name, with its released settings where `options` has no others.
-
-    Raises:
-      InputError: an unknown name, option or value.
-    """
+    """Makes a sampler by name, with its released settings where `options` has no others."""
     one_of("sampler", name, SAMPLERS)
     rule = _RULES[name]
     released = {"temperature": rule.temperature, "top_p": rule.top_p}
@@ -141,7 +137,7 @@ def make_sampler(name: str, options: dict[str, Any] | None = None) -> Sampler:
 
 
 def usual_sampler(config: ModelConfig) -> str:
-    """The sampler of the models that a checkpoint is one of."""
+    """Returns the sampler that the authors of a checkpoint's family use; DiffuLLaMA's for any other."""
     return {"llada": "low_confidence", "qwen2": "entropy"}.get(config.family, "diffullama")
 
 
@@ -160,19 +156,21 @@ class Filled(NamedTuple):
 def fill_blanks(
     params,
     config: ModelConfig,
-    blanks: Sequence[Blank],
+    blanks: Sequence[TextBlank],
     sampler: Sampler,
     dtype: str,
     most: int | None = None,
 ) -> list[Filled]:
-    """Fills blanks, those of one padded shape together; what is drawn follows from a blank's seed alone.
+    """Fills blanks, those of one padded shape together; what is drawn is a function of a blank's seed alone.
 
     Args:
-      params: arrays [V, D] and so on, in the dtype of the computation, best; no step casts them then.
-      config: with a mask token.
-      dtype: by name.
-      most: blanks a batch, at most; None: as many as their rows allow.
+      params: arrays [V, D] and so on, best in the dtype of the computation: then no step casts them.
+      config: the model's, with a mask token.
+      sampler: how blanks are filled.
+      dtype: dtype of the computation, by name.
+      most: the most blanks per batch; None: as many as their rows allow.
     """
+    rule, sampling = _RULES[sampler.name], Sampling(float(sampler.temperature), 0, float(sampler.top_p))
     schedules = [sampler.schedule(blank.length) for blank in blanks]
     filled: list[Filled | None] = [None] * len(blanks)
 
@@ -188,7 +186,8 @@ def fill_blanks(
         with mesh_of(params):
             size = math.lcm(size, axis_parts("batch"))
             text = _pack([blanks[index] for index in indices], [schedules[i] for i in indices], shape, size)
-            state = _sample(params, text, program=_program(config, dtype, sampler, shape[1]))
+            spec = _LoopSpec(config, dtype, rule.choice, rule.score, sampling, queries=shape[1])
+            state = _sample(params, text, spec=spec)
         chosen, committed = np.asarray(state.chosen), np.asarray(state.committed)
         for row, index in enumerate(indices):
             count = blanks[index].length
@@ -197,12 +196,12 @@ def fill_blanks(
 
 
 @struct.dataclass
-class Text:
+class PaddedTexts:
     """Texts with a blank each, padded to T columns.
 
     Attributes:
       tokens: [B, T] int32, anything at the blank. lengths: [B] int32.
-      first, count: [B] int32, where the blank begins and how long it is; 0 long in rows of padding.
+      first, count: [B] int32, where the blank begins and its length; length 0 in rows of padding.
       schedule: [B, S] float32, an amount for each step.
       key: [B] random keys.
     """
@@ -216,11 +215,11 @@ class Text:
 
 
 @struct.dataclass
-class State:
-    """What the steps change, of the Q columns of a blank.
+class SamplerState:
+    """What the steps change, over the Q columns of a blank.
 
     Attributes:
-      step: int32 scalar, steps done.
+      step: int32 scalar, number of steps done.
       chosen: [B, Q] int32. masked: [B, Q] bool. committed: [B, Q] int32.
     """
 
@@ -230,7 +229,7 @@ class State:
     committed: Any
 
 
-def _pack(blanks, schedules, shape, size) -> Text:
+def _pack(blanks, schedules, shape, size) -> PaddedTexts:
     columns, _, steps = shape
     tokens, schedule = np.zeros((size, columns), np.int32), np.zeros((size, steps), np.float32)
     lengths, first, count = (np.zeros(size, np.int32) for _ in range(3))
@@ -240,16 +239,16 @@ def _pack(blanks, schedules, shape, size) -> Text:
         tokens[row, : first[row]] = blank.prefix
         tokens[row, first[row] + count[row] : lengths[row]] = blank.suffix
         schedule[row, : len(amounts)], seeds[row] = amounts, blank.seed
-    text = Text(tokens, lengths, first, count, schedule, jax.vmap(jax.random.key)(seeds))
+    text = PaddedTexts(tokens, lengths, first, count, schedule, jax.vmap(jax.random.key)(seeds))
     return jax.tree.map(lambda leaf: constrain(jnp.asarray(leaf), ("batch",)), text)
 
 
-class _Program(NamedTuple):
-    """What a compiled loop is specific to, besides the shapes of its texts.
+class _LoopSpec(NamedTuple):
+    """What a compiled loop is specialised on, besides the shapes of its texts.
 
     Attributes:
-      choice, score: of `_Rule`.
-      queries: columns of the longest blank, padded.
+      choice, score: fields of `_Rule`.
+      queries: number of columns of the longest blank, padded.
     """
 
     config: ModelConfig
@@ -260,33 +259,29 @@ class _Program(NamedTuple):
     queries: int
 
 
-def _program(config, dtype, sampler: Sampler, queries: int) -> _Program:
-    rule = _RULES[sampler.name]
-    sampling = Sampling(float(sampler.temperature), 0, float(sampler.top_p))
-    return _Program(config, dtype, rule.choice, rule.score, sampling, queries)
-
-
-@functools.partial(jax.jit, static_argnames="program")
-def _sample(params, text: Text, *, program: _Program) -> State:
+@functools.partial(jax.jit, static_argnames="spec")
+def _sample(params, text: PaddedTexts, *, spec: _LoopSpec) -> SamplerState:
     """Steps until nothing is masked."""
-    config, queries = program.config, program.queries
-    model, mask_token = make_two_stream(config, program.dtype), cast(int, config.mask_token)
+    config, queries = spec.config, spec.queries
+    model, mask_token = make_two_stream(config, spec.dtype), cast(int, config.mask_token)
     place = jnp.arange(queries, dtype=jnp.int32)
     inside = place < text.count[:, None]
     columns = text.first[:, None] + place
     rows = jnp.arange(text.tokens.shape[0])[:, None]
-    columns_or_none = jnp.where(inside, columns, text.tokens.shape[1])
+    blank_columns = jnp.where(inside, columns, text.tokens.shape[1])
 
-    def step(state: State) -> State:
+    def step(state: SamplerState) -> SamplerState:
         shown = jnp.where(state.masked, mask_token, state.chosen)
-        tokens = text.tokens.at[rows, columns_or_none].set(shown, mode="drop")
+        tokens = text.tokens.at[rows, blank_columns].set(shown, mode="drop")
         hidden = predicting_rows(model, params, tokens, text.lengths, jnp.where(inside, columns, 0))
-        keys = jax.vmap(lambda key: _keys(key, state.step, place))(text.key)
-        judge = functools.partial(_drawn, params, program, model.precision)
-        drawn, score = map_rows(judge, (hidden, keys), config.vocab_size)
-        amount = text.schedule[:, state.step]
-        commit = state.masked & jax.vmap(_CHOICES[program.choice])(score, state.masked, inside, amount)
-        return State(
+        # A column's key is a function of the blank's own key, the step and the column.
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(text.key, state.step)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(step_keys, place)
+        draw_and_score = functools.partial(_drawn, params, spec, model.precision)
+        drawn, score = map_rows(draw_and_score, (hidden, keys), config.vocab_size)
+        amount, chosen = text.schedule[:, state.step], functools.partial(_commits, spec.choice)
+        commit = state.masked & jax.vmap(chosen)(score, state.masked, inside, amount)
+        return SamplerState(
             step=state.step + 1,
             chosen=jnp.where(commit, drawn, state.chosen),
             masked=state.masked & ~commit,
@@ -294,56 +289,36 @@ def _sample(params, text: Text, *, program: _Program) -> State:
         )
 
     nothing = jnp.zeros(inside.shape, jnp.int32)
-    first = State(step=jnp.int32(0), chosen=nothing, masked=inside, committed=nothing)
+    first = SamplerState(step=jnp.int32(0), chosen=nothing, masked=inside, committed=nothing)
     return jax.lax.while_loop(lambda state: jnp.any(state.masked), step, first)
 
 
-def _keys(key, step, place):
-    """A key for each column: a function of the blank's own, the step and the column."""
-    return jax.vmap(lambda column: jax.random.fold_in(jax.random.fold_in(key, step), column))(place)
-
-
-def _drawn(params, program: _Program, precision, hidden_D, key):
-    """What is drawn for one masked token, and its score, higher = sooner."""
-    score, sampling = program.score, program.sampling
+def _drawn(params, spec: _LoopSpec, precision, hidden_D, key):
+    """Draws one masked token; returns it with its score, higher = committed sooner."""
+    score, sampling = spec.score, spec.sampling
     token_key, score_key = jax.random.split(key)
-    logits_V = logits(params, program.config, hidden_D, precision)
-    law_V = filtered_logprobs(logits_V, sampling)
-    token = draw(law_V, token_key, sampling)
+    logits_V = logits(params, spec.config, hidden_D, precision)
+    log_probs_V = filtered_logprobs(logits_V, sampling)
+    token = draw(log_probs_V, token_key, sampling)
     if score == "drawn":
-        return token, law_V[token]
+        return token, log_probs_V[token]
     if score == "plain":
         return token, jax.nn.log_softmax(logits_V)[token]
-    return token, candidate_score(law_V, score_key, score)
+    return token, candidate_score(log_probs_V, score_key, score)
 
 
-def _best(score, masked, inside, amount):
-    """The best `amount` of the masked, the first on a tie."""
-    del inside
-    return _place(-score, masked) < amount
+def _commits(choice: str, score, masked, inside, amount):
+    """Returns [Q] bool: the columns of one blank that a step commits; `choice` as in `_Rule`."""
+    if choice == "chance":
+        return score < amount  # the score is uniform
+    if choice == "all_but_worst":  # of the whole blank, committed columns included
+        return _rank(score, inside) >= amount
+    if choice == "best_share":
+        amount = jnp.floor(jnp.sum(masked) * amount)
+    return _rank(-score, masked) < amount  # the first on a tie
 
 
-def _best_share(score, masked, inside, amount):
-    return _best(score, masked, inside, jnp.floor(jnp.sum(masked) * amount))
-
-
-def _all_but_worst(score, masked, inside, amount):
-    """All but the `amount` worst of the blank, committed ones included."""
-    del masked
-    return _place(score, inside) >= amount
-
-
-def _chance(score, masked, inside, amount):
-    del masked, inside
-    return score < amount  # the score is uniform
-
-
-_CHOICES = {
-    "best": _best, "best_share": _best_share, "all_but_worst": _all_but_worst, "chance": _chance,
-}  # fmt: skip
-
-
-def _place(value, among):
-    """[Q] int32: place of each in ascending order of value, those that are not among them last."""
+def _rank(value, among):
+    """Returns [Q] int32: place of each in ascending order of value; those not `among` them come last."""
     order = jnp.lexsort((value, ~among))
     return jnp.argsort(order)
