@@ -9,19 +9,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def add_bench(subparsers) -> None:
-    parser = subparsers.add_parser(
-        "bench", help="the project's own benchmarks, as ratios", add_help=False, allow_abbrev=False
-    )
+    parser = subparsers.add_parser("bench", help="the project's own benchmarks, as ratios", add_help=False)
     # The benchmarks make the arguments: here all of them are unknown, and handed on as they are.
     parser.set_defaults(run=lambda parsed: run_bench(parser, parsed.config_flags), takes_config_flags=True)
 
 
 def run_bench(parser, arguments: list[str]) -> int:
-    """Runs `a3 bench` with the arguments after it; returns the exit status.
-
-    Raises:
-      InputError: there is no source tree around the package, or a bad argument.
-    """
+    """Runs `a3 bench` with the arguments after it; returns the exit status."""
     if not os.path.isfile(os.path.join(ROOT, "benchmarks", "command.py")):
         message = (
             "the benchmarks are in the source tree, not in the installed package: run `a3 bench` in a clone "

@@ -34,6 +34,10 @@ EXAMPLES = """examples:
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaint is one `InputError`, with the nearest flag or command."""
 
+    def __init__(self, *arguments, **options):
+        help_format = argparse.RawDescriptionHelpFormatter
+        super().__init__(*arguments, formatter_class=help_format, allow_abbrev=False, **options)
+
     def error(self, message):
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice:
@@ -46,8 +50,6 @@ def _parser():
         prog="a3",
         description="Any-order, any-subset autoregressive language models in JAX (A3, arXiv 2601.13228).",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"a3_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

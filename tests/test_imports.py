@@ -55,6 +55,22 @@ def test_rooms_import_to_their_left_only():
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_module_imports_itself_in_a_circle():
+    """Imports inside functions count: a circle would be one thing in two files."""
+    modules = {
+        ".".join(("a3_jax", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in PACKAGE.rglob("*.py")
+    }
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    graph = {
+        name: {m if m in modules else m.rpartition(".")[0] for _, m in imports_of(path)} - {name}
+        for name, path in modules.items()
+    }
+    while free := [name for name, needed in graph.items() if not needed & graph.keys()]:
+        for name in free:
+            del graph[name]
+    assert not graph, f"circles among {sorted(graph)}"
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -26,16 +26,8 @@ VERIFY_EPILOG = """examples:
 """
 
 
-def _add_parser(subparsers, name: str, **options):
-    import argparse
-
-    formatter = argparse.RawDescriptionHelpFormatter
-    return subparsers.add_parser(name, formatter_class=formatter, allow_abbrev=False, **options)
-
-
 def add_convert(subparsers) -> None:
-    parser = _add_parser(
-        subparsers,
+    parser = subparsers.add_parser(
         "convert",
         help="Hugging Face checkpoint to A3, and back",
         description="Converts a checkpoint, a piece at a time: the model is never in memory as a whole. DST "
@@ -112,8 +104,7 @@ def run_convert(args) -> int:
 
 
 def add_info(subparsers) -> None:
-    parser = _add_parser(
-        subparsers,
+    parser = subparsers.add_parser(
         "info",
         help="what a checkpoint is: sizes, parameters, curriculum, origin",
         description="Says what a checkpoint is, without reading its parameters. Equal fingerprints: equal "
@@ -141,8 +132,7 @@ def run_info(args) -> int:
 
 
 def add_verify(subparsers) -> None:
-    parser = _add_parser(
-        subparsers,
+    parser = subparsers.add_parser(
         "verify",
         help="whether every byte of a checkpoint is what was written",
         description="Compares every file of a checkpoint with its checksum and every array with its "

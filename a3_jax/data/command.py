@@ -1,6 +1,5 @@
 """`a3 data`: prepare text once, for as many runs as one likes."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -49,8 +48,6 @@ def add_data(subparsers, run_defaults: Callable[[], Mapping[str, Any]]) -> None:
         help="text to packed token rows",
         description="Prepares text for training, and shows it.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
     _add_prepare(commands)
@@ -63,8 +60,6 @@ def _add_show(commands, run_defaults) -> None:
         help="rows as the model sees them",
         description="Shows rows of prepared data as the model sees them: groups, and what each may see.",
         epilog=_SHOW_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("directory", metavar="DST", help="made by `a3 data prepare`")
     parser.add_argument(
@@ -97,8 +92,6 @@ def _add_prepare(commands) -> None:
         description="Tokenises files and packs them into rows, in shards that are read at random.",
         usage="a3 data prepare SRC... DST --tokenizer=DIR|FILE|bytes [--seq_len=N] [options]",
         epilog=_PREPARE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "paths", nargs="+", metavar="SRC... DST", help="files or globs; the directory to write"

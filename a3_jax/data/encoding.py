@@ -83,7 +83,7 @@ class Encoder:
         ]
 
     def _checked(self, item: Encoded | BadRecord) -> Encoded | BadRecord:
-        """The same, or a `BadRecord` if the model has no embedding for one of the tokens."""
+        """Returns the same, or a `BadRecord` if the model has no embedding for one of the tokens."""
         if self.rows is None or isinstance(item, BadRecord) or item.tokens.max() < self.rows:
             return item
         token = int(item.tokens[item.tokens >= self.rows][0])

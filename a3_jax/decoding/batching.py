@@ -7,7 +7,7 @@ _BATCH_ROWS = 8192  # rows of one stream in a batch, at most (but at least one r
 
 
 def bucket(count: int, smallest: int = 16) -> int:
-    """The smallest power of two, at least `smallest`, that holds `count`."""
+    """Returns the smallest power of two, at least `smallest`, that holds `count`."""
     return max(smallest, 1 << max(count - 1, 0).bit_length())
 
 
@@ -37,7 +37,7 @@ def batches(
 
 
 def length_bucket(count: int, smallest: int = 16) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `count` rows.
+    """Returns the smallest of 16, 24, 32, 48, 64, 96, ... that holds `count` rows.
 
     Twice as fine as `bucket`: an evaluation runs long enough on each of its lengths to pay for the
     compilation, and at worst a third of its rows are padding, not half.
@@ -48,7 +48,7 @@ def length_bucket(count: int, smallest: int = 16) -> int:
 
 
 def fewest(shape: tuple[int, int]) -> int:
-    """The least number of passes in a batch of a padded shape (content rows, query rows).
+    """Returns the least number of passes in a batch of a padded shape (content rows, query rows).
 
     With few rows CPUs use other kernels, whose sums differ by 1e-6 per token: a batch of one would not give
     what a batch of many gives. The padding costs at most 1024 rows, in the last batch of a shape.
@@ -59,5 +59,5 @@ def fewest(shape: tuple[int, int]) -> int:
 
 
 def padded_count(shape: tuple[int, int], count: int) -> int:
-    """The batch size after padding for `count` passes of a padded shape: the next of 1, 2, 3, 4, 6, 8, ..."""
+    """Returns the batch size of `count` passes of a padded shape: the next of 1, 2, 3, 4, 6, 8, ..."""
     return max(fewest(shape), length_bucket(count, 1))

@@ -1,6 +1,5 @@
 """`a3 generate` and `a3 score`: flags, files and standard streams around `generation` and `scoring`."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -154,8 +153,7 @@ def run_score(args) -> int:
 
 def _add_parser(subparsers, name, help_text, epilog):
     parser = subparsers.add_parser(
-        name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", epilog=epilog
     )  # fmt: skip
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A3 checkpoint or Hugging Face directory")
     parser.add_argument("input", metavar="INPUT.jsonl", help="- for standard input")

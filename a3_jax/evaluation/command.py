@@ -1,6 +1,5 @@
 """`a3 eval` and `a3 reproduce`: flags and tables around `runner.evaluate` and `reproduce.compare`."""
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -54,8 +53,7 @@ def add_eval(subparsers) -> None:
     """Adds `a3 eval`."""
     parser = subparsers.add_parser(
         "eval", help="benchmark tasks, with where every number comes from",
-        description="Evaluates a checkpoint on the tasks of the published tables.", epilog=_EVAL_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description="Evaluates a checkpoint on the tasks of the published tables.", epilog=_EVAL_EPILOG
     )  # fmt: skip
     parser.set_defaults(run=run_eval)
     parser.add_argument(
@@ -105,8 +103,6 @@ def add_reproduce(subparsers) -> None:
         "error, and their difference in standard errors; or that it was not run, with the commands that "
         "would run it and what they need. Runs nothing itself.",
         epilog=_REPRODUCE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run_reproduce)
     parser.add_argument("table", metavar="TABLE", help="table1, table2, table3 or all")

@@ -76,7 +76,7 @@ class Cell:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """How the result differs from its profile; () if it doesn't."""
+        """The result's differences from its profile; () if it has none."""
         return _changes(self.result) if self.result else ()
 
     def to_dict(self, row: "RowComparison") -> dict[str, Any]:
@@ -140,7 +140,7 @@ class RowComparison:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What these commands need, except for data files."""
+        """The needs of these commands, except for data files."""
         return self.needs_of(self.missing)
 
     def commands_of(self, tasks: Sequence[Task]) -> tuple[str, ...]:

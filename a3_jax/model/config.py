@@ -147,15 +147,11 @@ class ModelConfig:
             raise InputError(f"{self.max_length} is longer than window={self.window}", field="max_length")
 
     def context_length(self, left_to_right: bool = False) -> int:
-        """How many tokens of a document the model reads exactly, in any order or from left to right."""
+        """Returns how many tokens of a document the model reads exactly, in any order or left to right."""
         return (self.left_length or self.max_length) if left_to_right else self.max_length
 
     def check_length(self, length: int, field: str, left_to_right: bool = False) -> None:
-        """Refuses a document of more than `context_length` tokens.
-
-        Raises:
-          InputError: naming `field`, with the reason.
-        """
+        """Refuses a document of more than `context_length` tokens."""
         context = self.context_length(left_to_right)
         if length <= context:
             return
@@ -170,11 +166,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """The config of a JSON object.
-
-        Raises:
-          InputError: an unknown or missing field, or a value that makes no model.
-        """
+        """Returns the config of a JSON object."""
 
         def convert(name, value, _):
             if name == "rope_scaling" and value is not None and not isinstance(value, RopeScaling):
@@ -185,7 +177,7 @@ class ModelConfig:
 
 
 def is_positive(value) -> TypeGuard[float]:
-    """Whether a value is a number above 0 that a float can hold."""
+    """Returns whether a value is a number above 0 that a float can hold."""
     return isinstance(value, int | float) and 0 < value <= sys.float_info.max  # an integer may be larger
 
 

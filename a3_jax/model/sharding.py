@@ -119,9 +119,6 @@ def axes_shardings(mesh: Mesh, axes, shapes) -> object:
       mesh: the devices.
       axes: tree of logical axis names (`two_stream.logical_axes`).
       shapes: the same tree of arrays or `ShapeDtypeStruct`s.
-
-    Raises:
-      InputError: a dimension that its mesh axes don't divide, by name.
     """
 
     def sharding(path, names, array):

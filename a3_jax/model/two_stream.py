@@ -237,7 +237,7 @@ class Block(nn.Module):
         return self.linear("down", hidden_BTF, axes[::-1], shape[::-1], bias=bias)
 
     def heads(self, name, x_BTD, axis, count, normed=True):
-        """A projection to heads, [B, T, D] to [B, T, count, H], with the norm that queries and keys have."""
+        """Projects to heads, [B, T, D] to [B, T, count, H], with the norm that queries and keys have."""
         c = self.config
         axes, shape = ("embed", axis, "head_size"), (c.d_model, count, c.head_size)
         x_BTNH = self.linear(name, x_BTD, axes, shape, bias=c.qkv_bias)
@@ -264,7 +264,7 @@ class Block(nn.Module):
         return out + _parameter(self, f"{name}_bias", axes[inputs:], shape[inputs:], 0.0).astype(self.dtype)
 
     def norm_if(self, where, name, x_BTD):
-        """The norm `name` of x if the model has one there ("pre" or "post"), else x."""
+        """Returns the norm `name` of x if the model has one there ("pre" or "post"), else x."""
         return _norm(self, name, x_BTD) if self.config.norm_place in (where, "both") else x_BTD
 
 
@@ -350,7 +350,7 @@ class TwoStream(nn.Module):
         return constrain(x_BRD, ("batch", "length", "embed_act"))
 
     def _layers(self, x_BRD, cache, inputs, content_rows, first_output):
-        """All blocks but the last in one scan or one by one; the last alone, as less of it may be wanted."""
+        """Runs all blocks but the last in one scan or one by one; of the last, less may be wanted."""
         configs = layer_configs(self.config)
         block = Block
         if self.remat != "none":

@@ -166,11 +166,7 @@ PRESETS = {"paper": paper_stages, "release": release_stages}
 
 
 def stages_from_config(stages: Sequence[Mapping]) -> tuple[Stage, ...]:
-    """Stages from a list of mappings with `Stage`'s fields (`orders`: mappings with `Order`'s).
-
-    Raises:
-      InputError: no stage, an unknown or misspelt field, a bad value, a name used twice.
-    """
+    """Stages from a list of mappings with `Stage`'s fields (`orders`: mappings with `Order`'s)."""
     if not _is_list(stages) or not stages:
         raise InputError(f"must be a list of at least one stage, got {stages!r}", field="stages")
     built = tuple(_stage(fields, f"stages[{index}]") for index, fields in enumerate(stages))

@@ -15,7 +15,7 @@ draws what is given beforehand (`contexts`), which comes before all of this.
 """
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from a3_jax.checks import one_of
 from a3_jax.errors import InputError
 from a3_jax.ordering.contexts import draw_absent, draw_context, draw_masked
 from a3_jax.ordering.segments import count, fractions, ordinals, shuffle
-
-if TYPE_CHECKING:
-    from a3_jax.ordering.curriculum import Stage
 
 ORDERS = ("l2r", "random", "spread", "block")  # of generation and scoring
 INNER_ORDERS = ("l2r", "random", "spread")  # inside a block
@@ -107,9 +104,6 @@ def order_ranks(
       group_size: tokens per group.
       rng: read by random orders only.
       block_size, block_order: of "block": tokens a block, and the order inside.
-
-    Raises:
-      InputError: an unknown order, or a size below 1.
     """
     one_of("order", order, ORDERS)
     if group_size < 1:
@@ -163,7 +157,7 @@ class Drawn(NamedTuple):
     predicted: np.ndarray
 
 
-def draw(stage: "Stage", positions, segment_ids, seed: int, index: int, given=None) -> Drawn:
+def draw(stage: Any, positions, segment_ids, seed: int, index: int, given=None) -> Drawn:
     """Draws the ranks of one packed row in training, and which of its tokens are predicted.
 
     The row draws one of the stage's orders (by weight) and one of its group sizes (uniformly); each
@@ -179,8 +173,8 @@ def draw(stage: "Stage", positions, segment_ids, seed: int, index: int, given=No
         context group    0  2  2  0  1  3  3        contiguous groups of the example's size
 
     Args:
-      stage: only `objective`, `orders` and `absent` are read; objective "ar" is always left to right,
-        "masked_diffusion" one group, in reading order.
+      stage: a `curriculum.Stage`, of which only `objective`, `orders` and `absent` are read; objective
+        "ar" is always left to right, "masked_diffusion" one group, in reading order.
       positions: [T] int, 0.. within each document.
       segment_ids: [T] int, packed document, 0 = padding; a document's slots are next to each other.
       seed: the run's.

@@ -1,7 +1,5 @@
 """`a3 preflight`, `a3 launch`, `a3 goodput` and `a3 status`: flags, and late imports."""
 
-import argparse
-
 _LAUNCH_EPILOG = """examples:
   a3 launch local --processes=2 --devices=2 --config=configs/tiny.py --workdir=runs/tiny
   a3 launch local --help
@@ -136,8 +134,6 @@ def _parser(subparsers, name, help_line, description, epilog):
         help=help_line,
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 

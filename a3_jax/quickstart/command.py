@@ -10,7 +10,6 @@ EPILOG = """examples:
 
 
 def add_quickstart(subparsers) -> None:
-    import argparse
 
     parser = subparsers.add_parser(
         "quickstart",
@@ -18,8 +17,6 @@ def add_quickstart(subparsers) -> None:
         description="Trains a small AR model, writes it as a Hugging Face directory, converts it, adapts it "
         "to any order and fills blanks with it. Writes quickstart.json, curves.png and report.html.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--workdir", default="runs/quickstart", metavar="DIR",

@@ -1,7 +1,5 @@
 """`a3 train`: a config file, overrides on the command line, and the run."""
 
-import argparse
-
 from a3_jax.errors import EXIT_OK
 
 EPILOG = """examples:
@@ -19,8 +17,6 @@ def add_train(subparsers) -> None:
         help="train a model through a curriculum of orders",
         description="Trains a model through a curriculum of orders; run again, it goes on where it stopped.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE.py", help="file with get_config(), e.g. configs/tiny.py"

@@ -76,11 +76,7 @@ class MaskedDiffusion(CheckpointModel):
         return [total for total, _ in self._run(targets)]
 
     def token_logprobs(self, targets: Sequence[ScoreTarget]) -> list[np.ndarray]:
-        """Returns [stop - start] float32: log p(token | tokens to its left), as many masked to its right.
-
-        Raises:
-          InputError: also for any estimator but "ar_ftb".
-        """
+        """Returns [stop - start] float32: log p(token | tokens to its left), as many masked to its right."""
         if not isinstance(self.estimator, FrontToBack):
             why = f"{self._estimator_name!r} gives no exact left-to-right log-probabilities: 'ar_ftb' does"
             raise InputError(why, field="scorer")

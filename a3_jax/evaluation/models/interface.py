@@ -72,11 +72,7 @@ class EvaluatedModel(Protocol):
         ...
 
     def token_logprobs(self, targets: Sequence[ScoreTarget]) -> list[np.ndarray]:
-        """Returns for each target [stop - start] float32: exact log p(token | tokens to its left), in nats.
-
-        Raises:
-          InputError: the model has no exact left-to-right conditionals.
-        """
+        """Returns [stop - start] float32 of each target: exact log p(token | tokens to its left), in nats."""
         ...
 
     def fill(self, blanks: Sequence[TextBlank]) -> list[np.ndarray]:

@@ -39,7 +39,7 @@ class LoadedModel:
 
     @property
     def identity(self) -> list[Any]:
-        """What its numbers depend on, wherever its files are."""
+        """All that its numbers depend on, wherever its files are."""
         return [self.fingerprint, self.model.tokenizer.fingerprint]
 
     @property
