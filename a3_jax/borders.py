@@ -116,14 +116,14 @@ class BlankText:
         Args:
           tokens: ids at least up to the last one that counts; what lies beyond them is left out.
         """
-        text, place = "", 0
+        text, position = "", 0
         for (count, given), length in zip(self.pieces, (*self.blanks, 0)):
-            if place > len(tokens):  # an EOS ended the text inside a blank
+            if position > len(tokens):  # an EOS ended the text inside a blank
                 break
-            text, place = text + given, place + count
+            text, position = text + given, position + count
             owed = " " if _gives_space(tokenizer, given) else ""
-            text += completion(tokenizer, tokens[:place], tokens[place : place + length], owed)
-            place += length
+            text += completion(tokenizer, tokens[:position], tokens[position : position + length], owed)
+            position += length
         return text
 
 
@@ -157,15 +157,15 @@ def _gives_space(tokenizer: Tokenizer, piece: str) -> bool:
 
 def _split(text: str) -> tuple[list[str], list[int]]:
     """Returns the pieces of text around blanks, and the blanks' lengths; blanks side by side are one."""
-    pieces, blanks, place = [""], [], 0
+    pieces, blanks, position = [""], [], 0
     for opening in _OPENING.finditer(text):
-        if opening.start() < place:
+        if opening.start() < position:
             continue
         slashes = opening[1]
-        pieces[-1] += text[place : opening.start()] + "\\" * (len(slashes) // 2)
+        pieces[-1] += text[position : opening.start()] + "\\" * (len(slashes) // 2)
         start = opening.end() - 2
         if len(slashes) % 2:
-            pieces[-1], place = f"{pieces[-1]}[[", opening.end()
+            pieces[-1], position = f"{pieces[-1]}[[", opening.end()
             continue
         blank = _BLANK.match(text, start)
         if blank is None:
@@ -178,8 +178,8 @@ def _split(text: str) -> tuple[list[str], list[int]]:
         else:
             blanks.append(_blank_length(blank[1]))
             pieces.append("")
-        place = blank.end()
-    pieces[-1] += text[place:]
+        position = blank.end()
+    pieces[-1] += text[position:]
     return pieces, blanks
 
 

@@ -51,7 +51,7 @@ def check_seed(seed) -> None:
 def from_mapping(
     cls: Callable[..., T],
     fields: Mapping[str, Any],
-    place: str = "",
+    where: str = "",
     convert: Callable | None = None,
     noun: str = "field",
 ) -> T:
@@ -60,13 +60,13 @@ def from_mapping(
     Args:
       cls: the dataclass; what its `__post_init__` refuses is named in full.
       fields: a dictionary or ConfigDict.
-      place: where the mapping stands, in front of each field's name: `stages[0]`.
+      where: where the mapping stands, in front of each field's name: `stages[0]`.
       convert: of (name, value, the field's type), gives the value that is stored.
       noun: what users call a field of it.
     """
-    prefix = f"{place}." if place else ""
+    prefix = f"{where}." if where else ""
     if not hasattr(fields, "keys"):  # `ConfigDict` is no `Mapping`
-        raise InputError(f"must be a mapping of fields, got {fields!r}"[:200], field=place or None)
+        raise InputError(f"must be a mapping of fields, got {fields!r}"[:200], field=where or None)
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in fields:
         if name not in known:

@@ -26,10 +26,10 @@ class InputError(Exception):
         self.message, self.file, self.line, self.field = message, file, line, field
 
     def __str__(self):
-        place = "" if self.file is None else str(self.file)
+        where = "" if self.file is None else str(self.file)
         if self.line is not None:
-            place += f":{self.line}" if place else f"line {self.line}"
-        parts = [place, "" if self.field is None else str(self.field), self.message]
+            where += f":{self.line}" if where else f"line {self.line}"
+        parts = [where, "" if self.field is None else str(self.field), self.message]
         return " ".join(": ".join(part for part in parts if part).split())
 
 

@@ -46,16 +46,16 @@ class Tokenizer:
       adds_bos: whether its own post-processor puts BOS first; what `bos="auto"` follows.
     """
 
-    def __init__(self, files: dict[str, str], place=None):
-        """From the texts of its files, by name. `place` names them in errors (see `from_files`)."""
+    def __init__(self, files: dict[str, str], file=None):
+        """From the texts of its files, by name. `file` names them in errors (see `from_files`)."""
         self._files, self._stated = dict(files), ()
-        self._tokenizer = _parse(self._files[_MAIN_FILE], place)
+        self._tokenizer = _parse(self._files[_MAIN_FILE], file)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:
-            raise InputError(f"token id {self.vocab_size - 1} is not below {MAX_VOCAB_SIZE}", file=place)
-        with _refusing("not a tokenizer that can encode", place):
+            raise InputError(f"token id {self.vocab_size - 1} is not below {MAX_VOCAB_SIZE}", file=file)
+        with _refusing("not a tokenizer that can encode", file):
             first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
-        configs = [_config(self._files, name, place) for name in _SPECIAL_TOKEN_FILES]
+        configs = [_config(self._files, name, file) for name in _SPECIAL_TOKEN_FILES]
         self.bos_id = self._special_id(*_named(configs, "bos_token"), *_BOS_NAMES)
         self.eos_id = self._special_id(*_named(configs, "eos_token"), *_EOS_NAMES)
         self.pad_id = self._special_id(*_named(configs, "pad_token"))
@@ -64,8 +64,8 @@ class Tokenizer:
         self.adds_bos = bool(first) and first[0] == self.bos_id
         # Nothing else of the post-processor is wanted, least of all offsets that leave out spaces.
         self._tokenizer.post_processor = None
-        generation = _config(self._files, GENERATION_FILE, place)
-        self._state(eos_ids_in(generation, None if place is None else as_path(place) / GENERATION_FILE))
+        generation = _config(self._files, GENERATION_FILE, file)
+        self._state(eos_ids_in(generation, None if file is None else as_path(file) / GENERATION_FILE))
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -249,16 +249,16 @@ def has_tokenizer(directory) -> bool:
     return (as_path(directory) / _MAIN_FILE).exists()
 
 
-def from_files(files: dict[str, str], place=None) -> Tokenizer:
+def from_files(files: dict[str, str], file=None) -> Tokenizer:
     """Returns the inverse of `Tokenizer.files`.
 
     Args:
       files: texts by file name, `tokenizer.json` among them.
-      place: the directory or file they were read from, for error messages.
+      file: the directory or file they were read from, for error messages.
     """
     if _MAIN_FILE not in files:
-        raise InputError(f"no {_MAIN_FILE} among the tokenizer's files", file=place)
-    return Tokenizer(files, place)
+        raise InputError(f"no {_MAIN_FILE} among the tokenizer's files", file=file)
+    return Tokenizer(files, file)
 
 
 @functools.cache
@@ -292,8 +292,8 @@ def eos_ids_in(config: Any, file=None, field: str = "eos_token_id") -> tuple[int
     return tuple(dict.fromkeys(ids))
 
 
-def _parse(text: str, place) -> tokenizers.Tokenizer:
-    with _refusing("not a tokenizer that `tokenizers` can read", place):
+def _parse(text: str, file) -> tokenizers.Tokenizer:
+    with _refusing("not a tokenizer that `tokenizers` can read", file):
         tokenizer = tokenizers.Tokenizer.from_str(text)
     tokenizer.encode_special_tokens = True  # special tokens typed in a text stay text
     tokenizer.no_truncation()  # files may carry both settings of whoever saved them
@@ -302,19 +302,19 @@ def _parse(text: str, place) -> tokenizers.Tokenizer:
 
 
 @contextlib.contextmanager
-def _refusing(message: str, place=None):
+def _refusing(message: str, file=None):
     """Turns what the library raises, bare Exceptions or panics, into an `InputError`."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(f"{message}: {error}", file=place) from error
+        raise InputError(f"{message}: {error}", file=file) from error
 
 
-def _config(files: dict[str, str], name: str, place) -> dict:
+def _config(files: dict[str, str], name: str, file) -> dict:
     """Returns the JSON object in one of the companion files; empty where there is none."""
-    where = name if place is None else as_path(place) / name
+    where = name if file is None else as_path(file) / name
     config = parse_json(files.get(name, "{}"), where)
     return config if isinstance(config, dict) else {}
 

@@ -116,10 +116,10 @@ def load_meta(directory) -> Meta:
 
 def load_checkpoint_tokenizer(directory) -> Tokenizer | None:
     """Reads the tokenizer of an A3 checkpoint; None if it has none."""
-    place, manifest = as_path(directory) / TOKENIZER, read_manifest(directory)
+    folder, manifest = as_path(directory) / TOKENIZER, read_manifest(directory)
     raise_damage(directory, manifest, deep=True, only=f"{TOKENIZER}/")
     written = any(name.startswith(f"{TOKENIZER}/") for name in manifest.files)
-    return load_tokenizer(place) if written and has_tokenizer(place) else None
+    return load_tokenizer(folder) if written and has_tokenizer(folder) else None
 
 
 def load_params(directory, mesh=None, dtype=None):
@@ -213,8 +213,8 @@ def list_steps(checkpoints_dir) -> list[int]:
 
 def step_directories(checkpoints_dir) -> list[int]:
     """Returns the numbers of all directories that are named like a step, ascending."""
-    place = as_path(checkpoints_dir)
-    paths = place.iterdir() if place.is_dir() else ()
+    folder = as_path(checkpoints_dir)
+    paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(step for path in paths if (step := step_of(path)) is not None and path.is_dir())
 
 

@@ -83,14 +83,14 @@ class _NotComparable(Exception):
     """The reason why transformers has no logits to compare with."""
 
 
-def is_checked(check: bool | None, config: ModelConfig, hf_directory, place) -> bool:
+def is_checked(check: bool | None, config: ModelConfig, hf_directory, destination) -> bool:
     """Decides, before anything is written, whether a conversion is checked.
 
     Args:
       check: the user's wish; None: if logits can be compared, in half of the free memory.
       config: the model.
       hf_directory: where the Hugging Face side is or will be; None if both sides are A3.
-      place: names the destination in a warning.
+      destination: names the destination in a warning.
     """
     if not check and check is not None:
         return False
@@ -104,7 +104,7 @@ def is_checked(check: bool | None, config: ModelConfig, hf_directory, place) -> 
     if problem and check:
         raise InputError(f"can't be compared with transformers: {problem}", field="check")
     if problem and not missing:
-        logger.warning("%s: not checked: %s", place, problem)
+        logger.warning("%s: not checked: %s", destination, problem)
     return not problem
 
 
@@ -128,7 +128,7 @@ def _numbers(path) -> dict[str, int]:
     return {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines()}
 
 
-def check_conversion(params, config: ModelConfig, hf_directory, dtype, place) -> Checked:
+def check_conversion(params, config: ModelConfig, hf_directory, dtype, destination) -> Checked:
     """Compares the two sides of a conversion.
 
     Args:
@@ -136,24 +136,26 @@ def check_conversion(params, config: ModelConfig, hf_directory, dtype, place) ->
       config: its model.
       hf_directory: the Hugging Face side; None if both sides are A3.
       dtype: to which all parameters were converted; None: to none.
-      place: names the destination in errors.
+      destination: names the destination in errors.
 
     Raises:
       RunError: the sides differ, naming the first layer or the tensor; `EXIT_FAILED`.
     """
     if hf_directory is None:
-        sizes = [_checked_size(name, [np.asarray(leaf)], place) for name, leaf in tree_names(params).items()]
+        sizes = [
+            _checked_size(name, [np.asarray(leaf)], destination) for name, leaf in tree_names(params).items()
+        ]
         return Checked(len(sizes), sum(sizes), why_not=_why_not(config, None))
     model = open_hf(hf_directory)
     compared: dict[str, Any] = {"why_not": _why_not(config, hf_directory)}
     if not compared["why_not"]:
         try:
-            compared = _compare_logits(params, model, dtype, place)
+            compared = _compare_logits(params, model, dtype, destination)
         except _NotComparable as reason:
             compared["why_not"] = str(reason)
     table = tensor_table(config)
     sizes = [
-        _checked_size(tensor.name, [_slice_of(params, part) for part in table[name]], place, tensor)
+        _checked_size(tensor.name, [_slice_of(params, part) for part in table[name]], destination, tensor)
         for name, tensor in model.stored.items()
         if name in table  # which a tied head's second copy is not
     ]
@@ -169,7 +171,7 @@ def _why_not(config, hf_directory) -> str:
     return "transformers reads local directories only" if "://" in str(hf_directory) else ""
 
 
-def _compare_logits(params, model: HFModel, dtype, place) -> dict[str, Any]:
+def _compare_logits(params, model: HFModel, dtype, destination) -> dict[str, Any]:
     """Returns the fields of `Checked` about logits.
 
     Raises:
@@ -187,7 +189,7 @@ def _compare_logits(params, model: HFModel, dtype, place) -> dict[str, Any]:
         where = _first_difference(_our_states(params, config, tokens), theirs.states)
         raise RunError(
             EXIT_FAILED,
-            f"{place}: not written: logits differ from those of transformers by {difference:.2g} "
+            f"{destination}: not written: logits differ from those of transformers by {difference:.2g} "
             f"(logits up to {scale:.3g}); the first difference is in {where}",
         )
     return {"difference": difference, "scale": scale, "tokens": tokens.size}
@@ -332,7 +334,7 @@ def _slice_of(params, part) -> np.ndarray:
     return np.asarray(leaf if part.layer is None else leaf[part.layer])
 
 
-def _checked_size(name, arrays, place, stored=None) -> int:
+def _checked_size(name, arrays, destination, stored=None) -> int:
     """Returns the size of a tensor, after comparing its parts, `arrays`, with what is in the file."""
     size, norm = sum(array.size for array in arrays), _norm(arrays)
     problem = "" if math.isfinite(norm) else "its norm is not finite"
@@ -344,7 +346,7 @@ def _checked_size(name, arrays, place, stored=None) -> int:
         elif not math.isclose(norm, expected, rel_tol=1e-6 if same_dtype else 1e-2):
             problem = f"norm {norm:.6g}, {expected:.6g} on the other side"
     if problem:
-        raise RunError(EXIT_FAILED, f"{place}: not written: {name}: {problem}")
+        raise RunError(EXIT_FAILED, f"{destination}: not written: {name}: {problem}")
     return size
 
 

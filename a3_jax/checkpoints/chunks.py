@@ -114,12 +114,12 @@ class TensorSource(abc.ABC):
         """Returns the name, the file and all values of the tensor that a part of a leaf belongs to."""
 
 
-def read_tree(source: TensorSource, place: Callable[[Path, np.ndarray], Any]) -> Any:
+def read_tree(source: TensorSource, put: Callable[[Path, np.ndarray], Any]) -> Any:
     """Reads a parameter tree, hardly more than a leaf at a time in the host's memory.
 
     Args:
       source: a checkpoint whose chunks come tensor by tensor.
-      place: called with path and values of each leaf, returns what the tree will hold.
+      put: called with path and values of each leaf, returns what the tree will hold.
     """
     by_leaf: dict[Path, list[TensorChunk]] = {}
     for chunk in source.chunks:
@@ -139,7 +139,7 @@ def read_tree(source: TensorSource, place: Callable[[Path, np.ndarray], Any]) ->
             parent = tree
             for key in path[:-1]:
                 parent = parent.setdefault(key, {})
-            parent[path[-1]] = place(path, array)
+            parent[path[-1]] = put(path, array)
     return tree
 
 

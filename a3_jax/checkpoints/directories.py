@@ -49,8 +49,8 @@ def new_directory(path) -> Iterator[Any]:
 def shared_directory(path) -> Iterator[Any]:
     """Gives all processes of a run the same `new_directory`; every process makes the call."""
     with contextlib.ExitStack() as stack:
-        place = run_on_process_zero("directory", lambda: str(stack.enter_context(new_directory(path))))
-        yield as_path(place)
+        name = run_on_process_zero("directory", lambda: str(stack.enter_context(new_directory(path))))
+        yield as_path(name)
         run_on_all("directory", stack.close)
 
 

@@ -143,9 +143,9 @@ def _check_switches(fields, architecture) -> None:
 class _Fields:
     """Fields of a JSON object, checked as they are read; absent ones have defaults, null ones stay null."""
 
-    def __init__(self, values, file, defaults, names, place=None):
+    def __init__(self, values, file, defaults, names, within=None):
         self.values, self.names = {**defaults, **values}, names
-        self.file, self.place = file, place
+        self.file, self.within = file, within
         self.given, self.read, self.inside = values, {*defaults, ""}, {}
 
     def get(self, field):
@@ -161,7 +161,7 @@ class _Fields:
 
     def refuse(self, field, why):
         name = self.names.get(field, field)
-        raise InputError(why, file=self.file, field=f"{self.place}.{name}" if self.place else name)
+        raise InputError(why, file=self.file, field=f"{self.within}.{name}" if self.within else name)
 
     def _refuse_value(self, field, wanted, value):
         self.refuse(field, "is missing" if value is None else f"{wanted}, got {value!r}"[:200])
@@ -172,8 +172,8 @@ class _Fields:
         if not isinstance(value, dict):
             self.refuse(field, f"expected an object, got {value!r}"[:200])
         if field not in self.inside:
-            place = f"{self.place}.{field}" if self.place else field
-            self.inside[field] = _Fields(value, self.file, {}, {}, place)
+            within = f"{self.within}.{field}" if self.within else field
+            self.inside[field] = _Fields(value, self.file, {}, {}, within)
         return self.inside[field]
 
     def count(self, field, default=None, most=MAX_SIZE, least=1) -> int:

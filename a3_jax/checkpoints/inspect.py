@@ -300,9 +300,9 @@ def verify(path) -> list[Verdict]:
         raise InputError("no such checkpoint directory", file=path)
     if _is_checkpoint(path):
         return [verify_a3(path)]
-    steps = [step for place in (path / CHECKPOINTS, path) for step in _steps(place)]
+    steps = [step for folder in (path / CHECKPOINTS, path) for step in _steps(folder)]
     if steps:
-        is_written = any(_is_held(place) for place in (path, path.parent))
+        is_written = any(_is_held(folder) for folder in (path, path.parent))
         return [_verify_step(step, is_written and step == steps[-1]) for step in steps]
     if has_tensors(path) or (path / CONFIG_FILE).exists():
         return [verify_hf(path)]
@@ -350,10 +350,10 @@ def _is_checkpoint(path) -> bool:
     return is_a3(path) or (path / MANIFEST_FILE).exists()
 
 
-def _steps(place) -> list[Any]:
-    if not place.is_dir():
+def _steps(folder) -> list[Any]:
+    if not folder.is_dir():
         return []
-    steps = ((step_of(path), path) for path in place.iterdir())
+    steps = ((step_of(path), path) for path in folder.iterdir())
     return [path for _, path in sorted(pair for pair in steps if pair[0] is not None)]
 
 

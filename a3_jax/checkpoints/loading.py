@@ -74,7 +74,7 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
     tokenizer = hf_tokenizer(directory, meta)
     shardings = None if mesh is None else param_shardings(mesh, model.config)
 
-    def place(path, leaf):
+    def put(path, leaf):
         if shardings is None:
             return jnp.asarray(leaf)
         sharding: Any = shardings
@@ -82,7 +82,7 @@ def open_checkpoint(path, dtype=None, seed: int = 0, mesh=None) -> Checkpoint:
             sharding = sharding[key]
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
-    params = read_tree(HFSource(model, dtype, seed), place)
+    params = read_tree(HFSource(model, dtype, seed), put)
     return Checkpoint(params, model.config, tokenizer, meta)
 
 

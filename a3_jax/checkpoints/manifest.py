@@ -127,8 +127,8 @@ def list_files(directory) -> list[str]:
     """Returns the paths of all files but the manifest below a directory, sorted."""
     found, waiting = [], [(as_path(directory), "")]
     while waiting:
-        place, prefix = waiting.pop()
-        for path in place.iterdir():
+        folder, prefix = waiting.pop()
+        for path in folder.iterdir():
             if path.is_dir():
                 waiting.append((path, f"{prefix}{path.name}/"))
             elif prefix + path.name != MANIFEST_FILE:

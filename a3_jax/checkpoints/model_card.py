@@ -228,11 +228,11 @@ def _licence(source) -> dict[str, str]:
     return found
 
 
-def _last_part(place) -> str:
+def _last_part(path) -> str:
     """Returns the last part of an absolute path or an address; anything else as it is."""
-    place = str(place).strip()
-    is_place = "://" in place or place.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", place)
-    return re.split(r"[\\/]", place.rstrip("\\/"))[-1] if is_place else place
+    path = str(path).strip()
+    is_place = "://" in path or path.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", path)
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] if is_place else path
 
 
 def _strings(values) -> dict[str, str]:

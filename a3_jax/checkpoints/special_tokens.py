@@ -19,18 +19,20 @@ _MAIN_FILE = "tokenizer.json"
 _BOS, _EOS, _PAD = "bos_token_id", "eos_token_id", "pad_token_id"
 
 
-def with_all_eos(tokenizer: Tokenizer | None, meta, place, is_a3: bool) -> Tokenizer | None:
+def with_all_eos(tokenizer: Tokenizer | None, meta, directory, is_a3: bool) -> Tokenizer | None:
     """Adds the EOS ids that the files of a model's source state to those of its tokenizer.
 
     Args:
       tokenizer: the checkpoint's; None stays None, see `source_eos_ids`.
       meta: the checkpoint's `Meta`.
-      place: the checkpoint's directory; names its files in errors.
+      directory: the checkpoint's directory; names its files in errors.
       is_a3: whether that holds an A3 checkpoint, else a Hugging Face model.
     """
     size = meta.model.vocab_size
     # Classes of transformers write their default into the config of a model with a smaller vocabulary.
-    stated = [token for ids, _, _ in _stated(meta.source, tokenizer, as_path(place), is_a3) for token in ids]
+    stated = [
+        token for ids, _, _ in _stated(meta.source, tokenizer, as_path(directory), is_a3) for token in ids
+    ]
     return None if tokenizer is None else tokenizer.with_eos_ids(stated, below=size)
 
 
@@ -61,14 +63,14 @@ def is_of_source(tokenizer: Tokenizer | None, source: dict[str, Any] | None) -> 
         return False
 
 
-def _stated(source, tokenizer, place=None, is_a3=False) -> Iterator[tuple[tuple[int, ...], Any, str]]:
+def _stated(source, tokenizer, directory=None, is_a3=False) -> Iterator[tuple[tuple[int, ...], Any, str]]:
     """Yields the ids that each file of a source states, and how errors name it; none if it was replaced."""
     if not is_of_source(tokenizer, source):
         return
     for name in (GENERATION_FILE, CONFIG_FILE):
-        file, field = place and place / name, "eos_token_id"
-        if is_a3 and place:
-            file, field = place / META / META_FILE, f"source: {name}: {field}"
+        file, field = directory and directory / name, "eos_token_id"
+        if is_a3 and directory:
+            file, field = directory / META / META_FILE, f"source: {name}: {field}"
         config = source.get("config")
         if name == GENERATION_FILE:
             config = parse_json(_kept(source, name) or "null", file)

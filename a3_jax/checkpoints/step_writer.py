@@ -115,8 +115,8 @@ class StepWriter:
         """
         started = time.monotonic()
         self.wait()  # one save at a time, and its failure must not be lost
-        place = self.directory / str(step)
-        if self._run_on_process_zero("save", lambda: _make_room(place)):
+        step_directory = self.directory / str(step)
+        if self._run_on_process_zero("save", lambda: _make_room(step_directory)):
             return False
         described, sums, problem = {}, {}, None
         self._barriers = 0
@@ -127,7 +127,7 @@ class StepWriter:
             described = {name: shape_and_dtype(leaf) for name, leaf in leaves.items()}
             sums = start_fingerprints(leaves)  # before the next step may take the arrays
             args = save_items(params, dataclasses.replace(meta, step=step), tokenizer, train_state)
-            self._checkpointer.save(place, args=args)
+            self._checkpointer.save(step_directory, args=args)
         except Exception as error:  # what fails at once is reported like what fails later
             problem = error
         arguments = (step, started, described, sums, problem)
@@ -170,18 +170,18 @@ class StepWriter:
           DamagedCheckpoint: the step is not what was written.
           InputError: the step is absent, or its tree, shapes or dtypes are others.
         """
-        place = self.directory / str(step)
-        if not place.is_dir():
-            raise InputError("no checkpoint", file=place)
+        step_directory = self.directory / str(step)
+        if not step_directory.is_dir():
+            raise InputError("no checkpoint", file=step_directory)
         wanted = {PARAMS: without_numpy_scalars(params), TRAIN: without_numpy_scalars(train_state)}
 
         def targets(manifest):
             for item, tree in wanted.items():
-                check_same_tree(manifest.item(item), tree, place / item)
-                check_same_dtypes(manifest.item(item), tree, place / item)
+                check_same_tree(manifest.item(item), tree, step_directory / item)
+                check_same_dtypes(manifest.item(item), tree, step_directory / item)
             return wanted
 
-        restored = restore_items(place, targets, alone=False)
+        restored = restore_items(step_directory, targets, alone=False)
         return restored[PARAMS], restored[TRAIN]
 
     def restore_newest(self, params, train_state, at_most: int | None = None):
@@ -261,12 +261,12 @@ class StepWriter:
 
     def _finish(self, step, started, described, sums, problem) -> None:
         """Waits for orbax in the background; then process 0 writes the manifest, if all is well."""
-        place, files = self.directory / str(step), {}
+        step_directory, files = self.directory / str(step), {}
         try:
             if problem is None:
                 self._checkpointer.wait_until_finished()
-                share = list_files(place)[jax.process_index() :: jax.process_count()]
-                files = read_checksums(place, share)
+                share = list_files(step_directory)[jax.process_index() :: jax.process_count()]
+                files = read_checksums(step_directory, share)
         except Exception as error:
             problem = error
         try:
@@ -290,14 +290,14 @@ class StepWriter:
 
     def _commit(self, step, started, described, sums, reports) -> str | None:
         """Makes the step exist and removes old ones, in process 0; returns what went wrong, storage first."""
-        place, finished = self.directory / str(step), False
+        step_directory, finished = self.directory / str(step), False
         try:
             _, problem = min((one["problem"] for one in reports if one["problem"]), default=(False, None))
             if problem is None:
                 files = {name: File(*file) for one in reports for name, file in one["files"].items()}
-                files |= read_checksums(place, set(list_files(place)) - files.keys())
+                files |= read_checksums(step_directory, set(list_files(step_directory)) - files.keys())
                 self._may_write()  # last: checksums take a while
-                write_manifest(place, make_manifest(files, described, sums))
+                write_manifest(step_directory, make_manifest(files, described, sums))
                 finished = True
                 size = sum(file.bytes for file in files.values())
                 self._tell("saved", step=step, seconds=time.monotonic() - started, bytes=size)
@@ -309,7 +309,7 @@ class StepWriter:
                 self._may_write()  # or else neither the directory nor the events are ours
                 self._tell("save_failed", step=step, problem=problem)
                 if not finished:
-                    place.rmtree()
+                    step_directory.rmtree()
         return problem
 
     def _tell(self, name: str, **fields) -> None:
@@ -381,15 +381,15 @@ def _make_directory(path) -> None:
         raise InputError(f"can't be made: {error.strerror or error}", file=path) from error
 
 
-def _make_room(place) -> bool:
+def _make_room(step_directory) -> bool:
     """Returns whether a step exists; whatever else has its place is removed."""
-    if is_finished_step(place):
+    if is_finished_step(step_directory):
         return True
-    if place.exists():
-        _remove(place)
+    if step_directory.exists():
+        _remove(step_directory)
     return False
 
 
-def _remove(place) -> None:
-    (place / MANIFEST_FILE).unlink(missing_ok=True)  # no step any more, should the rest fail
-    place.rmtree()
+def _remove(step_directory) -> None:
+    (step_directory / MANIFEST_FILE).unlink(missing_ok=True)  # no step any more, should the rest fail
+    step_directory.rmtree()

@@ -144,12 +144,12 @@ def _read_onto(array, target):
     if sharding is None:
         whole = np.asarray(array.read().result())
         return whole.astype(target.dtype) if hasattr(target, "dtype") else whole.item()
-    places = sharding.addressable_devices_indices_map(target.shape)
-    reads = {str(index): array[index].read() for index in places.values()}  # replicas are read once
+    directorys = sharding.addressable_devices_indices_map(target.shape)
+    reads = {str(index): array[index].read() for index in directorys.values()}  # replicas are read once
     parts = {
         index: np.asarray(read.result()).astype(target.dtype, copy=False) for index, read in reads.items()
     }
-    on_devices = [jax.device_put(parts[str(index)], device) for device, index in places.items()]
+    on_devices = [jax.device_put(parts[str(index)], device) for device, index in directorys.items()]
     return jax.make_array_from_single_device_arrays(target.shape, sharding, on_devices)
 
 
@@ -170,25 +170,25 @@ def shape_and_dtype(leaf) -> tuple[tuple[int, ...], str]:
     return tuple(leaf.shape), np.dtype(leaf.dtype).name
 
 
-def check_same_tree(stored: Mapping[str, Leaf], tree, place) -> None:
+def check_same_tree(stored: Mapping[str, Leaf], tree, directory) -> None:
     """Checks that a tree has the stored leaves and shapes."""
     wanted = {name: shape_and_dtype(leaf)[0] for name, leaf in tree_names(tree).items()}
     for name, shape in wanted.items():
         if name not in stored:
-            raise InputError("is missing here", file=place, field=name)
+            raise InputError("is missing here", file=directory, field=name)
         if stored[name].shape != shape:
-            raise InputError(f"shape {stored[name].shape}, expected {shape}", file=place, field=name)
+            raise InputError(f"shape {stored[name].shape}, expected {shape}", file=directory, field=name)
     for name in stored:
         if name not in wanted:
-            raise InputError("is unknown to the model or optimiser", file=place, field=name)
+            raise InputError("is unknown to the model or optimiser", file=directory, field=name)
 
 
-def check_same_dtypes(stored: Mapping[str, Leaf], tree, place) -> None:
+def check_same_dtypes(stored: Mapping[str, Leaf], tree, directory) -> None:
     """Checks that a tree has the stored dtypes, which a restore would change silently."""
     for name, leaf in tree_names(tree).items():
         dtype = shape_and_dtype(leaf)[1]
         if name in stored and stored[name].dtype != dtype:
-            raise InputError(f"dtype {stored[name].dtype}, expected {dtype}", file=place, field=name)
+            raise InputError(f"dtype {stored[name].dtype}, expected {dtype}", file=directory, field=name)
 
 
 def one_line(error: BaseException) -> str:

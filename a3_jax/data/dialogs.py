@@ -278,15 +278,15 @@ class Specials:
         Returns:
           Of each the first character, the one after the last, and the id.
         """
-        found, place, is_marked = [], 0, False
+        found, offset, is_marked = [], 0, False
         for part in re.split(f"([{opening}{closing}])", text):
             if part in (opening, closing):
                 is_marked = part == opening
                 continue
             for match in () if is_marked else self._pattern.finditer(part):
                 token = self._ids[match[match.lastgroup or 0]]
-                found.append((place + match.start(), place + match.end(), token))
-            place += len(part)
+                found.append((offset + match.start(), offset + match.end(), token))
+            offset += len(part)
         return found
 
     def cuts(self, template: ChatTemplate) -> tuple[list[str], list[str]]:

@@ -196,9 +196,9 @@ def _responses(predicted: np.ndarray, is_end: np.ndarray, begins: list[int]) -> 
     """
     before = np.append(False, predicted[:-1])
     starts = []
-    for place in np.union1d(np.flatnonzero(predicted & ~before), np.array(begins, np.int64)).tolist():
-        if not before[place] or is_end[starts[-1] : place].any():
-            starts.append(place)
+    for index in np.union1d(np.flatnonzero(predicted & ~before), np.array(begins, np.int64)).tolist():
+        if not before[index] or is_end[starts[-1] : index].any():
+            starts.append(index)
     stops = [start + int(np.argmin(np.append(predicted[start:], False))) for start in starts]
     return list(zip(starts, map(min, stops, [*starts[1:], len(predicted)])))
 

@@ -125,10 +125,10 @@ def damage(directory) -> list[InputError]:
     except InputError as error:
         return [error]
     found = list(complaints(directory, manifest, deep=True))
-    place = as_path(directory) / TOKENIZER_DIRECTORY
+    folder = as_path(directory) / TOKENIZER_DIRECTORY
     try:
-        if load_tokenizer(place).fingerprint != manifest.tokenizer:
-            found.append(InputError("is damaged: not the manifest's tokenizer", file=place))
+        if load_tokenizer(folder).fingerprint != manifest.tokenizer:
+            found.append(InputError("is damaged: not the manifest's tokenizer", file=folder))
     except InputError as error:
         found.append(error)
     return found

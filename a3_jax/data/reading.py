@@ -166,10 +166,10 @@ def encoded(
         for batch, bytes_read in ahead(batches):
             waiting.append((pool.submit(encoder.encode, batch), bytes_read))
             if len(waiting) > threads + _BATCHES_AHEAD:  # enough to do while a shard is written
-                future, place = waiting.popleft()
-                yield future.result(), place
-        for future, place in waiting:
-            yield future.result(), place
+                future, position = waiting.popleft()
+                yield future.result(), position
+        for future, position in waiting:
+            yield future.result(), position
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -93,8 +93,8 @@ def pack(
     one_of("packing", packing, PACKINGS)
     pieces = _cut(documents, seq_len, packing)
     lengths = np.array([stop - start for _, start, stop in pieces], np.int64)
-    place = first_fit_by if first_fit_by and packing == "first_fit" else _PLACES[packing]
-    rows, offsets, segments = place(lengths, seq_len)
+    pack_by = first_fit_by if first_fit_by and packing == "first_fit" else _PLACES[packing]
+    rows, offsets, segments = pack_by(lengths, seq_len)
     num_rows = int(rows.max()) + 1 if len(rows) else 0
     table = Table(
         *(np.zeros((num_rows, seq_len), np.int32) for _ in range(3)),

@@ -30,11 +30,11 @@ class ChatTemplate:
       InputError: no valid Jinja.
     """
 
-    def __init__(self, text: str, tokenizer: Tokenizer, place=None):
+    def __init__(self, text: str, tokenizer: Tokenizer, file=None):
         import jinja2
         from jinja2 import nodes
 
-        self.text, self._place = text, place
+        self.text, self._file = text, file
         self._names: dict[str, Any] = {
             "bos_token": tokenizer.token_text(tokenizer.bos_id),
             "eos_token": tokenizer.token_text(tokenizer.eos_id),
@@ -46,9 +46,9 @@ class ChatTemplate:
             tree = sandbox.parse(text)
             self._template = sandbox.from_string(text)
         except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"no chat template: {error.message}", file=place, line=error.lineno) from error
+            raise InputError(f"no chat template: {error.message}", file=file, line=error.lineno) from error
         except Exception as error:  # nested too deeply, say: for Jinja, or for the Python it makes
-            raise InputError(f"no chat template: {_told(error)}", file=place) from error
+            raise InputError(f"no chat template: {_told(error)}", file=file) from error
         extensions = tree.find_all(nodes.ExtensionAttribute)
         self.has_generation = any(node.name == "marked" for node in extensions)
         self.sought, self.surely_sought = _sought(tree)
@@ -77,7 +77,7 @@ class ChatTemplate:
             values[_GENERATION] = generation
             return self._template.render(**values, tools=None, **self._names)
         except jinja2.exceptions.SecurityError as error:
-            raise InputError(f"the chat template is refused: {error}", file=self._place) from error
+            raise InputError(f"the chat template is refused: {error}", file=self._file) from error
         except Exception as error:  # a template is a program: it may raise anything
             message = f"the chat template can't write it: {_told(error)}"
             raise BadRecord("template", message, field=MESSAGES) from error

@@ -236,8 +236,8 @@ def _cut(model: EvaluatedModel, tokens: np.ndarray, stops: list[str]) -> tuple[s
     """Returns the text before EOS and every stop string, and whether one of them occurred."""
     ends = np.flatnonzero(np.isin(tokens, model.tokenizer.eos_ids))
     text = model.tokenizer.decode(tokens[: ends[0]] if ends.size else tokens)
-    places = [place for place in map(text.find, stops) if place >= 0]
-    return text[: min(places, default=len(text))], bool(places or ends.size)
+    positions = [position for position in map(text.find, stops) if position >= 0]
+    return text[: min(positions, default=len(text))], bool(positions or ends.size)
 
 
 def _seed(*parts) -> int:

@@ -52,11 +52,11 @@ def harness_files(name: str, data_dir) -> dict[str, str]:
     """Returns the SHA-256 of the local files of a task; empty where it has no directory."""
     if data_dir is None:
         return {}
-    task, place = name.removeprefix(HARNESS), local_path(data_dir, "lm-evaluation-harness")
-    entry, place = _known_tasks().task_index.get(task), place / task
-    if entry is None or not place.is_dir():
+    task, directory = name.removeprefix(HARNESS), local_path(data_dir, "lm-evaluation-harness")
+    entry, directory = _known_tasks().task_index.get(task), directory / task
+    if entry is None or not directory.is_dir():
         return {}
-    splits = local_splits(place, _splits_of(entry)).values()
+    splits = local_splits(directory, _splits_of(entry)).values()
     return TaskFiles(tuple(as_path(path) for files in splits for path in files)).sha256()
 
 
@@ -302,13 +302,13 @@ def _refuse_absent(manager, task_names, local: set[str], data_dir) -> None:
         config = entry.cfg or {}
         if name in local or "group" in config or "dataset_path" not in config:
             continue
-        place = Path(data_dir or "DATA_DIR") / name
+        directory = Path(data_dir or "DATA_DIR") / name
         split = config.get("test_split") or config.get("validation_split")
         source = "/".join(filter(None, (config["dataset_path"], config.get("dataset_name"))))
         raise InputError(
             f"no local file for lm_eval:{name}: put {split}.jsonl, .parquet or .csv of the hub's data set "
             f"{source} there, or allow --download",
-            file=place,
+            file=directory,
         )
 
 

@@ -232,13 +232,13 @@ def compare(table: PaperTable, results, profile: str = DEFAULT_PROFILE) -> Compa
 
 def _read(results) -> dict[str, list[Result]]:
     """Reads the results of each row's directory; those of the directory itself are under ""."""
-    place = as_path(results)
-    if not place.is_dir():
-        if place.exists():
+    folder = as_path(results)
+    if not folder.is_dir():
+        if folder.exists():
             raise InputError("is a file; a directory of results is wanted", file=results, field="--results")
         return {}
-    found = {"": load_results(place)}
-    for child in sorted(place.iterdir()):
+    found = {"": load_results(folder)}
+    for child in sorted(folder.iterdir()):
         if child.is_dir():
             # The harness's results are on another scale.
             found[child.name] = [each for each in load_results(child) if each.task in TASKS]
@@ -324,13 +324,13 @@ def _origins(row: RowComparison) -> list[str]:
     for cell in row.cells:
         if cell.ours and cell.result:
             origin, skipped = cell.result.checkpoint, sum(cell.result.skipped.values())
-            place = f"{origin.get('path')} ({str(origin.get('fingerprint'))[:16]})"
+            checkpoint = f"{origin.get('path')} ({str(origin.get('fingerprint'))[:16]})"
             count = f"{cell.task.name} {cell.result.examples:,}"
             count += f" ({skipped:,} skipped)" if skipped else ""
-            counts.setdefault(place, {})[cell.task.name] = count
+            counts.setdefault(checkpoint, {})[cell.task.name] = count
     return [
-        f"{row.label}: ours is {place}; examples: {', '.join(found.values())}"
-        for place, found in counts.items()
+        f"{row.label}: ours is {checkpoint}; examples: {', '.join(found.values())}"
+        for checkpoint, found in counts.items()
     ]
 
 

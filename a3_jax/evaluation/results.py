@@ -162,10 +162,10 @@ def load_result(path) -> Result:
 
 def load_results(directory) -> list[Result]:
     """Reads all results of a directory, in order of task and file name."""
-    place = as_path(directory)
-    if not place.is_dir():
-        raise InputError("no such directory of results", file=place)
-    return sorted((load_result(path) for path in sorted(place.glob("*.json"))), key=lambda each: each.task)
+    folder = as_path(directory)
+    if not folder.is_dir():
+        raise InputError("no such directory of results", file=folder)
+    return sorted((load_result(path) for path in sorted(folder.glob("*.json"))), key=lambda each: each.task)
 
 
 def _figure(name: str, value, file) -> Figure:

@@ -221,16 +221,16 @@ def _named_stages(orders: Mapping[str, tuple[Order, ...]], steps, **fields) -> t
     )
 
 
-def _stage(fields, place: str) -> Stage:
+def _stage(fields, where: str) -> Stage:
     if isinstance(fields, Stage):
         return fields
     if hasattr(fields, "keys") and _is_list(fields.get("orders")):
         orders = tuple(
-            order if isinstance(order, Order) else from_mapping(Order, order, f"{place}.orders[{index}]")
+            order if isinstance(order, Order) else from_mapping(Order, order, f"{where}.orders[{index}]")
             for index, order in enumerate(fields["orders"])
         )
         fields = dict(fields) | {"orders": orders}
-    return from_mapping(Stage, fields, place)
+    return from_mapping(Stage, fields, where)
 
 
 def _is_list(value) -> bool:

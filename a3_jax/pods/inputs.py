@@ -95,10 +95,10 @@ def _is_here(name: str) -> bool:
     """Returns whether a path, or one of a list or pattern of them, can be seen from here."""
     try:
         for part in name.split(","):
-            place = as_path(part.strip().rpartition("@")[0] or part.strip())
-            if place.exists() or as_path(part.strip()).exists():
+            path = as_path(part.strip().rpartition("@")[0] or part.strip())
+            if path.exists() or as_path(part.strip()).exists():
                 return True
-            if "*" in place.name and place.parent.exists() and next(place.parent.glob(place.name), None):
+            if "*" in path.name and path.parent.exists() and next(path.parent.glob(path.name), None):
                 return True
     except InputError:
         raise

@@ -264,9 +264,9 @@ def _sample(params, text: PaddedTexts, *, spec: _LoopSpec) -> SamplerState:
     """Steps until nothing is masked."""
     config, queries = spec.config, spec.queries
     model, mask_token = make_two_stream(config, spec.dtype), cast(int, config.mask_token)
-    place = jnp.arange(queries, dtype=jnp.int32)
-    inside = place < text.count[:, None]
-    columns = text.first[:, None] + place
+    index = jnp.arange(queries, dtype=jnp.int32)
+    inside = index < text.count[:, None]
+    columns = text.first[:, None] + index
     rows = jnp.arange(text.tokens.shape[0])[:, None]
     blank_columns = jnp.where(inside, columns, text.tokens.shape[1])
 
@@ -276,7 +276,7 @@ def _sample(params, text: PaddedTexts, *, spec: _LoopSpec) -> SamplerState:
         hidden = predicting_rows(model, params, tokens, text.lengths, jnp.where(inside, columns, 0))
         # A column's key is a function of the blank's own key, the step and the column.
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(text.key, state.step)
-        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(step_keys, place)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(step_keys, index)
         draw_and_score = functools.partial(_drawn, params, spec, model.precision)
         drawn, score = map_rows(draw_and_score, (hidden, keys), config.vocab_size)
         amount, chosen = text.schedule[:, state.step], functools.partial(_commits, spec.choice)

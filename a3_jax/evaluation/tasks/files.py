@@ -81,20 +81,22 @@ def find_data(task: Task, data_dir, shots: bool = False) -> TaskFiles:
         return TaskFiles()
     if data_dir is None:
         raise _missing(task, task.file_names, "no data directory given", None)
-    place = as_path(data_dir)
-    paths = (place,) if _is_file(place) else _first_match(task, place, task.file_names)
+    directory = as_path(data_dir)
+    paths = (directory,) if _is_file(directory) else _first_match(task, directory, task.file_names)
     if not paths:
-        reason = f"no file of this task{snapshot_hint(place)}" if place.exists() else "no such directory"
-        raise _missing(task, task.file_names, reason, place)
+        reason = f"no file of this task{snapshot_hint(directory)}" if directory.exists() else "no such directory"
+        raise _missing(task, task.file_names, reason, directory)
     for path in paths:
         if not path.name.endswith(_READABLE):
             raise InputError(f"not a file that is read: {', '.join(_READABLE)}", file=path)
     shot_files = ()
     if shots:
-        folder = paths[0].parent if _is_file(place) else place
+        folder = paths[0].parent if _is_file(directory) else directory
         shot_files = _first_match(task, folder, task.shots_files)
         if not shot_files:
-            raise _missing(task, task.shots_files, "no training rows, of which the prompts are made", place)
+            raise _missing(
+                task, task.shots_files, "no training rows, of which the prompts are made", directory
+            )
     return TaskFiles(paths, _labels_beside(task, paths[0]), shot_files)
 
 
@@ -134,20 +136,22 @@ def fetch_data(task: Task, data_dir) -> None:
         message = "needs the package huggingface_hub: pip install huggingface_hub"
         raise InputError(message, field="download") from error
     name, patterns = task.hub
-    place = local_path(data_dir, "the hub's client") / task.name
+    directory = local_path(data_dir, "the hub's client") / task.name
     try:
-        snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns), local_dir=str(place))
+        snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns), local_dir=str(directory))
     except Exception as error:  # whatever the hub's client, the network or the disk raises
-        raise InputError(f"{name} can't be fetched: {type(error).__name__}: {error}", file=place) from error
+        raise InputError(
+            f"{name} can't be fetched: {type(error).__name__}: {error}", file=directory
+        ) from error
 
 
 def _is_file(path) -> bool:
     return path.exists() and not path.is_dir()
 
 
-def _first_match(task: Task, place, names) -> tuple[Any, ...]:
+def _first_match(task: Task, directory, names) -> tuple[Any, ...]:
     """Returns the files of the first name that exists; several where it is a pattern."""
-    for folder in (place / task.name, place):
+    for folder in (directory / task.name, directory):
         for name in names:
             found = sorted(folder.glob(name)) if "*" in name and folder.exists() else [folder / name]
             found = tuple(path for path in found if _is_file(path))
@@ -156,12 +160,12 @@ def _first_match(task: Task, place, names) -> tuple[Any, ...]:
     return ()
 
 
-def _missing(task: Task, names, reason: str, place) -> InputError:
+def _missing(task: Task, names, reason: str, directory) -> InputError:
     wanted = " or ".join(names)
     return InputError(
         f"{reason}: {task.name} needs {wanted}, with columns {task.columns}; get it from {task.where}",
-        file=place,
-        field=None if place is not None else "data_dir",
+        file=directory,
+        field=None if directory is not None else "data_dir",
     )
 
 

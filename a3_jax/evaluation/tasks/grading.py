@@ -64,7 +64,7 @@ def grade(
 def cut_at_stops(task: Task, profile: Profile, text: str) -> str:
     """Returns a completion up to the first of the profile's stops."""
     found = [text.find(stop) for stop in profile.stops.get(task.name, ())]
-    return text[: min((place for place in found if place >= 0), default=len(text))]
+    return text[: min((position for position in found if position >= 0), default=len(text))]
 
 
 def program_of(example: FillExample, completion: str) -> str:
