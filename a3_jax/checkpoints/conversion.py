@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -259,7 +259,7 @@ def _to_hf(job: _Conversion, export: ExportPlan, max_shard_bytes: int) -> Checke
     """Writes a Hugging Face directory; one process does it."""
     source = job.source
     check_space(job.dst, export.nbytes)
-    meta = job.meta_with(sha256_of(source.files) if job.sums is None else job.sums)
+    meta = job.meta_with(_sha256_of(source.files) if job.sums is None else job.sums)
     facts = None if source.files else run_facts(source.directory, meta.step)
     with new_directory(job.dst) as temporary:
         with ConversionProgress("converted", export.nbytes) as progress:
@@ -277,13 +277,18 @@ def _plan_export(meta: Meta, to: str, dtype, query_vector: bool) -> ExportPlan:
 
 
 def _compare(source: TensorSource, sha256) -> dict[str, str]:
-    """Returns SHA-256 of all files, which are those of a list. Every process reads its share."""
-    wanted = read_sha256_list(sha256)
+    """Returns SHA-256 of all files, after finding each in a list. Every process reads its share."""
+    wanted = _read_sha256_list(sha256)
     if not source.files:
         why = "sums are of a Hugging Face directory; an A3 checkpoint has its own: a3 verify"
         raise InputError(why, field="sha256")
-    found = _merge_sums(run_on_all("convert", lambda: sha256_of(_share(source))))
-    compare_sha256(source.directory, found, wanted, sha256)
+    found = _merge_sums(run_on_all("convert", lambda: _sha256_of(_share(source))))
+    for name, digits in found.items():
+        if name not in wanted:
+            raise InputError(f"is not listed in {sha256}", file=as_path(source.directory) / name)
+        if wanted[name] != digits:
+            why = f"its SHA-256 is {digits}, {sha256} says {wanted[name]}"
+            raise InputError(why, file=as_path(source.directory) / name)
     return found
 
 
@@ -332,13 +337,13 @@ class Hashing:
         return digest.hexdigest()
 
 
-def sha256_of(files: Sequence[Any]) -> dict[str, str]:
+def _sha256_of(files: Sequence[Any]) -> dict[str, str]:
     """Returns `Hashing.result` of files, with no other work beside it."""
     with Hashing(files) as hashing:
         return hashing.result()
 
 
-def read_sha256_list(file) -> dict[str, str]:
+def _read_sha256_list(file) -> dict[str, str]:
     """Reads what `sha256sum FILE...` printed, by the last part of each name."""
     sums: dict[str, str] = {}
     for number, line in enumerate(read_text(file).splitlines(), 1):
@@ -352,21 +357,6 @@ def read_sha256_list(file) -> dict[str, str]:
         if sums.setdefault(name, digits) != digits:
             raise InputError(f"{name} has another sum in an earlier line", file=file, line=number)
     return sums
-
-
-def compare_sha256(directory, found: Mapping[str, str], wanted: Mapping[str, str], listed_in) -> None:
-    """Checks that every file that is read is in a list, with its sum.
-
-    Args:
-      found, wanted: by file name; `wanted` may have more.
-    """
-    for name, digits in found.items():
-        if name not in wanted:
-            raise InputError(f"is not listed in {listed_in}", file=as_path(directory) / name)
-        if wanted[name] != digits:
-            raise InputError(
-                f"its SHA-256 is {digits}, {listed_in} says {wanted[name]}", file=as_path(directory) / name
-            )
 
 
 class ConversionProgress:

@@ -143,6 +143,8 @@ def _read_onto(array, target):
     sharding = getattr(target, "sharding", None)
     if sharding is None:
         whole = np.asarray(array.read().result())
+        if isinstance(target, jax.ShapeDtypeStruct):
+            return jax.device_put(whole.astype(target.dtype))
         return whole.astype(target.dtype) if hasattr(target, "dtype") else whole.item()
     directorys = sharding.addressable_devices_indices_map(target.shape)
     reads = {str(index): array[index].read() for index in directorys.values()}  # replicas are read once
