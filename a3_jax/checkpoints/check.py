@@ -202,11 +202,11 @@ def _their_run(model: HFModel, tokens, dtype) -> _Run:
     doing = "open"
     with _quiet(transformers.utils.logging):
         try:
-            opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 str(model.directory), dtype=torch.float32, attn_implementation="eager", local_files_only=True,
                 trust_remote_code=False, use_safetensors=True, output_loading_info=True,
             )  # fmt: skip
-            theirs, info = opened
+            theirs, info = loaded
             _check_whole(model, info)
             doing = "run"
             return _run_theirs(theirs.eval(), tokens, dtype)

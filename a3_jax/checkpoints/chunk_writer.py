@@ -49,7 +49,7 @@ def write_params(
     share = chunks[jax.process_index() :: jax.process_count()]
     own = f"{PARAMS}/{_own_store(jax.process_index())}"
 
-    def work():
+    def write_all():
         writer = _Writer(as_path(directory) / PARAMS, leaves)
         run_in_threads(lambda chunk: writer.write(read(chunk)), share, on_bytes)
         files = read_checksums(as_path(directory) / own, list_files(as_path(directory) / own))
@@ -58,7 +58,7 @@ def write_params(
             "files": {f"{own}/{name}": dataclasses.astuple(file) for name, file in files.items()},
         }
 
-    reports = gather_and_decide("convert", run_on_all("convert", work), list)
+    reports = gather_and_decide("convert", run_on_all("convert", write_all), list)
     run_on_process_zero("convert", lambda: _merge(as_path(directory) / PARAMS, leaves))
     sums = {
         name: sum(np.array(one["sums"][name], np.uint32) for one in reports) for name in reports[0]["sums"]

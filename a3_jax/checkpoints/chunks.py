@@ -144,7 +144,7 @@ def read_tree(source: TensorSource, put: Callable[[Path, np.ndarray], Any]) -> A
 
 
 def run_in_threads(
-    work: Callable[[TensorChunk], None],
+    function: Callable[[TensorChunk], None],
     chunks: Sequence[TensorChunk],
     on_bytes: Callable[[int], Any] = lambda nbytes: None,
 ) -> None:
@@ -155,7 +155,7 @@ def run_in_threads(
     """
     threads = min(_MAX_THREADS, 1 + (os.cpu_count() or 1))
     with concurrent.futures.ThreadPoolExecutor(threads, "a3_chunks") as pool:
-        waiting = [pool.submit(work, chunk) for chunk in chunks]
+        waiting = [pool.submit(function, chunk) for chunk in chunks]
         try:
             for chunk, future in zip(chunks, waiting, strict=True):
                 future.result()

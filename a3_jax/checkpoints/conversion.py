@@ -160,7 +160,7 @@ class A3Source(TensorSource):
         raise_damage(directory, manifest, deep=True, only=f"{PARAMS}/")
         self.stored = manifest.item(PARAMS)
         check_same_tree(self.stored, abstract_params(config), directory / PARAMS)
-        self._dtype, self._lock, self._opened = dtype, threading.Lock(), {}
+        self._dtype, self._lock, self._arrays = dtype, threading.Lock(), {}
         dtypes = {
             tuple(name.split("/")): np.dtype(dtype or jnp.dtype(leaf.dtype))
             for name, leaf in self.stored.items()
@@ -188,21 +188,21 @@ class A3Source(TensorSource):
 
     def _read(self, path, index=()) -> np.ndarray:
         name = "/".join(path)
-        if name not in self._opened:
+        if name not in self._arrays:
             self._make_room(name)
-            self._opened[name] = self._open(name)
+            self._arrays[name] = self._open(name)
         try:
-            return self._opened[name][index].read().result()
+            return self._arrays[name][index].read().result()
         except Exception as error:  # tensorstore's errors share no type
             raise unreadable(self.directory / PARAMS, name, error) from error
 
     def _make_room(self, name: str) -> None:
         """Keeps the leaves in memory together no larger than the largest one: the longest unused go."""
         most = max(leaf.nbytes for leaf in self.stored.values())
-        wanted = {**self._opened, name: None}
+        wanted = {**self._arrays, name: None}
         while len(wanted) > 1 and sum(self.stored[it].nbytes for it in wanted) > most:
             oldest = next(iter(wanted))
-            del wanted[oldest], self._opened[oldest]
+            del wanted[oldest], self._arrays[oldest]
 
     def _open(self, name: str):
         """Opens an array with a cache of its own that goes with it."""
@@ -329,8 +329,8 @@ class Hashing:
     def _sha256(self, file) -> str:
         digest = hashlib.sha256()
         try:
-            with as_path(file).open("rb") as opened:
-                while not self._stopped.is_set() and (piece := opened.read(_READ_AT_ONCE)):
+            with as_path(file).open("rb") as stream:
+                while not self._stopped.is_set() and (piece := stream.read(_READ_AT_ONCE)):
                     digest.update(piece)
         except OSError as error:
             raise InputError(f"can't be read: {error.strerror or error}", file=file) from error

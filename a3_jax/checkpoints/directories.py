@@ -96,17 +96,17 @@ def _locked(temporary) -> Iterator[None]:
         yield
         return
     try:
-        opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise InputError(f"can't be written: {error.strerror}", file=temporary.parent) from error
     with contextlib.suppress(OSError):  # no locks on this file system: nobody will remove what we leave
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             os.unlink(lock)
-        os.close(opened)
+        os.close(descriptor)
 
 
 def _remove_leftovers(path, own) -> None:
@@ -118,13 +118,13 @@ def _remove_leftovers(path, own) -> None:
         if name == own.name:
             continue
         with contextlib.suppress(OSError):
-            opened = os.open(lock, os.O_RDWR)
+            descriptor = os.open(lock, os.O_RDWR)
             try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(path.parent / name)
                 os.unlink(lock)
             finally:
-                os.close(opened)
+                os.close(descriptor)
 
 
 def _remove(temporary) -> None:

@@ -322,14 +322,14 @@ def _rope(fields, family) -> dict[str, Any]:
     """Returns rotary bases and scaling, as transformers 5 (`rope_parameters`) or 4 writes them."""
     # Where both are present transformers 5 takes rope_scaling.
     field = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    given, local_theta, holders = fields.object(field), None, [fields]
+    given, local_theta, owners = fields.object(field), None, [fields]
     if family == "gemma3":
         by_layer = fields.object("rope_parameters")
         local = by_layer.object("sliding_attention")
         if local.get("rope_type") not in (None, "default"):
             local.refuse("rope_type", f"{local.get('rope_type')!r} is not supported in local layers")
         local_theta = local.number("rope_theta", fields.get("rope_local_base_freq"))
-        holders, full = [*holders, local], by_layer.object("full_attention")
+        owners, full = [*owners, local], by_layer.object("full_attention")
         if field == "rope_scaling":  # transformers merges the two
             given.values, full.read = full.values | given.values, set(full.given)
         else:
@@ -337,9 +337,9 @@ def _rope(fields, family) -> dict[str, Any]:
     for name, value in given.values.items():
         if isinstance(value, dict):
             fields.refuse(field, f"rotary positions that differ by layer ({name!r}) are not supported")
-    for holder in (*holders, given):
-        if holder.get("partial_rotary_factor") not in (None, 1.0):
-            holder.refuse("partial_rotary_factor", "partly rotated heads are not supported")
+    for owner in (*owners, given):
+        if owner.get("partial_rotary_factor") not in (None, 1.0):
+            owner.refuse("partial_rotary_factor", "partly rotated heads are not supported")
     return {
         "rope_theta": given.number("rope_theta", fields.get("rope_theta")),
         "rope_scaling": _scaling(given, fields),

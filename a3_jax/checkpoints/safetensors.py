@@ -126,15 +126,15 @@ def _read_header_json(file) -> tuple[dict, int, int]:
     """Reads the header, the byte where the data begins, and the file's length."""
     try:
         size = file.stat().length
-        with file.open("rb") as opened:
-            refuse_pointer(opened.read(POINTER_BYTES), file)
-            opened.seek(0)
-            length = int.from_bytes(opened.read(8), "little")
+        with file.open("rb") as stream:
+            refuse_pointer(stream.read(POINTER_BYTES), file)
+            stream.seek(0)
+            length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise InputError(f"the file is truncated inside its header: {size} bytes", file=file)
             if length > MAX_HEADER_BYTES:
                 raise InputError(f"damaged header: claims to be {length} bytes long", file=file)
-            header = json.loads(opened.read(length))
+            header = json.loads(stream.read(length))
     except OSError as error:
         raise InputError(f"can't be read: {error.strerror or error}", file=file) from error
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors both

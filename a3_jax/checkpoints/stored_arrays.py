@@ -146,12 +146,12 @@ def _read_onto(array, target):
         if isinstance(target, jax.ShapeDtypeStruct):
             return jax.device_put(whole.astype(target.dtype))
         return whole.astype(target.dtype) if hasattr(target, "dtype") else whole.item()
-    directorys = sharding.addressable_devices_indices_map(target.shape)
-    reads = {str(index): array[index].read() for index in directorys.values()}  # replicas are read once
+    indices = sharding.addressable_devices_indices_map(target.shape)
+    reads = {str(index): array[index].read() for index in indices.values()}  # replicas are read once
     parts = {
         index: np.asarray(read.result()).astype(target.dtype, copy=False) for index, read in reads.items()
     }
-    on_devices = [jax.device_put(parts[str(index)], device) for device, index in directorys.items()]
+    on_devices = [jax.device_put(parts[str(index)], device) for device, index in indices.items()]
     return jax.make_array_from_single_device_arrays(target.shape, sharding, on_devices)
 
 

@@ -38,7 +38,7 @@ from a3_jax.data.prepared_manifest import (
     read_manifest,
     write_manifest,
 )
-from a3_jax.data.reading import CHATS, DIGESTS, TEXT, Reading, Smallest, ahead, encoded, parser
+from a3_jax.data.reading import CHATS, DIGESTS, TEXT, Reading, Smallest, encoded, parser, prefetched
 from a3_jax.data.shards import segment_dtype, token_dtype, write_shard
 from a3_jax.data.sources import find_files
 from a3_jax.data.table import PACKINGS, long_first_fit, pack
@@ -222,7 +222,7 @@ class _Job:
         line = ProgressLine(self._reading.size, unit="bytes")
         smallest = Smallest(int(holdout) + 1)
         try:
-            for batch, bytes_read in ahead(self._reading.batches(self._parse)):
+            for batch, bytes_read in prefetched(self._reading.batches(self._parse)):
                 for item in batch:
                     if isinstance(item, Document):
                         smallest.add(item.digest)

@@ -143,7 +143,7 @@ def parser(kind: str, text_column: str | None, template: ChatTemplate | None, to
     return dialog
 
 
-def ahead(items: Iterator) -> Iterator:
+def prefetched(items: Iterator) -> Iterator:
     """Yields the same items, made in a thread of their own."""
     pool = concurrent.futures.ThreadPoolExecutor(1)
     waiting = collections.deque(pool.submit(next, items, None) for _ in range(_BATCHES_AHEAD))
@@ -163,7 +163,7 @@ def encoded(
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     waiting = collections.deque()
     try:
-        for batch, bytes_read in ahead(batches):
+        for batch, bytes_read in prefetched(batches):
             waiting.append((pool.submit(encoder.encode, batch), bytes_read))
             if len(waiting) > threads + _BATCHES_AHEAD:  # enough to do while a shard is written
                 future, position = waiting.popleft()

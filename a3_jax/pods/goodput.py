@@ -63,8 +63,8 @@ def account(events: Sequence[Event]) -> dict[str, Any]:
     for event in events:
         if event["event"] in _TIMED:
             seconds[event["event"]] += event["seconds"]
-    opened = attempts(events)
-    seconds["down"], wall = _down_and_wall(events, opened)
+    found = attempts(events)
+    seconds["down"], wall = _down_and_wall(events, found)
     # Clocks are set and may jump: never more than the whole.
     wall = max(wall, sum(seconds.values()))
     seconds["other"] = max(0.0, wall - sum(seconds.values()))
@@ -72,16 +72,16 @@ def account(events: Sequence[Event]) -> dict[str, Any]:
         "wall_seconds": wall,
         "goodput": seconds["step"] / wall if wall else 0.0,
         "seconds": seconds,
-        "attempts": len(opened),
+        "attempts": len(found),
         "restarts": sum(event["event"] == "restart" for event in events),
         "steps": sum(not event.get("skipped") for event in kept.values()),
     }
 
 
-def _down_and_wall(events, opened) -> tuple[float, float]:
+def _down_and_wall(events, found) -> tuple[float, float]:
     """Seconds without a process, and seconds in all; a supervisor's last word is part of the run."""
-    began = [_began(attempt) for attempt in opened]
-    ended = [max(event["time"] for event in attempt) for attempt in opened]
+    began = [_began(attempt) for attempt in found]
+    ended = [max(event["time"] for event in attempt) for attempt in found]
     last = max(event["time"] for event in events)
     down = sum(max(0.0, begin - end) for begin, end in zip(began[1:], ended[:-1], strict=True))
     return down + max(0.0, last - max(ended)), last - began[0]

@@ -120,16 +120,16 @@ def position(events: Iterable[Event]) -> tuple[int | None, int]:
        batches that a rollback passed over for good: step n reads batch n + those).
     """
     name = {"init": "first_step", "restore": "step", "step": "step", "rollback": "to_step"}
-    step, ahead, rolled_back_to = None, 0, -1
+    step, skipped_batches, rolled_back_to = None, 0, -1
     for event in events:
         if event["event"] not in name:
             continue
         step = event[name[event["event"]]]
         if event["event"] == "rollback":
-            ahead, rolled_back_to = event["from_step"] - step, step
+            skipped_batches, rolled_back_to = event["from_step"] - step, step
         elif event["event"] == "init" and step <= rolled_back_to:
-            ahead = 0  # from a checkpoint that knows nothing of it
-    return step, ahead
+            skipped_batches = 0  # from a checkpoint that knows nothing of it
+    return step, skipped_batches
 
 
 def checkpoint_steps(workdir) -> list[int]:

@@ -137,13 +137,13 @@ class Lease:
 
     def _watched(self, found: bytes) -> bytes | None:
         """Returns the content after two intervals without a renewal; None if the lease was given back."""
-        holder = _fields(found)
-        renew: Any = holder.get("renew_seconds")
+        owner = _fields(found)
+        renew: Any = owner.get("renew_seconds")
         if type(renew) not in (int, float) or not 0 < renew <= _MAX_RENEW:
             renew = self.renew_seconds
         seconds = 2 * renew
         print(
-            f"a3: {self.file}: held by {_named(holder)}; waiting {seconds:.0f} s to see if it is alive",
+            f"a3: {self.file}: held by {_named(owner)}; waiting {seconds:.0f} s to see if it is alive",
             file=sys.stderr,
             flush=True,
         )
@@ -157,8 +157,8 @@ class Lease:
                 raise self._refusal(_fields(now))
         return found
 
-    def _refusal(self, holder: dict[str, Any]) -> InputError:
-        return InputError(f"another run writes here: {_named(holder)}", file=self.file)
+    def _refusal(self, owner: dict[str, Any]) -> InputError:
+        return InputError(f"another run writes here: {_named(owner)}", file=self.file)
 
     def _keep(self) -> None:
         while not self._stop.wait(self.renew_seconds) and not self.lost:
@@ -215,15 +215,15 @@ def _is_alive_here(lease: Mapping[str, Any]) -> bool | None:
     return start is not None and start in ("", lease.get("process_start", start))
 
 
-def _named(holder: dict[str, Any]) -> str:
-    if not holder:
+def _named(owner: dict[str, Any]) -> str:
+    if not owner:
         return "unknown (damaged lease)"
-    since = holder.get("since")
+    since = owner.get("since")
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(since))
     except (TypeError, ValueError, OverflowError, OSError):
         since = "unknown"
-    return f"host {str(holder.get('host'))[:80]}, pid {str(holder.get('pid'))[:12]}, since {since}"
+    return f"host {str(owner.get('host'))[:80]}, pid {str(owner.get('pid'))[:12]}, since {since}"
 
 
 @contextlib.contextmanager

@@ -255,14 +255,14 @@ class RunLog:
 def open_records(run, workdir, events: Events, first_step: int, writes: bool, stack) -> RunLog:
     """Opens the records, cut back to the step that the run goes on from; `stack` closes them."""
 
-    def opened(record):
+    def closing(record):
         return stack.enter_context(contextlib.closing(record))
 
     names = ("metrics", "eval", "samples")
-    metrics, evaluations, samples = (opened(JsonLines(workdir / f"{name}.jsonl", writes)) for name in names)
-    tensorboard = opened(TensorBoard(workdir / "tensorboard", writes))
-    progress = opened(ProgressLine(run.total_steps, first_step, shows=writes))
-    profiler = opened(Profiler(workdir / "profile", run.profile_steps, progress.note))
+    metrics, evaluations, samples = (closing(JsonLines(workdir / f"{name}.jsonl", writes)) for name in names)
+    tensorboard = closing(TensorBoard(workdir / "tensorboard", writes))
+    progress = closing(ProgressLine(run.total_steps, first_step, shows=writes))
+    profiler = closing(Profiler(workdir / "profile", run.profile_steps, progress.note))
     records = RunLog(metrics, evaluations, samples, events, tensorboard, progress, profiler)
     records.cut_back(first_step)
     return records

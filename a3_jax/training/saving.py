@@ -210,6 +210,6 @@ def roll_back(
     if state is None:
         raise RunError(EXIT_NUMERICS, f"{said}, and there is no checkpoint before them")
     writer.discard_after(int(state.step))
-    skipped, ahead = int(state.numerics.skipped) + last - first + 1, last - int(state.step)
-    numerics = jax.jit(lambda: Numerics.create(0, skipped, ahead), out_shardings=replicated(mesh))()
+    skipped, skipped_batches = int(state.numerics.skipped) + last - first + 1, last - int(state.step)
+    numerics = jax.jit(lambda: Numerics.create(0, skipped, skipped_batches), out_shardings=replicated(mesh))()
     return dataclasses.replace(state, numerics=numerics)

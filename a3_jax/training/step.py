@@ -90,8 +90,8 @@ def mixed_loss(model: TwoStream, params, batch: Batch, content_loss_weight: floa
     content, query = _rows(batch)
     outputs = run_rows(model, params, content, query, outputs="both")
     any_order = _loss(model, params, outputs.query, batch["tokens"], batch["weights"])
-    ahead = _loss(model, params, outputs.content, _next_row(batch["tokens"]), next_token_weights(batch))
-    return any_order[0] + content_loss_weight * ahead[0], {"loss": any_order, "content_loss": ahead}
+    next_token = _loss(model, params, outputs.content, _next_row(batch["tokens"]), next_token_weights(batch))
+    return any_order[0] + content_loss_weight * next_token[0], {"loss": any_order, "content_loss": next_token}
 
 
 def next_token_weights(batch: Batch) -> jax.Array:

@@ -84,7 +84,9 @@ def find_data(task: Task, data_dir, shots: bool = False) -> TaskFiles:
     directory = as_path(data_dir)
     paths = (directory,) if _is_file(directory) else _first_match(task, directory, task.file_names)
     if not paths:
-        reason = f"no file of this task{snapshot_hint(directory)}" if directory.exists() else "no such directory"
+        reason = (
+            f"no file of this task{snapshot_hint(directory)}" if directory.exists() else "no such directory"
+        )
         raise _missing(task, task.file_names, reason, directory)
     for path in paths:
         if not path.name.endswith(_READABLE):
