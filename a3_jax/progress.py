@@ -23,7 +23,7 @@ class ProgressLine(contextlib.AbstractContextManager):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
         from rich.progress import TimeRemainingColumn as Left
 
-        self._total, self._unit, self._shows = max(total, 1), unit, shows
+        self._total, self._done, self._unit, self._shows = max(total, 1), done, unit, shows
         self._first: tuple[int, float, dict[str, int]] | None = (
             None  # what an earlier process did is not our rate
         )
@@ -63,6 +63,11 @@ class ProgressLine(contextlib.AbstractContextManager):
             amount = f"{100 * done / self._total:.0f} %" if self._unit else f"step {done}/{self._total}"
             ending = "" if left is None else f"  {datetime.timedelta(seconds=left)} left"
             self.note(f"{amount}  {text}{ending}")
+
+    def add(self, amount: int, text: str) -> None:
+        """Counts more of the total as done, and shows it."""
+        self._done += amount
+        self.update(self._done, text)
 
     def note(self, text: str) -> None:
         """Shows a line of text, above the live line if there is one."""

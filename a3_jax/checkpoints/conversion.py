@@ -2,13 +2,10 @@
 
 import concurrent.futures
 import dataclasses
-import datetime
 import hashlib
 import logging
 import re
-import sys
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,13 +30,13 @@ from a3_jax.checks import check_seed
 from a3_jax.errors import InputError, nearest
 from a3_jax.model.two_stream import abstract_params
 from a3_jax.paths import absolute, as_path, read_text
+from a3_jax.progress import ProgressLine
 from a3_jax.runtime.coordination import gather_and_decide, run_on_all, run_on_process_zero
 from a3_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("a3", "hf", "release")
-_SECONDS_BETWEEN_LINES = 10
 _READ_AT_ONCE, _HASH_THREADS = 1 << 22, 2
 _SHA256_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
@@ -238,9 +235,12 @@ def _to_a3(job: _Conversion, hf_directory) -> Checked | None:
     with shared_directory(job.dst) as temporary:
         with (
             Hashing(_share(source) if job.sums is None else ()) as hashing,  # the disk is asked once for both
-            ConversionProgress("converted", total // jax.process_count()) as progress,
+            ProgressLine(total // jax.process_count(), unit="bytes") as progress,
         ):
-            manifest = write_params(temporary, source.leaves, source.chunks, source.read, progress.add)
+            manifest = write_params(
+                temporary, source.leaves, source.chunks, source.read,
+                lambda nbytes: progress.add(nbytes, "converted"),
+            )  # fmt: skip
             found = _merge_sums(run_on_all("convert", hashing.result))
 
         def finish():
@@ -262,10 +262,10 @@ def _to_hf(job: _Conversion, export: ExportPlan, max_shard_bytes: int) -> Checke
     meta = job.meta_with(_sha256_of(source.files) if job.sums is None else job.sums)
     facts = None if source.files else run_facts(source.directory, meta.step)
     with new_directory(job.dst) as temporary:
-        with ConversionProgress("converted", export.nbytes) as progress:
+        with ProgressLine(export.nbytes, unit="bytes") as progress:
             write_hf(
                 temporary, source.read_leaf, export, meta, job.tokenizer, max_shard_bytes,
-                lambda _, nbytes: progress.add(nbytes), facts,
+                lambda _, nbytes: progress.add(nbytes, "converted"), facts,
             )  # fmt: skip
         if job.check:
             return check_conversion(source.params(), source.config, temporary, job.dtype, job.dst)
@@ -357,58 +357,3 @@ def _read_sha256_list(file) -> dict[str, str]:
         if sums.setdefault(name, digits) != digits:
             raise InputError(f"{name} has another sum in an earlier line", file=file, line=number)
     return sums
-
-
-class ConversionProgress:
-    """Shows bytes done of a total on standard error: a live line on a terminal, plain lines elsewhere.
-
-    Args:
-      what: is done, in a word.
-      total: bytes.
-    """
-
-    def __init__(self, what: str, total: int):
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-        from rich.progress import Progress as Bar
-
-        self._what, self._total, self._done = what, max(total, 1), 0
-        self._began = self._told = time.monotonic()
-        self._bar = None
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), TaskProgressColumn(), BarColumn(bar_width=20))
-            speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            self._bar = Bar(*columns, *speed, console=console, transient=True)
-            self._task = self._bar.add_task(what, total=self._total)
-
-    def add(self, nbytes: int) -> None:
-        """Counts more bytes as done."""
-        self._done += nbytes
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
-        elif now - self._told > _SECONDS_BETWEEN_LINES and self._done:
-            self._told = now
-            rate = self._done / (now - self._began)
-            left = datetime.timedelta(seconds=round((self._total - self._done) / rate))
-            done = (
-                f"{100 * self._done / self._total:.0f} %  {self._what}  {rate / 1e6:,.1f} MB/s  {left} left"
-            )
-            print(done, file=sys.stderr, flush=True)
-
-    def __enter__(self):
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_):
-        if self._bar is not None:
-            self._bar.stop()

@@ -3,6 +3,7 @@
 A card is made to be published: it shows only the last part of absolute paths and addresses.
 """
 
+import contextlib
 import dataclasses
 import importlib.resources
 import json
@@ -22,7 +23,7 @@ from a3_jax.checkpoints.safetensors import TensorSpec
 from a3_jax.errors import InputError
 from a3_jax.model.two_stream import abstract_params
 from a3_jax.ordering.curriculum import Stage
-from a3_jax.paths import absolute, parse_json, read_text
+from a3_jax.paths import absolute, read_json, read_json_lines
 from a3_jax.tokenizer import Tokenizer
 
 _TEMPLATE = "model_card.md.j2"
@@ -70,10 +71,12 @@ def run_facts(directory, step: int | None) -> Facts:
     if step is None or directory.parent.name != CHECKPOINTS:
         return Facts(found)
     workdir = directory.parent.parent
-    rows = [row for row in _json_lines(workdir / "eval.jsonl") if _step_of(row) <= step]
+    rows = [row for row in read_json_lines(workdir / "eval.jsonl") if _step_of(row) <= step]
     last = max(rows, key=_step_of, default={})
     losses = {name: last[name] for name in HELD_OUT if _is_loss(last.get(name))}
-    recorded = next(iter(_json_lines(workdir / "data.json", whole=True)), {})
+    recorded: dict[str, Any] = {}
+    with contextlib.suppress(InputError):  # absent, or just being written
+        recorded = read_json(workdir / "data.json")
     data = {name: crc32 for name, crc32 in recorded.items() if isinstance(crc32, int)}
     return Facts(found, losses, last["step"] if losses else None, data)
 
@@ -262,23 +265,6 @@ def _printable(text, but: str = "") -> str:
 
 def _number(number) -> str:
     return "" if number is None else f"{number:,}"
-
-
-def _json_lines(path, whole: bool = False) -> list[dict[str, Any]]:
-    """Reads the objects in a file, one per line or one in all."""
-    try:
-        text = read_text(path)
-    except InputError:
-        return []
-    rows = []
-    for line in [text] if whole else text.splitlines():
-        try:
-            row = parse_json(line)
-        except InputError:  # cut short
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def _step_of(row) -> float:
