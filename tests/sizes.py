@@ -16,7 +16,7 @@ PACKAGE, BENCHMARKS = ROOT / "a3_jax", ROOT / "benchmarks"
 LONGEST_FUNCTION, USUAL_FUNCTION, LONGEST_FILE = 80, 40, 600
 COMMENTS = 0.05  # lines of comments over lines of code, where at least half of the functions compute arrays
 EXCEPTIONS = {("a3_jax/training/train.py", "train"): 250}
-PACKAGE_LINES, MODULES, BENCHMARK_LINES = 29600, 162, 1700  # the goals are 25,000 and 150
+PACKAGE_LINES, MODULES, BENCHMARK_LINES = 29600, 158, 1700  # the goals are 25,000 and 150
 TRAINING_LINES = 14500  # raw lines that `a3 train` imports; the goal is 9,500
 
 

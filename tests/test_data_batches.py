@@ -244,7 +244,7 @@ def test_bad_plans():
 
 def test_batches_need_neither_seqio_nor_tensorflow():
     code = (
-        "import sys, a3_jax.data.batches, a3_jax.data.table, a3_jax.data.sources, a3_jax.data.embedded;"
+        "import sys, a3_jax.data.batches, a3_jax.data.table, a3_jax.data.documents, a3_jax.data.embedded;"
         "sys.exit(any(name.split('.')[0] in ('seqio', 'tensorflow', 't5') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from a3_jax.data.documents import find_files, read_documents
 from a3_jax.data.prepared import find_prepared
-from a3_jax.data.sources import find_files, read_documents
 from a3_jax.errors import InputError
 from tests.decoding_cli import assert_refused
 from tests.prepare_fixtures import POINTER, json_lines, prepare, texts_of, write_bytes, zstd

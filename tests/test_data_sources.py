@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from a3_jax.data.sources import find_files, read_documents
+from a3_jax.data.documents import find_files, read_documents
 from a3_jax.errors import InputError
 
 

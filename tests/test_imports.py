@@ -78,7 +78,7 @@ def test_no_module_imports_itself_in_a_circle():
         "import a3_jax.cli",
         "from a3_jax import convert, generate, score, open_checkpoint",
         "import a3_jax.data",
-        "import a3_jax.data.prepare, a3_jax.data.sources",
+        "import a3_jax.data.prepare, a3_jax.data.documents",
         "import a3_jax.training.step",
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from a3_jax.cli import main
 from a3_jax.errors import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_OK, InputError
 from a3_jax.model import accelerators
-from a3_jax.pods import aot_compile, estimates, programs
+from a3_jax.pods import aot_compile, estimates
 from a3_jax.pods.aot_compile import check_flags
 from a3_jax.pods.estimates import estimate_memory
 from a3_jax.pods.preflight import cache_file
@@ -87,7 +87,7 @@ def stories(monkeypatch):
         return Story()
 
     monkeypatch.setattr(aot_compile, "topology_devices", lambda topology, slices=1: devices[: 4 * slices])
-    monkeypatch.setattr(programs, "compile_step", compile_step)
+    monkeypatch.setattr(aot_compile, "compile_step", compile_step)
     for name in aot_compile.COMPILER_FLAGS:
         monkeypatch.delenv(name, raising=False)
     return compiled
@@ -176,7 +176,7 @@ def test_what_the_compiler_refuses(config, stories, capsys, monkeypatch, said, s
     def refuse(*_):
         raise jax.errors.JaxRuntimeError(said)
 
-    monkeypatch.setattr(programs, "compile_step", refuse)
+    monkeypatch.setattr(aot_compile, "compile_step", refuse)
     assert preflight(config, "--json") == EXIT_DOES_NOT_FIT
     report = json.loads(capsys.readouterr().out)
     assert report["per_chip"]["total"] == round(size * 2**30) and report["advice"][0]["fits"]

@@ -11,7 +11,7 @@ import pytest
 
 from a3_jax import cli
 from a3_jax.data import documents
-from a3_jax.data.sources import read_documents
+from a3_jax.data.documents import read_documents
 from tests.decoding_cli import assert_refused
 from tests.fake_bucket import make_bucket
 from tests.prepare_fixtures import json_lines, prepare, texts_of, write_bytes, write_fineweb

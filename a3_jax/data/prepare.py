@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from a3_jax.checks import number, one_of, whole_number
-from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, DocumentSource
-from a3_jax.data.embedding_rows import embedding_rows
-from a3_jax.data.encoding import Document, Encoded, Encoder
+from a3_jax.data.documents import DAMAGED, TEXT_FIELD, BadRecord, DocumentSource, find_files
+from a3_jax.data.encoding import Document, Encoded, Encoder, embedding_rows
 from a3_jax.data.prepare_state import (
     LOCK_FILE,
     PrepareProgress,
@@ -40,7 +39,6 @@ from a3_jax.data.prepared_manifest import (
 )
 from a3_jax.data.reading import CHATS, DIGESTS, TEXT, Reading, Smallest, encoded, parser, prefetched
 from a3_jax.data.shards import segment_dtype, token_dtype, write_shard
-from a3_jax.data.sources import find_files
 from a3_jax.data.table import PACKINGS, long_first_fit, pack
 from a3_jax.data.templates import chat_template
 from a3_jax.errors import EXIT_FAILED, InputError, RunError

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from a3_jax.data import embedded, sources
+from a3_jax.data import documents, embedded
 from a3_jax.data.prepared_manifest import HELDOUT, TRAIN
 from a3_jax.data.table import Table, pack
 from a3_jax.data.tensorflow_host import seqio, tf
@@ -130,8 +130,8 @@ def open_data(
         one of those that hold two or more; 0 for none. The embedded corpus has its own split.
     """
     if data:
-        files = sources.find_files(data)
-        splits = {name: split_documents(sources.read_documents(name), holdout) for name in files}
+        files = documents.find_files(data)
+        splits = {name: split_documents(documents.read_documents(name), holdout) for name in files}
     else:
         splits = {"embedded": embedded_source()}
     vocabulary = TextVocabulary(tokenizer)

@@ -120,8 +120,8 @@ def _open(directory):
 def _questions(plan: QuickstartPlan) -> list[questions.Question]:
     if plan.text is None:
         return questions.story_questions()
+    from a3_jax.data.documents import read_documents
     from a3_jax.data.seqio_tasks import split_documents
-    from a3_jax.data.sources import read_documents
 
     splits = split_documents(read_documents(plan.text), plan.run.holdout)
     return questions.text_questions(splits["heldout"] or splits["train"])
