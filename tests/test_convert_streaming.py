@@ -248,7 +248,7 @@ def test_progress_is_told_on_standard_error(hf, tmp_path, monkeypatch, capsys):
     """Plain lines where there is no terminal, each some seconds after the last one."""
     assert main(["convert", str(hf), str(tmp_path / "a"), "--no-check"]) == 0
     assert "%" not in capsys.readouterr().err
-    monkeypatch.setattr("a3_jax.checkpoints.conversion._SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr("a3_jax.progress._SECONDS_BETWEEN_LINES", -1)
     for to, name in (("a3", "b"), ("hf", "c")):
         assert main(["convert", str(hf), str(tmp_path / name), f"--to={to}", "--no-check"]) == 0
         out, err = capsys.readouterr()

@@ -24,7 +24,7 @@ from a3_jax.checkpoints import families
 from a3_jax.checkpoints.a3_format import Meta, load_meta, save_checkpoint
 from a3_jax.checkpoints.conversion import convert
 from a3_jax.checkpoints.hf_config import config_from_hf
-from a3_jax.checkpoints.hf_export import check_source
+from a3_jax.checkpoints.hf_format import check_source
 from a3_jax.checkpoints.safetensors import list_tensors
 from a3_jax.data.dialogs import ChatTemplate, chat_template
 from a3_jax.data.documents import BadRecord
