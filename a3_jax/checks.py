@@ -10,14 +10,24 @@ from typing import Any, TypeVar
 from a3_jax.errors import InputError, nearest
 
 MAX_SEED = 2**32 - 1
+_LONGEST_SHOWN = 100
 T = TypeVar("T")
+
+
+def shown(value) -> str:
+    """Returns a value as an error names it, cut where it is long: files may hold anything."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than some thousand digits
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def one_of(name: str, value, choices: Collection) -> None:
     """Refuses a value that is none of the choices, with the nearest of them."""
     if value not in choices:
         known = ", ".join(map(str, choices))
-        raise InputError(f"must be one of {known}, got {value!r}{nearest(value, choices)}", field=name)
+        raise InputError(f"must be one of {known}, got {shown(value)}{nearest(value, choices)}", field=name)
 
 
 def is_number(value) -> bool:
@@ -30,7 +40,7 @@ def whole_number(name: str, value, least: int, most: int | None = None) -> None:
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not (is_whole and least <= value and (most is None or value <= most)):
         upper = "" if most is None else f" and at most {most}"
-        raise InputError(f"must be a whole number, at least {least}{upper}, got {value!r}", field=name)
+        raise InputError(f"must be a whole number, at least {least}{upper}, got {shown(value)}", field=name)
 
 
 def number(name: str, value, least: float, most: float = math.inf, *, above: bool = False) -> None:
@@ -39,13 +49,13 @@ def number(name: str, value, least: float, most: float = math.inf, *, above: boo
     if not in_range or (above and value == least):
         lower = f"above {least}" if above else f"at least {least}"
         upper = "" if most == math.inf else f" and at most {most}"
-        raise InputError(f"must be a number, {lower}{upper}, got {value!r}", field=name)
+        raise InputError(f"must be a number, {lower}{upper}, got {shown(value)}", field=name)
 
 
 def check_seed(seed) -> None:
     """Refuses a seed that random keys can't be made from: the same ones in every command."""
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= int(seed) <= MAX_SEED:
-        raise InputError(f"must be from 0 to {MAX_SEED}, got {seed!r}", field="seed")
+        raise InputError(f"must be from 0 to {MAX_SEED}, got {shown(seed)}", field="seed")
 
 
 def from_mapping(
@@ -66,7 +76,7 @@ def from_mapping(
     """
     prefix = f"{where}." if where else ""
     if not hasattr(fields, "keys"):  # `ConfigDict` is no `Mapping`
-        raise InputError(f"must be a mapping of fields, got {fields!r}"[:200], field=where or None)
+        raise InputError(f"must be a mapping of fields, got {shown(fields)}", field=where or None)
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in fields:
         if name not in known:

@@ -88,7 +88,7 @@ def load_release(directory: str) -> type:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     def plain_frequencies(config, device=None, **_):
-        size = config.hidden_size // config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 

@@ -1,6 +1,5 @@
 """`a3 bench release` on a stand-in for the authors' code: equal losses first, then figures."""
 
-import importlib
 import json
 import pathlib
 
@@ -15,16 +14,6 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 STAND_IN = pathlib.Path(__file__).with_name("release_stand_in.py").read_text()
 FLAGS = ["--d_model=16", "--layers=2", "--heads=2", "--kv_heads=1", "--mlp=24", "--vocab=40", "--length=24",
          "--repeats=2", "--threads=64"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_rotary_functions():
-    """The benchmark registers one with transformers for its whole process; other tests must not see it."""
-    functions = importlib.import_module("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
-    before = dict(functions)
-    yield
-    functions.clear()
-    functions.update(before)
 
 
 def run(tmp_path, code, *flags):

@@ -173,7 +173,7 @@ class ModelConfig:
                 return from_mapping(RopeScaling, value, "rope_scaling")
             return tuple(value) if isinstance(value, list) else value  # JSON has lists alone
 
-        return from_mapping(cls, fields, "model", convert)
+        return from_mapping(cls, fields, convert=convert)
 
 
 def is_positive(value) -> TypeGuard[float]:
