@@ -110,8 +110,8 @@ def test_leaves_in_memory_are_never_more_than_the_largest(stored):
     sizes = {name: leaf.nbytes for name, leaf in tree_names(load_params(stored)).items()}
     for name in [*sizes, *reversed(sizes)]:
         found.read_leaf(tuple(name.split("/")))
-        assert name in found._opened
-        assert sum(sizes[it] for it in found._opened) <= max(sizes.values())
+        assert name in found._arrays
+        assert sum(sizes[it] for it in found._arrays) <= max(sizes.values())
 
 
 def damage(path, how):
